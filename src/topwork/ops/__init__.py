@@ -1,0 +1,22 @@
+"""The hot functions: each has one plain torch reference and faster variants beside it."""
+
+from topwork.ops.activation import swiglu
+from topwork.ops.attention import Layout, attention
+from topwork.ops.logprobs import token_logprobs, token_logprobs_of
+from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
+from topwork.ops.norm import rms_norm
+from topwork.ops.rotary import rotary
+
+__all__ = [
+    "Layout",
+    "LinearParts",
+    "LoraTerm",
+    "attention",
+    "lora_linear",
+    "lora_linears",
+    "rms_norm",
+    "rotary",
+    "swiglu",
+    "token_logprobs",
+    "token_logprobs_of",
+]

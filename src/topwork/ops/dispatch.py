@@ -1,0 +1,47 @@
+"""How a hot function is declared: one reference, and faster variants beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Any, Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Variant(Generic[P, R]):
+    """A faster implementation and the condition under which it may stand in."""
+
+    name: str
+    when: Callable[P, bool]
+    run: Callable[P, R]
+
+
+class Op(Generic[P, R]):
+    """A function with a plain torch `reference`; the first variant that applies runs instead.
+
+    No caller knows which ran. Each variant is tested against the reference, forward and gradient.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        self.reference = reference
+        self.variants: list[Variant[P, R]] = []
+        update_wrapper(self, reference)
+
+    def variant(self, name: str, when: Callable[P, bool]) -> Callable[[Callable[P, R]], Any]:
+        """Decorator: register `run` under `name`, used when `when(*args)` holds."""
+
+        def register(run: Callable[P, R]) -> Callable[P, R]:
+            self.variants.append(Variant(name, when, run))
+            return run
+
+        return register
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        for variant in self.variants:
+            if variant.when(*args, **kwargs):
+                return variant.run(*args, **kwargs)
+        return self.reference(*args, **kwargs)

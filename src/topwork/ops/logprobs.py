@@ -1,0 +1,68 @@
+"""Log-probabilities of given tokens, without ever holding the logits of all positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 128  # rows of logits in memory at once; measured best of 64 … 512 on CPU
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """log softmax(hidden Wᵀ)[targets]: `hidden` [N, C], `weight` [V, C], `targets` [N] → [N] fp32.
+
+    Exact. With a frozen `weight` each row's gradient is formed while its logits are there,
+    Wₜ - softmax·W, and only scaled in the backward pass, so that no logits are computed twice.
+    """
+    if weight.requires_grad and torch.is_grad_enabled():
+        return token_logprobs_of(lambda rows: rows @ weight.t(), hidden, targets)
+    return _FrozenHead.apply(hidden, weight, targets)
+
+
+def token_logprobs_of(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> Tensor:
+    """The same for any `head` [N, C] → [N, V]; each chunk's logits are recomputed in backward."""
+
+    def one(rows: Tensor, wanted: Tensor) -> Tensor:
+        logits = head(rows).float()
+        return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+
+    pieces = []
+    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
+        if torch.is_grad_enabled():
+            pieces.append(checkpoint(one, rows, wanted, use_reentrant=False))
+        else:
+            pieces.append(one(rows, wanted))
+    return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+class _FrozenHead(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:  # type: ignore[override]
+        wants_grad = ctx.needs_input_grad[0]
+        found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        rows_grad = torch.empty_like(hidden) if wants_grad else None
+        for at in range(0, len(targets), CHUNK):
+            part = slice(at, at + CHUNK)
+            logits = (hidden[part] @ weight.t()).float()
+            wanted = targets[part, None]
+            chosen = logits.gather(1, wanted)
+            top = logits.amax(1, keepdim=True)
+            weights = logits.sub_(top).exp_()
+            total = weights.sum(1, keepdim=True)
+            found[part] = (chosen - top - total.log())[:, 0]
+            if rows_grad is not None:
+                weights.div_(total).scatter_add_(1, wanted, torch.full_like(total, -1.0))
+                torch.mm(weights.to(hidden.dtype), weight, out=rows_grad[part])
+        ctx.save_for_backward(rows_grad)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (rows_grad,) = ctx.saved_tensors
+        return rows_grad * -grad[:, None].to(rows_grad.dtype), None, None

@@ -1,0 +1,45 @@
+"""Root-mean-square normalisation (arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topwork.ops.dispatch import Op
+
+
+@Op
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight` · x / √(mean(x²) + eps) over the last axis; computed in fp32, `x`'s dtype out."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * wide.to(x.dtype)
+
+
+def _frozen_weight(x: Tensor, weight: Tensor, eps: float) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
+
+
+@rms_norm.variant("recompute", when=_frozen_weight)
+def recomputing_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Saves `x` and one number per row; no gradient for the frozen weight."""
+    return _RmsNorm.apply(x, weight, eps)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        wide = x.float()
+        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        x, weight, inverse = ctx.saved_tensors
+        unit = x.float().mul_(inverse)
+        dunit = (dy * weight).float()
+        along = (dunit * unit).mean(-1, keepdim=True)
+        return dunit.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None
