@@ -1,0 +1,5 @@
+"""Finding a checkpoint's files: a folder or a model of the Hub."""
+
+from topwork.hub.resolve import Checkpoint, resolve
+
+__all__ = ["Checkpoint", "resolve"]

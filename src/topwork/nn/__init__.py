@@ -1,0 +1,1 @@
+"""Building blocks: each a small module made from a frozen spec."""

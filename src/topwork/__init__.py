@@ -1,0 +1,31 @@
+"""Topwork: load, adapt, train and talk to open models on small hardware."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from topwork._version import __version__
+
+if TYPE_CHECKING:
+    from topwork.models import AutoConfig, AutoModelForCausalLM, Config, describe
+
+# Public name -> its module. Read on first use, so that `import topwork` loads no torch.
+_HOMES = {
+    "AutoConfig": "topwork.models",
+    "AutoModelForCausalLM": "topwork.models",
+    "Config": "topwork.models",
+    "describe": "topwork.models",
+}
+
+__all__ = ["AutoConfig", "AutoModelForCausalLM", "Config", "__version__", "describe"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'topwork' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,228 @@
+"""From a name to the files of a checkpoint: a folder on disk or a repository of the Hub."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, Literal
+
+from topwork.errors import CheckpointError
+
+SMALL_FILES = {
+    "config": ("config.json", "generation_config.json", "adapter_config.json"),
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template.jinja",
+        "vocab.json",
+        "merges.txt",
+        "vocab.txt",
+    ),
+}
+INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the files of one checkpoint lie. `weight_files` is empty unless weights were asked."""
+
+    name: str
+    folder: Path
+    format: Literal["safetensors", "bin", "none"]
+    weight_files: tuple[Path, ...] = ()
+    files: dict[str, Path] = field(default_factory=dict)
+    revision: str | None = None
+
+    def json(self, file: str) -> dict[str, Any]:
+        """The object in `file`; CheckpointError when it is missing or is no JSON object."""
+        if file not in self.files:
+            raise CheckpointError(f"{self.name}: there is no {file}")
+        return read_json(self.files[file])
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`, or CheckpointError naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def resolve(
+    name_or_path: str | Path,
+    *,
+    want: Collection[str] = ("config", "tokenizer", "weights"),
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+    subfolder: str = "",
+    allow_bin: bool = False,
+) -> Checkpoint:
+    """The files of `name_or_path`, downloaded into the Hub's cache when it is no folder.
+
+    `want` limits what is fetched. Weights in the legacy pickle format are found only with
+    `allow_bin=True`. Raises CheckpointError when nothing is there, saying what was looked for.
+    """
+    name = str(name_or_path)
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        root = folder / subfolder
+        return _collect(
+            name, root, want, allow_bin, lambda f: root / f if (root / f).is_file() else None
+        )
+    if folder.exists() or name.startswith((".", "/", "~")):
+        raise CheckpointError(f"{name}: no such folder")
+    return _from_hub(
+        name, want, revision, token, cache_dir, local_files_only, force_download, subfolder,
+        allow_bin,
+    )  # fmt: skip
+
+
+def _from_hub(
+    name: str,
+    want: Collection[str],
+    revision: str | None,
+    token: str | bool | None,
+    cache_dir: str | Path | None,
+    local_files_only: bool,
+    force_download: bool,
+    subfolder: str,
+    allow_bin: bool,
+) -> Checkpoint:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub import errors as hub_errors
+
+    found: list[Path] = []
+
+    def fetch(file: str) -> Path | None:
+        try:
+            path = hf_hub_download(
+                name,
+                file,
+                subfolder=subfolder or None,
+                revision=revision,
+                token=token,
+                cache_dir=cache_dir,
+                local_files_only=local_files_only,
+                force_download=force_download,
+                endpoint=os.environ.get("HF_ENDPOINT"),
+            )
+        except hub_errors.GatedRepoError as error:
+            raise CheckpointError(
+                f"{name}: access is gated; accept its terms on the Hub and pass token="
+            ) from error
+        except hub_errors.RevisionNotFoundError as error:
+            raise CheckpointError(f"{name}: there is no revision {revision!r}") from error
+        except hub_errors.RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"{name}: neither a folder here nor a model on the Hub (a private one needs token=)"
+            ) from error
+        except hub_errors.HFValidationError as error:
+            raise CheckpointError(f"{name}: no folder, and no valid name on the Hub") from error
+        except hub_errors.LocalEntryNotFoundError:
+            if file in ("config.json", "adapter_config.json") or found:
+                return None
+            raise
+        except hub_errors.EntryNotFoundError:
+            return None
+        found.append(Path(path))
+        return Path(path)
+
+    try:
+        checkpoint = _collect(name, None, want, allow_bin, fetch)
+    except hub_errors.LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: not in the local cache, and the Hub was not reached "
+            f"({'offline mode' if local_files_only else 'no connection'})"
+        ) from error
+    parts = checkpoint.folder.parts
+    commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
+    return Checkpoint(
+        name, checkpoint.folder, checkpoint.format, checkpoint.weight_files, checkpoint.files,
+        commit,
+    )  # fmt: skip
+
+
+def _collect(
+    name: str,
+    root: Path | None,
+    want: Collection[str],
+    allow_bin: bool,
+    fetch: Callable[[str], Path | None],
+) -> Checkpoint:
+    files: dict[str, Path] = {}
+    for kind in ("config", "tokenizer"):
+        if kind in want:
+            for file in SMALL_FILES[kind]:
+                path = fetch(file)
+                if path is not None:
+                    files[file] = path
+    form: Literal["safetensors", "bin", "none"] = "none"
+    shards: tuple[Path, ...] = ()
+    if "weights" in want and "adapter_config.json" not in files:
+        form, shards = _weight_files(name, allow_bin, fetch)
+    known = [*files.values(), *shards]
+    if root is None:
+        if not known:
+            raise CheckpointError(f"{name}: holds none of the files looked for")
+        root = known[0].parent
+    return Checkpoint(name, root, form, shards, files)
+
+
+def _weight_files(
+    name: str, allow_bin: bool, fetch: Callable[[str], Path | None]
+) -> tuple[Literal["safetensors", "bin"], tuple[Path, ...]]:
+    forms: list[tuple[Literal["safetensors", "bin"], str, str]] = [
+        ("safetensors", WHOLE, INDEX),
+        ("bin", "pytorch_model.bin", "pytorch_model.bin.index.json"),
+    ]
+    for form, whole, index in forms:
+        if form == "bin" and not allow_bin:
+            continue
+        single = fetch(whole)
+        if single is not None:
+            return form, (single,)
+        table = fetch(index)
+        if table is not None:
+            return form, _shards(name, table, fetch)
+    hint = "" if allow_bin else (
+        " (legacy pytorch_model.bin files are read only with allow_bin=True)"
+    )  # fmt: skip
+    raise CheckpointError(f"{name}: no {WHOLE} and no {INDEX}{hint}")
+
+
+def _shards(
+    name: str, index: Path, fetch: Callable[[str], Path | None]
+) -> tuple[Path, ...]:
+    table = read_json(index).get("weight_map")
+    if not isinstance(table, dict) or not table:
+        raise CheckpointError(f"{index}: no weight_map")
+    shards = []
+    for file in sorted(set(table.values())):
+        if not _is_plain(file):
+            raise CheckpointError(f"{index}: refuses the shard name {file!r}: it leaves the folder")
+        path = fetch(file)
+        if path is None:
+            raise CheckpointError(f"{name}: the index names {file}, which is not there")
+        shards.append(path)
+    return tuple(shards)
+
+
+def _is_plain(file: object) -> bool:
+    return (
+        isinstance(file, str)
+        and PurePosixPath(file).name == file
+        and PureWindowsPath(file).name == file
+        and file not in (".", "..")
+    )

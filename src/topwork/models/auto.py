@@ -1,0 +1,111 @@
+"""From a configuration to its model: the Auto classes and `describe`."""
+
+from __future__ import annotations
+
+import importlib
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from topwork import hub, weights
+from topwork.errors import ConfigError, nearest
+from topwork.models import families
+from topwork.models.base import CausalModel
+from topwork.models.config import Config, ConfigReader
+from topwork.models.decoder import CausalDecoder, DecoderSpec
+
+
+class AutoConfig:
+    """`AutoConfig.from_pretrained(name)` gives a `Config`."""
+
+    from_pretrained = Config.from_pretrained
+
+
+def spec_of(config: Config) -> DecoderSpec:
+    """The decoder that `config` describes. ConfigError for an unknown model_type or option."""
+    kind = config.model_type
+    if kind not in families.NAMES:
+        raise ConfigError(
+            f"model_type {kind!r} is not known{nearest(kind, families.NAMES)}; "
+            f"known: {', '.join(families.NAMES)}"
+        )
+    read = ConfigReader(config)
+    spec = importlib.import_module(f"topwork.models.families.{kind}").spec(read)
+    read.finish()
+    return spec
+
+
+class AutoModelForCausalLM:
+    """Builds the causal model that a checkpoint or a configuration names."""
+
+    @staticmethod
+    def from_config(config: Config, dtype: torch.dtype | None = None) -> CausalModel:
+        """A model with fresh weights: normal with `initializer_range`, norms one, biases zero."""
+        model = CausalDecoder(config, spec_of(config))
+        std = config.get("initializer_range", 0.02)
+        for name, parameter in model.named_parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, std=std)
+            elif name.endswith("bias"):
+                torch.nn.init.zeros_(parameter)
+        return model if dtype is None else model.to(dtype)
+
+    @staticmethod
+    def from_pretrained(
+        name_or_path: str | Path,
+        *,
+        dtype: str | torch.dtype | None = "auto",
+        device: str | torch.device = "cpu",
+        config: Config | None = None,
+        **where: Any,
+    ) -> CausalModel:
+        """Load a folder or a Hub id.
+
+        `dtype` "auto" keeps the file's, else a torch dtype or its name. `where`: revision, token,
+        cache_dir, local_files_only, force_download, subfolder, allow_bin as in `hub.resolve`.
+        """
+        checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
+        config = config or Config(**checkpoint.json("config.json"))
+        with torch.device("meta"):
+            model = CausalDecoder(config, spec_of(config))
+        weights.load_weights(
+            model,
+            checkpoint,
+            dtype=as_dtype(dtype),
+            device=device,
+            tied=model.tied,
+            ignore=(r"rotary_emb\.inv_freq$",),
+            prefix="model.",
+        )
+        model.tie_weights()
+        if "generation_config.json" in checkpoint.files:
+            model.generation_config = checkpoint.json("generation_config.json")
+        return model.eval()
+
+
+def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    """A torch dtype from itself or its name; None for "auto"."""
+    if dtype is None or dtype == "auto":
+        return None
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        names = ("auto", "float32", "bfloat16", "float16")
+        raise ConfigError(f"dtype={dtype!r} is not known{nearest(str(dtype), names)}")
+    return found
+
+
+def describe(model: CausalModel) -> str:
+    """The resolved stack in a few lines: sizes, and each run of equal layers once."""
+    spec: DecoderSpec = model.trunk.spec
+    lines = [
+        f"{model.config.model_type}: {model.num_parameters():,} parameters, {model.dtype}",
+        f"embedding {spec.vocab} x {spec.hidden}{', tied to the head' if spec.tied else ''}",
+    ]
+    at = 0
+    for layer, run in groupby(spec.layers):
+        count = len(list(run))
+        lines.append(f"layers {at}-{at + count - 1}: {layer.attention}; {layer.mlp}")
+        at += count
+    return "\n".join([*lines, f"RmsNorm eps={spec.norm_eps}; context {spec.context}"])

@@ -1,0 +1,229 @@
+"""The contract of every causal model: backbone, head, token log-probabilities, files."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topwork import ops, weights
+from topwork.errors import ConfigError
+from topwork.models.config import Config
+from topwork.nn.cache import KVCache
+
+
+@dataclass
+class CausalLMOutput:
+    """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given."""
+
+    loss: Tensor | None
+    logits: Tensor
+    past_key_values: KVCache | None = None
+
+
+class CausalModel(nn.Module):
+    """A language model that predicts the next token.
+
+    A subclass sets `lm_head`, `tied` (alias → owner of tied weights), and offers `trunk` and
+    `layer_count`.
+    """
+
+    lm_head: nn.Module
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self.generation_config: dict[str, Any] = {}
+        self.tied: dict[str, str] = {}
+
+    @property
+    def trunk(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def layer_count(self) -> int:
+        raise NotImplementedError
+
+    # -- the contract ----------------------------------------------------------------------------
+
+    def backbone(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+        attention_mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Hidden states [B, T, C] after the final norm.
+
+        Either `lengths`, the documents packed in a single row (B = 1), or `attention_mask`
+        [B, S] over cached and new tokens, 1 where a token is real; neither: all are real.
+        Without a cache, padded rows are computed as packed ones; padding comes back as zeros.
+        """
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None:
+            raise ConfigError("backbone needs input_ids or inputs_embeds")
+        batch, tokens = given.shape[:2]
+        if lengths is not None and (batch != 1 or sum(lengths) != tokens or cache is not None):
+            raise ConfigError(
+                f"lengths={lengths} must sum to the {tokens} tokens of a single row, got "
+                f"batch {batch}" + (" with a cache" if cache is not None else "")
+            )
+        padded = attention_mask is not None and not bool(attention_mask.all())
+        if padded and cache is None and lengths is None:
+            return self._unpadded(given, inputs_embeds is not None, positions, attention_mask)
+        past = cache.length if cache is not None else 0
+        keep = attention_mask.bool() if padded and attention_mask is not None else None
+        if keep is not None and keep.shape[1] != past + tokens:
+            raise ConfigError(
+                f"attention_mask has {keep.shape[1]} columns, but there are {past} cached and "
+                f"{tokens} new tokens"
+            )
+        if positions is None:
+            positions = _positions(given, lengths, keep, past)
+        return self.trunk(
+            input_ids if inputs_embeds is None else None,
+            inputs_embeds=inputs_embeds,
+            positions=positions,
+            layout=ops.Layout(lengths, past, keep),
+            cache=cache,
+        )
+
+    def _unpadded(
+        self, given: Tensor, embedded: bool, positions: Tensor | None, mask: Any
+    ) -> Tensor:
+        keep = mask.bool()
+        lengths = tuple(n for n in keep.sum(1).tolist() if n)
+        if not lengths:
+            raise ConfigError("attention_mask marks every token as padding")
+        flat = given[keep][None]
+        packed = self.backbone(
+            None if embedded else flat,
+            inputs_embeds=flat if embedded else None,
+            positions=None if positions is None else positions.expand(keep.shape)[keep][None],
+            lengths=lengths,
+        )
+        out = packed.new_zeros(*keep.shape, packed.shape[-1])
+        return out.masked_scatter(keep[..., None], packed[0])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., C]."""
+        return self.lm_head(hidden)
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""
+        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
+            return ops.token_logprobs(hidden, self.lm_head.weight, targets)
+        return ops.token_logprobs_of(self.head, hidden, targets)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool = False,
+        lengths: tuple[int, ...] | None = None,
+        logits_to_keep: int = 0,
+    ) -> CausalLMOutput:
+        """The familiar call. `labels` [B, T] are not shifted; -100 marks tokens without loss."""
+        cache = past_key_values
+        if cache is None and use_cache:
+            cache = self.new_cache()
+        hidden = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            positions=position_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            cache=cache,
+        )
+        logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
+        loss = None
+        if labels is not None:
+            following = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            if lengths is not None:
+                ends = torch.tensor(lengths).cumsum(0) - 1
+                following = following.clone()
+                following[0, ends.to(following.device)] = -100
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
+        return CausalLMOutput(loss, logits, cache)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate tokens; see `topwork.generation.generate`."""
+        # The one call to a layer above, by name: models are used without generation, not the
+        # other way round.
+        return importlib.import_module("topwork.generation").generate(self, *args, **kwargs)
+
+    def new_cache(self, batch_size: int | None = None) -> KVCache:
+        return KVCache(self.layer_count)
+
+    # -- housekeeping ----------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        chosen = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in chosen)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.trunk.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def tie_weights(self) -> None:
+        """Let each tied alias be its owner's parameter."""
+        for alias, owner in self.tied.items():
+            path, _, name = alias.rpartition(".")
+            setattr(self.get_submodule(path), name, self.get_parameter(owner))
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again."""
+        self.trunk.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.trunk.checkpointing = False
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Write config.json, generation_config.json and safetensors as they stand on the Hub."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = Config(**self.config.to_dict())
+        saved.__dict__.pop("torch_dtype", None)
+        saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
+        saved.save_pretrained(folder)
+        if self.generation_config:
+            text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+        weights.save_weights(self, folder, tied=self.tied, max_shard_size=max_shard_size)
+
+
+def _positions(
+    given: Tensor, lengths: tuple[int, ...] | None, keep: Tensor | None, past: int
+) -> Tensor:
+    batch, tokens = given.shape[:2]
+    if lengths is not None:
+        return torch.cat([torch.arange(n, device=given.device) for n in lengths])[None]
+    if keep is not None:
+        return (keep.long().cumsum(1) - 1).clamp_(min=0)[:, past:]
+    return torch.arange(past, past + tokens, device=given.device).expand(batch, tokens)
+

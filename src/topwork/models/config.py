@@ -1,0 +1,114 @@
+"""Model configurations: the file's keys as attributes, and a reader that leaves none unread."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from topwork import hub
+from topwork.errors import ConfigError, nearest
+
+# Keys that say nothing about what the network computes.
+INERT = frozenset(
+    """_attn_implementation _attn_implementation_autoset _name_or_path architectures
+    attention_dropout auto_map bos_token_id chunk_size_feed_forward custom_pipelines dtype
+    eos_token_id finetuning_task id2label initializer_range is_decoder is_encoder_decoder
+    keys_to_ignore_at_inference label2id max_length min_length model_type num_labels
+    output_attentions output_hidden_states pad_token_id problem_type return_dict
+    return_dict_in_generate task_specific_params temperature tokenizer_class top_k top_p
+    torch_dtype torchscript transformers_version transformers.js_config unk_token_id use_bfloat16
+    use_cache add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size
+    decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_scores prefix pruned_heads remove_invalid_values
+    repetition_penalty sep_token_id suppress_tokens tf_legacy_loss tie_encoder_decoder typical_p
+    is_llama_config rope_interleaved name_or_path""".split()
+)
+# Present, and without effect, only at these values.
+INERT_AT: dict[str, tuple[Any, ...]] = {
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "quantization_config": (None,),
+}
+
+
+class Config:
+    """The keys of a `config.json` as attributes; absent ones raise AttributeError by name."""
+
+    def __init__(self, **values: Any) -> None:
+        self.__dict__.update(values)
+        self.__dict__.setdefault("model_type", "")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Config:
+        """Read the configuration of a folder, a Hub id or a .gguf file."""
+        return cls(**hub.resolve(name_or_path, want=("config",), **where).json("config.json"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self.__dict__)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self.__dict__.get(key, default)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(folder) / "config.json").write_text(text, encoding="utf-8")
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"the configuration has no {name!r}{nearest(name, self.__dict__)}")
+
+    def __repr__(self) -> str:
+        return f"Config({json.dumps(self.to_dict(), sort_keys=True, default=str)})"
+
+
+class ConfigReader:
+    """Reads a configuration and remembers which keys were read.
+
+    An option that nobody reads loads cleanly and computes something else; so `finish` refuses
+    every key that was neither read nor is known to be without effect.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self._values = config.to_dict()
+        self._read: set[str] = set()
+        self.model_type = config.model_type
+
+    def __call__(self, key: str, default: Any = None) -> Any:
+        """The value of `key`; `default` when it is absent or null."""
+        self._read.add(key)
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:
+        """The value of `key`, which must be there."""
+        value = self(key)
+        if value is None:
+            raise ConfigError(
+                f"config.json of model_type {self.model_type!r} lacks {key!r}"
+                f"{nearest(key, self._values)}"
+            )
+        return value
+
+    def ignore(self, *keys: str) -> None:
+        """Count `keys` as read: in this family they have no effect here."""
+        self._read.update(keys)
+
+    def finish(self) -> None:
+        """Raise ConfigError when a key was not read and could matter."""
+        unread = sorted(
+            key
+            for key, value in self._values.items()
+            if key not in self._read
+            and key not in INERT
+            and not (key in INERT_AT and value in INERT_AT[key])
+        )
+        if unread:
+            raise ConfigError(
+                f"config.json of model_type {self.model_type!r} has options that this model does "
+                f"not act on: {', '.join(f'{k}={self._values[k]!r}' for k in unread)}; loading it "
+                "would compute something else than meant"
+            )
