@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
@@ -83,75 +83,80 @@ def resolve(
         )
     if folder.exists() or name.startswith((".", "/", "~")):
         raise CheckpointError(f"{name}: no such folder")
-    return _from_hub(
-        name, want, revision, token, cache_dir, local_files_only, force_download, subfolder,
-        allow_bin,
-    )  # fmt: skip
+    options = {
+        "subfolder": subfolder or None,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+        "force_download": force_download,
+    }
+    return _from_hub(name, want, allow_bin, options)
 
 
 def _from_hub(
-    name: str,
-    want: Collection[str],
-    revision: str | None,
-    token: str | bool | None,
-    cache_dir: str | Path | None,
-    local_files_only: bool,
-    force_download: bool,
-    subfolder: str,
-    allow_bin: bool,
+    name: str, want: Collection[str], allow_bin: bool, options: dict[str, Any]
 ) -> Checkpoint:
-    from huggingface_hub import hf_hub_download
     from huggingface_hub import errors as hub_errors
 
-    found: list[Path] = []
+    reached: list[Path] = []
 
     def fetch(file: str) -> Path | None:
         try:
-            path = hf_hub_download(
-                name,
-                file,
-                subfolder=subfolder or None,
-                revision=revision,
-                token=token,
-                cache_dir=cache_dir,
-                local_files_only=local_files_only,
-                force_download=force_download,
-                endpoint=os.environ.get("HF_ENDPOINT"),
-            )
-        except hub_errors.GatedRepoError as error:
-            raise CheckpointError(
-                f"{name}: access is gated; accept its terms on the Hub and pass token="
-            ) from error
-        except hub_errors.RevisionNotFoundError as error:
-            raise CheckpointError(f"{name}: there is no revision {revision!r}") from error
-        except hub_errors.RepositoryNotFoundError as error:
-            raise CheckpointError(
-                f"{name}: neither a folder here nor a model on the Hub (a private one needs token=)"
-            ) from error
-        except hub_errors.HFValidationError as error:
-            raise CheckpointError(f"{name}: no folder, and no valid name on the Hub") from error
+            path = _download(name, file, options)
         except hub_errors.LocalEntryNotFoundError:
-            if file in ("config.json", "adapter_config.json") or found:
-                return None
-            raise
-        except hub_errors.EntryNotFoundError:
-            return None
-        found.append(Path(path))
-        return Path(path)
+            path = None  # offline, and not cached: judged once everything has been looked for
+        if path is not None:
+            reached.append(path)
+        return path
 
     try:
-        checkpoint = _collect(name, None, want, allow_bin, fetch)
-    except hub_errors.LocalEntryNotFoundError as error:
+        found = _collect(name, None, want, allow_bin, fetch)
+    except CheckpointError as error:
+        if reached or not _is_offline(options):
+            raise
         raise CheckpointError(
-            f"{name}: not in the local cache, and the Hub was not reached "
-            f"({'offline mode' if local_files_only else 'no connection'})"
+            f"{name}: not in the local cache, and offline (local_files_only or HF_HUB_OFFLINE)"
         ) from error
-    parts = checkpoint.folder.parts
+    parts = found.folder.parts
     commit = parts[parts.index("snapshots") + 1] if "snapshots" in parts else None
-    return Checkpoint(
-        name, checkpoint.folder, checkpoint.format, checkpoint.weight_files, checkpoint.files,
-        commit,
-    )  # fmt: skip
+    return replace(found, revision=commit)
+
+
+def _is_offline(options: dict[str, Any]) -> bool:
+    from huggingface_hub import constants
+
+    return bool(options["local_files_only"]) or constants.is_offline_mode()
+
+
+def _download(name: str, file: str, options: dict[str, Any]) -> Path | None:
+    """One file of a repository, or None when it has no such file."""
+    from huggingface_hub import errors as hub_errors
+    from huggingface_hub import hf_hub_download
+
+    try:
+        # The endpoint is read at call time: huggingface_hub itself reads it once, at import.
+        return Path(hf_hub_download(name, file, endpoint=os.environ.get("HF_ENDPOINT"), **options))
+    except hub_errors.LocalEntryNotFoundError as error:
+        if not _is_offline(options):
+            raise CheckpointError(
+                f"{name}: not in the cache, and the Hub was not reached"
+            ) from error
+        raise
+    except hub_errors.GatedRepoError as error:
+        raise CheckpointError(
+            f"{name}: access is gated; accept its terms on the Hub and pass token="
+        ) from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise CheckpointError(f"{name}: there is no revision {options['revision']!r}") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise CheckpointError(
+            f"{name}: neither a folder here nor a model on the Hub (a private one needs token=)"
+        ) from error
+    except hub_errors.HFValidationError as error:
+        raise CheckpointError(f"{name}: no folder, and no valid name on the Hub") from error
+    except hub_errors.EntryNotFoundError:
+        return None
 
 
 def _collect(
@@ -202,9 +207,7 @@ def _weight_files(
     raise CheckpointError(f"{name}: no {WHOLE} and no {INDEX}{hint}")
 
 
-def _shards(
-    name: str, index: Path, fetch: Callable[[str], Path | None]
-) -> tuple[Path, ...]:
+def _shards(name: str, index: Path, fetch: Callable[[str], Path | None]) -> tuple[Path, ...]:
     table = read_json(index).get("weight_map")
     if not isinstance(table, dict) or not table:
         raise CheckpointError(f"{index}: no weight_map")

@@ -226,4 +226,3 @@ def _positions(
     if keep is not None:
         return (keep.long().cumsum(1) - 1).clamp_(min=0)[:, past:]
     return torch.arange(past, past + tokens, device=given.device).expand(batch, tokens)
-

@@ -11,20 +11,78 @@ from topwork.errors import ConfigError, nearest
 
 # Keys that say nothing about what the network computes.
 INERT = frozenset(
-    """_attn_implementation _attn_implementation_autoset _name_or_path architectures
-    attention_dropout auto_map bos_token_id chunk_size_feed_forward custom_pipelines dtype
-    eos_token_id finetuning_task id2label initializer_range is_decoder is_encoder_decoder
-    keys_to_ignore_at_inference label2id max_length min_length model_type num_labels
-    output_attentions output_hidden_states pad_token_id problem_type return_dict
-    return_dict_in_generate task_specific_params temperature tokenizer_class top_k top_p
-    torch_dtype torchscript transformers_version transformers.js_config unk_token_id use_bfloat16
-    use_cache add_cross_attention bad_words_ids begin_suppress_tokens cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample early_stopping
-    encoder_no_repeat_ngram_size exponential_decay_length_penalty forced_bos_token_id
-    forced_eos_token_id length_penalty no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_scores prefix pruned_heads remove_invalid_values
-    repetition_penalty sep_token_id suppress_tokens tf_legacy_loss tie_encoder_decoder typical_p
-    is_llama_config rope_interleaved name_or_path""".split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_name_or_path",
+        "add_cross_attention",
+        "architectures",
+        "attention_dropout",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "custom_pipelines",
+        "decoder_start_token_id",
+        "diversity_penalty",
+        "do_sample",
+        "dtype",
+        "early_stopping",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "finetuning_task",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "id2label",
+        "initializer_range",
+        "is_decoder",
+        "is_encoder_decoder",
+        "is_llama_config",
+        "keys_to_ignore_at_inference",
+        "label2id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "model_type",
+        "name_or_path",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "pad_token_id",
+        "prefix",
+        "problem_type",
+        "pruned_heads",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict",
+        "return_dict_in_generate",
+        "rope_interleaved",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "use_bfloat16",
+        "use_cache",
+    }
 )
 # Present, and without effect, only at these values.
 INERT_AT: dict[str, tuple[Any, ...]] = {
@@ -82,6 +140,11 @@ class ConfigReader:
         self._read.add(key)
         value = self._values.get(key)
         return default if value is None else value
+
+    def has(self, key: str) -> bool:
+        """Whether the file names `key`, be it null."""
+        self._read.add(key)
+        return key in self._values
 
     def need(self, key: str) -> Any:
         """The value of `key`, which must be there."""

@@ -1,8 +1,8 @@
 """One decoder for every Llama-shaped family, built from a list of per-layer specs.
 
-    x = embed(ids)
-    for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
-    logits = head(norm(x))
+x = embed(ids)
+for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
+logits = head(norm(x))
 """
 
 from __future__ import annotations

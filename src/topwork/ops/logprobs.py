@@ -23,9 +23,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return _FrozenHead.apply(hidden, weight, targets)
 
 
-def token_logprobs_of(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
-) -> Tensor:
+def token_logprobs_of(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
     """The same for any `head` [N, C] → [N, V]; each chunk's logits are recomputed in backward."""
 
     def one(rows: Tensor, wanted: Tensor) -> Tensor:

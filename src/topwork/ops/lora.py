@@ -66,9 +66,7 @@ def lora_linears(
     return tuple(outputs)
 
 
-def _is_frozen_with_terms(
-    x: Tensor, parts: Sequence[LinearParts], training: bool = False
-) -> bool:
+def _is_frozen_with_terms(x: Tensor, parts: Sequence[LinearParts], training: bool = False) -> bool:
     terms = [term for part in parts for term in part.terms]
     if not terms or len({term.dropout for term in terms}) > 1:
         return False

@@ -7,10 +7,10 @@ each name to its file.
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -50,7 +50,7 @@ def load_weights(
     or wrong-shaped tensor.
     """
     tied = dict(tied or {})
-    wanted = {name: p for name, p in module.named_parameters(remove_duplicate=False)}
+    wanted = dict(module.named_parameters(remove_duplicate=False))
     wanted |= dict(_persistent_buffers(module))
     owners = {alias: owner for alias, owner in tied.items() if alias in wanted}
     loaded: set[str] = set()
@@ -67,12 +67,15 @@ def load_weights(
             continue
         tensor = read()
         if tensor.shape != wanted[name].shape:
-            wrong.append(f"{name} {list(tensor.shape)} in the file, {list(wanted[name].shape)} here")
+            wrong.append(
+                f"{name} {list(tensor.shape)} in the file, {list(wanted[name].shape)} here"
+            )
             continue
         floating = tensor.is_floating_point() and dtype is not None
         _assign(module, name, tensor.to(device, dtype if floating else tensor.dtype, copy=True))
         loaded.add(name)
-    missing = sorted(set(wanted) - loaded - set(owners))
+    misfits = {text.split(" ", 1)[0] for text in wrong}
+    missing = sorted(set(wanted) - loaded - set(owners) - misfits)
     problems = [
         f"{what}: {_listed(names)}"
         for what, names in (
@@ -111,47 +114,52 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, _Reader]]:
+def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     for path in checkpoint.weight_files:
         if checkpoint.format == "bin":
             yield from _pickled(path)
             continue
+        shard = _Shard(path)
+        for key in shard.keys:
+            yield key, partial(shard.read, key)
+
+
+REOPEN = 16 << 20  # bytes read before the file's mapped pages are given back
+
+
+class _Shard:
+    """One safetensors file, read tensor by tensor; its mapped pages do not pile up in memory."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._open()
+        self.keys = list(self._file.keys())
+
+    def _open(self) -> None:
         try:
-            with safe_open(path, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (a file, not a dict)
-                    yield key, _Reader(file, key, path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged or truncated: {error}") from error
+            self._file = safe_open(self.path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path}: damaged or truncated: {error}") from error
+        self._read = 0
 
-
-@dataclass(frozen=True)
-class _Reader:
-    file: object
-    key: str
-    path: Path
-
-    def __call__(self) -> Tensor:
+    def read(self, key: str) -> Tensor:
+        if self._read > REOPEN:
+            self._open()
         try:
-            return self.file.get_tensor(self.key)  # type: ignore[attr-defined]
+            tensor = self._file.get_tensor(key)
         except SafetensorError as error:
-            raise CheckpointError(f"{self.path}: cannot read {self.key}: {error}") from error
+            raise CheckpointError(f"{self.path}: cannot read {key}: {error}") from error
+        self._read += tensor.numel() * tensor.element_size()
+        return tensor
 
 
-def _pickled(path: Path) -> Iterator[tuple[str, _Reader]]:
+def _pickled(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged archive
         raise CheckpointError(f"{path}: not a plain file of weights: {error}") from error
     for key in list(state):
-        yield key, _Held(state.pop(key))  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class _Held:
-    tensor: Tensor
-
-    def __call__(self) -> Tensor:
-        return self.tensor
+        yield key, partial(state.pop, key)
 
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -194,14 +202,14 @@ def save_weights(
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
     staged = folder / ".model.safetensors.index.json.part"
     staged.write_text(text + "\n", encoding="utf-8")
-    os.replace(staged, folder / "model.safetensors.index.json")
+    staged.replace(folder / "model.safetensors.index.json")
     return paths
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> Path:
     staged = path.with_name(f".{path.name}.part")
     save_file(tensors, staged, metadata={"format": "pt"})
-    os.replace(staged, path)
+    staged.replace(path)
     return path
 
 

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from topwork import AutoModelForCausalLM, Config, describe
+from topwork.errors import CheckpointError, ConfigError
+from topwork.models.families import NAMES
+from topwork.nn.cache import KVCache
+
+SMALL = {
+    "model_type": "llama",
+    "vocab_size": 31,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
+
+
+def build(**changes):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(Config(**{**SMALL, **changes}))
+
+
+def test_an_unknown_option_is_refused_by_name():
+    with pytest.raises(ConfigError, match="clip_qkv=8"):
+        build(clip_qkv=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model_type": "lama"}, "nearest: 'llama'"),
+        ({"hidden_act": "sillu"}, "nearest: 'silu'"),
+        ({"rope_scaling": {"rope_type": "yarm", "factor": 2.0}}, "yarn"),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads"),
+        ({"hidden_size": None}, "hidden_size"),
+    ],
+)
+def test_a_wrong_configuration_names_the_key(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        build(**changes)
+
+
+def test_a_missing_attribute_of_the_configuration_names_the_nearest():
+    with pytest.raises(AttributeError, match="nearest: 'hidden_size'"):
+        _ = Config(hidden_size=1).hiden_size
+
+
+def test_checkpointed_blocks_give_the_same_gradients():
+    model = build().train()
+    ids = torch.randint(0, 31, (1, 9))
+    model(ids, labels=ids).loss.backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.gradient_checkpointing_enable()
+    model(ids, labels=ids).loss.backward()
+    assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted))
+
+
+def test_token_logprobs_sum_to_the_loss():
+    model = build(tie_word_embeddings=True)
+    ids = torch.randint(0, 31, (1, 9))
+    hidden = model.backbone(ids)
+    found = model.token_logprobs(hidden[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(-found.mean(), model(ids, labels=ids).loss)
+
+
+def test_packed_labels_do_not_cross_documents():
+    model = build()
+    ids = torch.randint(0, 31, (1, 9))
+    packed = model(ids, labels=ids, lengths=(4, 5)).loss
+    one, two = (model(x, labels=x).loss for x in (ids[:, :4], ids[:, 4:]))
+    torch.testing.assert_close(packed, (3 * one + 4 * two) / 7)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "words"),
+    [
+        ({"lengths": (3,)}, "sum"),
+        ({"attention_mask": torch.zeros(1, 4)}, "every token"),
+        ({"attention_mask": torch.tensor([[0, 1, 1]]), "cache": KVCache(2)}, "columns"),
+    ],
+)
+def test_bad_calls_say_what_is_wrong(kwargs, words):
+    with pytest.raises(ConfigError, match=words):
+        build().backbone(torch.zeros(1, 4, dtype=torch.long), **kwargs)
+
+
+def test_a_cache_can_be_cropped_and_reordered():
+    model = build().eval()
+    ids = torch.randint(0, 31, (2, 8))
+    with torch.no_grad():
+        cache = model.new_cache()
+        model(ids, past_key_values=cache)
+        cache.crop(5)
+        cache.select(torch.tensor([1]))
+        found = model(ids[1:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(found, model(ids[1:]).logits[:, 5:], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="crop"):
+        cache.crop(99)
+
+
+def test_save_and_load_keep_dtype_and_tied_weights(tmp_path):
+    model = build(tie_word_embeddings=True).to(torch.bfloat16)
+    model.generation_config = {"eos_token_id": [3, 4]}
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.dtype == torch.bfloat16
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+    assert again.generation_config == {"eos_token_id": [3, 4]}
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32").dtype == torch.float32
+    with pytest.raises(ConfigError, match="nearest: 'float32'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float3")
+
+
+def test_a_checkpoint_of_another_size_lists_every_tensor(tmp_path):
+    build().save_pretrained(tmp_path)
+    config = Config(**{**SMALL, "num_hidden_layers": 3, "intermediate_size": 20})
+    with pytest.raises(CheckpointError) as caught:
+        AutoModelForCausalLM.from_pretrained(tmp_path, config=config)
+    text = str(caught.value)
+    assert "missing: model.layers.2.input_layernorm.weight" in text
+    assert "model.layers.0.mlp.gate_proj.weight [24, 16] in the file, [20, 16] here" in text
+
+
+def test_describe_tells_the_stack():
+    text = describe(build())
+    assert "layers 0-1" in text
+    assert "heads=2" in text
+
+
+def test_each_family_has_its_file_and_cases():
+    from importlib import import_module
+    from pathlib import Path
+
+    import topwork.models.families as families
+
+    here = Path(families.__file__).parent
+    files = {p.stem for p in here.glob("*.py")} - {"__init__", "common"}
+    assert files == set(NAMES)
+    assert all(len(import_module(f"topwork.models.families.{n}").CASES) >= 3 for n in NAMES)
