@@ -87,7 +87,7 @@ def test_a_legacy_file_that_runs_code_is_refused(tmp_path):
 
 
 MEASURE = """
-import sys, torch
+import sys, torch, safetensors.torch
 from torch import nn
 from topwork.hub import resolve
 from topwork.weights import load_weights
@@ -95,7 +95,7 @@ def held():
     return [int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("VmHWM")][0]
 torch.ones(4).to(torch.bfloat16)
 with torch.device("meta"):
-    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(18)])
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(40)])
 dtype = getattr(torch, sys.argv[2])
 before = held()
 load_weights(model, resolve(sys.argv[1], want=("weights",)), dtype=dtype)
@@ -107,7 +107,7 @@ print((held() - before) / size)
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_little_more_than_the_model(tmp_path, dtype):
-    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(18)])
+    model = nn.Sequential(*[nn.Linear(2048, 2048, bias=False) for _ in range(40)])
     save_weights(model, tmp_path, max_shard_size="50MB")
     run = subprocess.run(
         [sys.executable, "-c", MEASURE, str(tmp_path), dtype],

@@ -86,7 +86,8 @@ def llama_like(
 def windows_by_layer(read: ConfigReader) -> list[int | None]:
     """Qwen's windows: `layer_types`, or the layers from `max_window_layers` on."""
     count, used = read.need("num_hidden_layers"), read("use_sliding_window", False)
-    window = read("sliding_window", 4096) if used else None
+    window = read("sliding_window", 4096)
+    window = window if used else None
     first = read("max_window_layers", 28)
     kinds = read("layer_types")
     if kinds is None:

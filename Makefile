@@ -1,0 +1,27 @@
+# make test   a virtual environment in .venv, then the whole default suite
+# make check  lint, format, types, import layers
+# make clean  removes the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: test check clean
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest -m "not slow"
+
+check: $(VENV)/ready
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/pyright --pythonpath $(BIN)/python src
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV)
