@@ -14,7 +14,16 @@ import topwork
 
 SOURCE = Path(topwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-PUBLIC = ["AutoConfig", "AutoModelForCausalLM", "Config", "__version__", "describe"]
+PUBLIC = [
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "Config",
+    "LoraConfig",
+    "PeftModel",
+    "__version__",
+    "describe",
+    "get_peft_model",
+]
 
 
 def test_import_is_quick_and_loads_no_torch():

@@ -9,16 +9,29 @@ from topwork._version import __version__
 
 if TYPE_CHECKING:
     from topwork.models import AutoConfig, AutoModelForCausalLM, Config, describe
+    from topwork.peft import LoraConfig, PeftModel, get_peft_model
 
 # Public name -> its module. Read on first use, so that `import topwork` loads no torch.
 _HOMES = {
     "AutoConfig": "topwork.models",
     "AutoModelForCausalLM": "topwork.models",
     "Config": "topwork.models",
+    "LoraConfig": "topwork.peft",
+    "PeftModel": "topwork.peft",
     "describe": "topwork.models",
+    "get_peft_model": "topwork.peft",
 }
 
-__all__ = ["AutoConfig", "AutoModelForCausalLM", "Config", "__version__", "describe"]
+__all__ = [
+    "AutoConfig",
+    "AutoModelForCausalLM",
+    "Config",
+    "LoraConfig",
+    "PeftModel",
+    "__version__",
+    "describe",
+    "get_peft_model",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -13,6 +13,7 @@ from topwork.errors import CheckpointError
 
 SMALL_FILES = {
     "config": ("config.json", "generation_config.json", "adapter_config.json"),
+    "adapter": ("adapter_config.json", "adapter_model.safetensors"),
     "tokenizer": (
         "tokenizer.json",
         "tokenizer_config.json",
@@ -167,7 +168,7 @@ def _collect(
     fetch: Callable[[str], Path | None],
 ) -> Checkpoint:
     files: dict[str, Path] = {}
-    for kind in ("config", "tokenizer"):
+    for kind in SMALL_FILES:
         if kind in want:
             for file in SMALL_FILES[kind]:
                 path = fetch(file)
