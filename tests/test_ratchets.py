@@ -18,6 +18,7 @@ PUBLIC = [
     "AutoConfig",
     "AutoModelForCausalLM",
     "Config",
+    "GenerationConfig",
     "LoraConfig",
     "PeftModel",
     "__version__",

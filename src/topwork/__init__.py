@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from topwork._version import __version__
 
 if TYPE_CHECKING:
+    from topwork.generation import GenerationConfig
     from topwork.models import AutoConfig, AutoModelForCausalLM, Config, describe
     from topwork.peft import LoraConfig, PeftModel, get_peft_model
 
@@ -16,6 +17,7 @@ _HOMES = {
     "AutoConfig": "topwork.models",
     "AutoModelForCausalLM": "topwork.models",
     "Config": "topwork.models",
+    "GenerationConfig": "topwork.generation",
     "LoraConfig": "topwork.peft",
     "PeftModel": "topwork.peft",
     "describe": "topwork.models",
@@ -26,6 +28,7 @@ __all__ = [
     "AutoConfig",
     "AutoModelForCausalLM",
     "Config",
+    "GenerationConfig",
     "LoraConfig",
     "PeftModel",
     "__version__",
