@@ -35,7 +35,7 @@ class Checkpoint:
 
     name: str
     folder: Path
-    format: Literal["safetensors", "bin", "none"]
+    format: Literal["safetensors", "bin", "gguf", "none"]
     weight_files: tuple[Path, ...] = ()
     files: dict[str, Path] = field(default_factory=dict)
     revision: str | None = None
@@ -82,8 +82,10 @@ def resolve(
         return _collect(
             name, root, want, allow_bin, lambda f: root / f if (root / f).is_file() else None
         )
+    if folder.is_file() and folder.suffix == ".gguf":
+        return Checkpoint(name, folder.parent, "gguf", (folder,))
     if folder.exists() or name.startswith((".", "/", "~")):
-        raise CheckpointError(f"{name}: no such folder")
+        raise CheckpointError(f"{name}: no such folder or .gguf file")
     options = {
         "subfolder": subfolder or None,
         "revision": revision,

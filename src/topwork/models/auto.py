@@ -61,13 +61,13 @@ class AutoModelForCausalLM:
         config: Config | None = None,
         **where: Any,
     ) -> CausalModel:
-        """Load a folder or a Hub id.
+        """Load a folder, a Hub id or a .gguf file (dequantised to fp32 unless `dtype` says else).
 
         `dtype` "auto" keeps the file's, else a torch dtype or its name. `where`: revision, token,
         cache_dir, local_files_only, force_download, subfolder, allow_bin as in `hub.resolve`.
         """
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
-        config = config or Config(**checkpoint.json("config.json"))
+        config = config or Config.of(checkpoint)
         with torch.device("meta"):
             model = CausalDecoder(config, spec_of(config))
         weights.load_weights(

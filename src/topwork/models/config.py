@@ -8,6 +8,7 @@ from typing import Any
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
+from topwork.weights import GgufFile
 
 # Keys that say nothing about what the network computes.
 INERT = frozenset(
@@ -102,7 +103,14 @@ class Config:
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Config:
         """Read the configuration of a folder, a Hub id or a .gguf file."""
-        return cls(**hub.resolve(name_or_path, want=("config",), **where).json("config.json"))
+        return cls.of(hub.resolve(name_or_path, want=("config",), **where))
+
+    @classmethod
+    def of(cls, checkpoint: hub.Checkpoint) -> Config:
+        """The configuration of a checkpoint that was found already."""
+        if checkpoint.format == "gguf":
+            return cls(**GgufFile(checkpoint.weight_files[0]).config())
+        return cls(**checkpoint.json("config.json"))
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self.__dict__)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
 from topwork.hub import Checkpoint
+from topwork.weights.gguf import GgufFile
 
 SHOWN = 20  # names listed in an error before "and N more"
 
@@ -116,6 +117,9 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], Tensor]]]:
     for path in checkpoint.weight_files:
+        if checkpoint.format == "gguf":
+            yield from GgufFile(path).tensors()
+            continue
         if checkpoint.format == "bin":
             yield from _pickled(path)
             continue
