@@ -17,10 +17,12 @@ FILES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = [
     "AutoConfig",
     "AutoModelForCausalLM",
+    "AutoTokenizer",
     "Config",
     "GenerationConfig",
     "LoraConfig",
     "PeftModel",
+    "Tokenizer",
     "__version__",
     "describe",
     "get_peft_model",

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
     from topwork.generation import GenerationConfig
     from topwork.models import AutoConfig, AutoModelForCausalLM, Config, describe
     from topwork.peft import LoraConfig, PeftModel, get_peft_model
+    from topwork.text import Tokenizer
+    from topwork.text import Tokenizer as AutoTokenizer
 
 # Public name -> its module. Read on first use, so that `import topwork` loads no torch.
 _HOMES = {
     "AutoConfig": "topwork.models",
     "AutoModelForCausalLM": "topwork.models",
+    "AutoTokenizer": "topwork.text",
+    "Tokenizer": "topwork.text",
     "Config": "topwork.models",
     "GenerationConfig": "topwork.generation",
     "LoraConfig": "topwork.peft",
@@ -27,10 +31,12 @@ _HOMES = {
 __all__ = [
     "AutoConfig",
     "AutoModelForCausalLM",
+    "AutoTokenizer",
     "Config",
     "GenerationConfig",
     "LoraConfig",
     "PeftModel",
+    "Tokenizer",
     "__version__",
     "describe",
     "get_peft_model",

@@ -1,0 +1,271 @@
+"""`Tokenizer`: a `tokenizer.json` with the names, sides and defaults of `tokenizer_config.json`.
+
+`tokenizer.json` is authoritative: what it says of splitting and merging is never rerouted.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Core
+
+from topwork import hub
+from topwork.errors import CheckpointError, ConfigError, nearest
+
+SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
+           "mask_token")  # fmt: skip
+SIDES = ("left", "right")
+UNLIMITED = int(1e30)
+
+
+class Encoding(dict[str, Any]):
+    """The result of a call: `input_ids`, `attention_mask` and what else was asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the encoding has no {name!r}{nearest(name, self)}") from None
+
+    def to(self, device: Any) -> Encoding:
+        """A copy with its tensors on `device`."""
+        return Encoding({k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()})
+
+
+class Tokenizer:
+    """Encodes and decodes text. `config` holds what `tokenizer_config.json` says."""
+
+    def __init__(self, core: Core, config: dict[str, Any] | None = None) -> None:
+        self.core = core
+        self.config = dict(config or {})
+        self.padding_side = self._side("padding_side")
+        self.truncation_side = self._side("truncation_side")
+        limit = self.config.get("model_max_length")
+        self.model_max_length = int(limit) if limit is not None else UNLIMITED
+        core.no_padding()
+        core.no_truncation()
+        for name in SPECIAL:
+            setattr(self, name, _content(self.config.get(name)))
+
+    def _side(self, name: str) -> str:
+        side = self.config.get(name, "right")
+        if side not in SIDES:
+            raise ConfigError(f"{name}={side!r}; one of {SIDES}")
+        return side
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Tokenizer:
+        """The tokenizer of a folder or a Hub id; it must have a tokenizer.json."""
+        checkpoint = hub.resolve(name_or_path, want=("tokenizer",), **where)
+        if "tokenizer.json" not in checkpoint.files:
+            there = ", ".join(checkpoint.files) or "no tokenizer file"
+            raise CheckpointError(f"{name_or_path}: there is no tokenizer.json, only {there}")
+        path = checkpoint.files["tokenizer.json"]
+        try:
+            core = Core.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
+        config: dict[str, Any] = {}
+        for file in ("special_tokens_map.json", "tokenizer_config.json"):
+            if file in checkpoint.files:
+                config |= checkpoint.json(file)
+        return cls(core, config)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json into `folder`."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.core.save(str(folder / "tokenizer.json"))
+        config = {**self.config, "padding_side": self.padding_side}
+        config["truncation_side"] = self.truncation_side
+        config |= {n: getattr(self, n) for n in SPECIAL if getattr(self, n) is not None}
+        config["model_max_length"] = self.model_max_length
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+        text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+    # -- vocabulary ------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=True)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.endswith("_token_id") and name.removesuffix("_id") in SPECIAL:
+            token = getattr(self, name.removesuffix("_id"))
+            return None if token is None else self.core.token_to_id(token)
+        raise AttributeError(f"Tokenizer has no {name!r}{nearest(name, dir(type(self)))}")
+
+    @property
+    def vocab_size(self) -> int:
+        return self.core.get_vocab_size(with_added_tokens=False)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return sorted(i for i, t in self.core.get_added_tokens_decoder().items() if t.special)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.core.get_vocab(with_added_tokens=True)
+
+    def add_tokens(self, tokens: Sequence[str], special: bool = False) -> int:
+        """Add whole tokens; returns how many were new. The embeddings are not resized."""
+        made = [AddedToken(t, special=special, normalized=not special) for t in tokens]
+        return self.core.add_special_tokens(made) if special else self.core.add_tokens(made)
+
+    def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
+        if isinstance(tokens, str):
+            found = self.core.token_to_id(tokens)
+            return self.unk_token_id if found is None else found
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+        if isinstance(ids, int):
+            return self.core.id_to_token(ids)
+        return [self.core.id_to_token(int(i)) for i in ids]
+
+    def tokenize(self, text: str) -> list[str]:
+        return self.core.encode(text, add_special_tokens=False).tokens
+
+    # -- text to ids -----------------------------------------------------------------------------
+
+    def encode(self, text: str, text_pair: str | None = None, **options: Any) -> list[int]:
+        """The ids of one text (or pair)."""
+        return self(text, text_pair, **options)["input_ids"]
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        text_pair: str | Sequence[str] | None = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str = False,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        stride: int = 0,
+        return_overflowing_tokens: bool = False,
+        return_offsets_mapping: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_tensors: str | None = None,
+        pad_to_multiple_of: int | None = None,
+    ) -> Encoding:
+        """Encode a text, a pair, or a batch of either.
+
+        `padding`: True or "longest", "max_length"; `truncation`: True or "longest_first",
+        "only_first", "only_second". With `return_overflowing_tokens` the rest of a long text comes
+        as further rows that share `stride` tokens, and `overflow_to_sample_mapping` says whose.
+        """
+        single = isinstance(text, str)
+        if text_pair is not None and single is not isinstance(text_pair, str):
+            raise ConfigError("text and text_pair must both be one text, or both a batch")
+        firsts = [text] if isinstance(text, str) else list(text)
+        inputs: list[Any] = firsts
+        if text_pair is not None:
+            seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair)
+            if len(seconds) != len(firsts):
+                raise ConfigError(f"{len(firsts)} texts, but {len(seconds)} text pairs")
+            inputs = list(zip(firsts, seconds))
+        self._truncate(truncation, max_length, stride)
+        try:
+            encoded = self.core.encode_batch(inputs, add_special_tokens=add_special_tokens)
+        finally:
+            self.core.no_truncation()
+        rows, owner = [], []
+        for index, one in enumerate(encoded):
+            pieces = [one, *one.overflowing] if return_overflowing_tokens else [one]
+            rows += pieces
+            owner += [index] * len(pieces)
+        result = {
+            "input_ids": [r.ids for r in rows],
+            "attention_mask": [r.attention_mask for r in rows],
+        }
+        if return_offsets_mapping:
+            result["offset_mapping"] = [r.offsets for r in rows]
+        if return_special_tokens_mask:
+            result["special_tokens_mask"] = [r.special_tokens_mask for r in rows]
+        self._pad(result, padding, max_length, pad_to_multiple_of)
+        if return_overflowing_tokens:
+            result["overflow_to_sample_mapping"] = owner
+        if single and not return_overflowing_tokens and return_tensors is None:
+            result = {key: value[0] for key, value in result.items()}
+        return _as_tensors(result, return_tensors)
+
+    def _truncate(self, truncation: bool | str, max_length: int | None, stride: int) -> None:
+        kinds = ("longest_first", "only_first", "only_second")
+        if truncation is False or truncation == "do_not_truncate":
+            return
+        strategy = "longest_first" if truncation is True else truncation
+        if strategy not in kinds:
+            raise ConfigError(f"truncation={truncation!r}{nearest(str(truncation), kinds)}")
+        limit = max_length if max_length is not None else self.model_max_length
+        if limit < UNLIMITED:
+            self.core.enable_truncation(
+                limit, stride=stride, strategy=strategy, direction=self.truncation_side
+            )
+
+    def _pad(
+        self,
+        result: dict[str, Any],
+        padding: bool | str,
+        max_length: int | None,
+        multiple: int | None,
+    ) -> None:
+        if padding is False or padding == "do_not_pad":
+            return
+        kinds = ("longest", "max_length")
+        kind = "longest" if padding is True else padding
+        if kind not in kinds:
+            raise ConfigError(f"padding={padding!r}{nearest(str(padding), kinds)}")
+        filler = self.pad_token_id
+        if filler is None:
+            raise ConfigError("padding needs a pad_token; set tokenizer.pad_token")
+        lengths = [len(ids) for ids in result["input_ids"]]
+        width = max(lengths, default=0)
+        if kind == "max_length":
+            limit = max_length if max_length is not None else self.model_max_length
+            if limit >= UNLIMITED:
+                raise ConfigError("padding='max_length' needs max_length")
+            width = max(width, limit)
+        if multiple:
+            width = -(-width // multiple) * multiple
+        fillers = {
+            "input_ids": filler, "attention_mask": 0, "offset_mapping": (0, 0),
+            "special_tokens_mask": 1,
+        }  # fmt: skip
+        for key, rows in result.items():
+            for i, row in enumerate(rows):
+                extra = [fillers[key]] * (width - len(row))
+                rows[i] = extra + row if self.padding_side == "left" else row + extra
+
+    # -- ids to text -----------------------------------------------------------------------------
+
+    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
+        """The text of one row of ids (list or tensor)."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        ids = [ids] if isinstance(ids, int) else list(ids)
+        return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
+        return [self.decode(row, skip_special_tokens) for row in rows]
+
+
+def _content(token: Any) -> str | None:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _as_tensors(result: dict[str, Any], kind: str | None) -> Encoding:
+    if kind is None:
+        return Encoding(result)
+    if kind not in ("pt", "np"):
+        raise ConfigError(f"return_tensors={kind!r}; 'pt' or 'np'")
+    if len({len(row) for row in result["input_ids"]}) > 1:
+        raise ConfigError("rows of different lengths are no tensor; pass padding=True")
+    if kind == "np":
+        import numpy as np
+
+        return Encoding({key: np.array(value) for key, value in result.items()})
+    import torch
+
+    return Encoding({key: torch.tensor(value) for key, value in result.items()})
