@@ -15,6 +15,7 @@ from tokenizers import Tokenizer as Core
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, nearest
+from topwork.text.template import TemplateError, render
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
            "mask_token")  # fmt: skip
@@ -48,6 +49,7 @@ class Tokenizer:
         self.model_max_length = int(limit) if limit is not None else UNLIMITED
         core.no_padding()
         core.no_truncation()
+        self.chat_template: str | None = _template(self.config.get("chat_template"))
         for name in SPECIAL:
             setattr(self, name, _content(self.config.get(name)))
 
@@ -73,6 +75,9 @@ class Tokenizer:
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in checkpoint.files:
                 config |= checkpoint.json(file)
+        if "chat_template.jinja" in checkpoint.files:
+            path = checkpoint.files["chat_template.jinja"]
+            config["chat_template"] = path.read_text(encoding="utf-8")
         return cls(core, config)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -84,6 +89,10 @@ class Tokenizer:
         config["truncation_side"] = self.truncation_side
         config |= {n: getattr(self, n) for n in SPECIAL if getattr(self, n) is not None}
         config["model_max_length"] = self.model_max_length
+        config.pop("chat_template", None)
+        if self.chat_template is not None:
+            path = folder / "chat_template.jinja"
+            path.write_text(self.chat_template, encoding="utf-8")
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -239,6 +248,44 @@ class Tokenizer:
                 extra = [fillers[key]] * (width - len(row))
                 rows[i] = extra + row if self.padding_side == "left" else row + extra
 
+    # -- chats -----------------------------------------------------------------------------------
+
+    def apply_chat_template(
+        self,
+        conversation: Sequence[Any],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        documents: Sequence[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = False,
+        continue_final_message: bool = False,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> Any:
+        """Messages (`role`, `content`) as the template writes them: ids, or text.
+
+        `conversation` is one chat or a batch. `add_generation_prompt` ends with the header of the
+        answer; `continue_final_message` ends inside the last message, to be gone on with.
+        """
+        source = chat_template or self.chat_template
+        if source is None:
+            raise ConfigError("this tokenizer has no chat template; pass chat_template")
+        if continue_final_message and add_generation_prompt:
+            raise ConfigError("continue_final_message and add_generation_prompt exclude each other")
+        single = not conversation or isinstance(conversation[0], dict)
+        special = {n: getattr(self, n) for n in SPECIAL if getattr(self, n) is not None}
+        texts = []
+        for chat in [conversation] if single else conversation:
+            text = render(
+                source, chat, tools=tools, documents=documents,
+                add_generation_prompt=add_generation_prompt, **{**special, **variables},
+            )  # fmt: skip
+            texts.append(_open_end(text, chat) if continue_final_message else text)
+        out: list[Any] = texts
+        if tokenize:
+            out = self(texts, add_special_tokens=False)["input_ids"]
+        return out[0] if single else out
+
     # -- ids to text -----------------------------------------------------------------------------
 
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
@@ -249,6 +296,24 @@ class Tokenizer:
 
     def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
         return [self.decode(row, skip_special_tokens) for row in rows]
+
+
+def _open_end(text: str, chat: Sequence[Any]) -> str:
+    """`text` up to the end of the last message's content."""
+    last = str(chat[-1].get("content") or "").strip()
+    at = text.rfind(last)
+    if not last or at < 0:
+        raise TemplateError("continue_final_message: the template changes the last message")
+    # Trailing blanks of the message stay where the template keeps them.
+    whole = str(chat[-1]["content"]).lstrip()
+    return text[:at] + (whole if text.startswith(whole, at) else last)
+
+
+def _template(given: Any) -> str | None:
+    """The template itself, or the one named "default" of a list."""
+    if isinstance(given, list):
+        return next((t["template"] for t in given if t.get("name") == "default"), None)
+    return given
 
 
 def _content(token: Any) -> str | None:
