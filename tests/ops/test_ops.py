@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from topwork.ops import LinearParts, LoraTerm, lora_linears, rms_norm, rotary, swiglu
-from topwork.ops.attention import Layout, attention, document_attention, fused_attention
+from topwork.ops.attention import (
+    Layout,
+    Rule,
+    ScoreTerms,
+    attention,
+    document_attention,
+    fused_attention,
+)
 from topwork.ops.dropout import drop
 from topwork.ops.logprobs import token_logprobs, token_logprobs_of
 
@@ -118,8 +125,8 @@ def test_attention_per_document_equals_the_masked_reference(lengths, window):
     q, k, v = torch.randn(1, 12, 6, 4), torch.randn(1, 12, 2, 4), torch.randn(1, 12, 2, 4)
     layout = Layout(lengths)
     same(
-        grads_of(lambda *t: document_attention(*t, layout, 0.3, window), [q, k, v]),
-        grads_of(lambda *t: attention.reference(*t, layout, 0.3, window), [q, k, v]),
+        grads_of(lambda *t: document_attention(*t, layout, Rule(0.3, window=window)), [q, k, v]),
+        grads_of(lambda *t: attention.reference(*t, layout, Rule(0.3, window=window)), [q, k, v]),
     )
 
 
@@ -133,8 +140,8 @@ def test_fused_attention_equals_the_reference(past, padded, window):
     keep[1, :2] = False
     layout = Layout(None, past, keep if padded else None)
     same(
-        grads_of(lambda *t: fused_attention(*t, layout, 0.5, window), [q, k, v]),
-        grads_of(lambda *t: attention.reference(*t, layout, 0.5, window), [q, k, v]),
+        grads_of(lambda *t: fused_attention(*t, layout, Rule(0.5, window=window)), [q, k, v]),
+        grads_of(lambda *t: attention.reference(*t, layout, Rule(0.5, window=window)), [q, k, v]),
     )
 
 
@@ -162,4 +169,53 @@ def test_token_logprobs_of_a_trainable_head_give_its_gradient():
             lambda h, w: (h @ w.t()).log_softmax(-1).gather(1, targets[:, None])[:, 0],
             [hidden, weight],
         ),
+    )
+
+
+RULES = [
+    (Rule(0.4, causal=False), ScoreTerms()),
+    (Rule(0.4, causal=False, window=3), ScoreTerms()),
+    (Rule(0.4, chunk=4), ScoreTerms()),
+    (Rule(0.4, softcap=2.0, window=3), ScoreTerms()),
+    (Rule(0.4), ScoreTerms(slopes=torch.tensor([0.5, 0.25, 0.1, 0.7]))),
+    (Rule(0.4, window=4), ScoreTerms(bias=torch.randn(4, 12, 12))),
+    (Rule(0.4), ScoreTerms(sinks=torch.randn(4))),
+]
+
+
+@pytest.mark.parametrize(("rule", "terms"), RULES)
+def test_every_rule_holds_in_packed_padded_and_cached_rows(rule, terms):
+    torch.manual_seed(0)
+    sizes = (7, 3, 9)
+    q, k, v = torch.randn(1, 19, 4, 6), torch.randn(1, 19, 2, 6), torch.randn(1, 19, 2, 5)
+    alone = [
+        attention.reference(*(t[:, at : at + n] for t in (q, k, v)), Layout(), rule, terms)
+        for at, n in ((0, 7), (7, 3), (10, 9))
+    ]
+    packed = torch.cat(alone, 1)
+    torch.testing.assert_close(attention(q, k, v, Layout(sizes), rule, terms), packed)
+    torch.testing.assert_close(attention.reference(q, k, v, Layout(sizes), rule, terms), packed)
+    keep = torch.zeros(1, 12, dtype=torch.bool)
+    keep[:, 3:] = True
+    long = [torch.cat((torch.randn_like(t[:, :3]), t[:, 10:19]), 1) for t in (q, k, v)]
+    if terms.bias is None:  # a bias is by position in the row: the caller shifts it for padding
+        for run in (attention, attention.reference):
+            padded = run(*long, Layout(keep=keep), rule, terms)
+            torch.testing.assert_close(padded[:, 3:], alone[2])
+            last = run(long[0][:, 11:], *long[1:], Layout(past=11, keep=keep), rule, terms)
+            torch.testing.assert_close(last, alone[2][:, 8:])
+    both = [t[:, 10:19] for t in (q, k, v)]
+    for run in (attention, attention.reference):
+        end = run(both[0][:, 6:], *both[1:], Layout(past=6), rule, terms)
+        torch.testing.assert_close(end, alone[2][:, 6:])
+
+
+@pytest.mark.parametrize(("rule", "terms"), RULES)
+def test_every_rule_has_the_gradients_of_the_reference(rule, terms):
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 10, 4, 6), torch.randn(1, 10, 2, 6), torch.randn(1, 10, 2, 6)]
+    layout = Layout((6, 4))
+    same(
+        grads_of(lambda *t: attention(*t, layout, rule, terms), tensors),
+        grads_of(lambda *t: attention.reference(*t, layout, rule, terms), tensors),
     )

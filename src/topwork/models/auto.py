@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -14,7 +14,7 @@ from topwork.errors import ConfigError, nearest
 from topwork.models import families
 from topwork.models.base import CausalModel
 from topwork.models.config import Config, ConfigReader
-from topwork.models.decoder import CausalDecoder, DecoderSpec
+from topwork.models.decoder import DECODER_MODELS, DecoderSpec
 
 
 class AutoConfig:
@@ -23,27 +23,47 @@ class AutoConfig:
     from_pretrained = Config.from_pretrained
 
 
-def spec_of(config: Config) -> DecoderSpec:
-    """The decoder that `config` describes. ConfigError for an unknown model_type or option."""
+def build(config: Config, task: str) -> Any:
+    """The model that `config` describes, for `task`, with empty weights.
+
+    ConfigError for an unknown model_type, a task that the family has no head for, or an option
+    that it does not act on.
+    """
     kind = config.model_type
     if kind not in families.NAMES:
         raise ConfigError(
             f"model_type {kind!r} is not known{nearest(kind, families.NAMES)}; "
             f"known: {', '.join(families.NAMES)}"
         )
+    tasks = tasks_of(kind)
+    if task not in tasks:
+        raise ConfigError(f"model_type {kind!r} has no model for {task}; it has {', '.join(tasks)}")
     read = ConfigReader(config)
-    spec = importlib.import_module(f"topwork.models.families.{kind}").spec(read)
+    model = tasks[task](config, read)
     read.finish()
-    return spec
+    return model
 
 
-class AutoModelForCausalLM:
-    """Builds the causal model that a checkpoint or a configuration names."""
+def tasks_of(model_type: str) -> dict[str, Callable[[Config, ConfigReader], Any]]:
+    """Task name → what makes the family's model for it."""
+    home = families.family(model_type)
+    if hasattr(home, "spec"):
+        return {
+            task: lambda config, read, make=make: make(config, home.spec(read))
+            for task, make in DECODER_MODELS.items()
+        }
+    return home.MODELS
 
-    @staticmethod
-    def from_config(config: Config, dtype: torch.dtype | None = None) -> CausalModel:
+
+class _Auto:
+    """What the Auto classes share; each names its task."""
+
+    task: ClassVar[str]
+
+    @classmethod
+    def from_config(cls, config: Config, dtype: torch.dtype | None = None) -> Any:
         """A model with fresh weights: normal with `initializer_range`, norms one, biases zero."""
-        model = CausalDecoder(config, spec_of(config))
+        model = build(config, cls.task)
         std = config.get("initializer_range", 0.02)
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -52,15 +72,16 @@ class AutoModelForCausalLM:
                 torch.nn.init.zeros_(parameter)
         return model if dtype is None else model.to(dtype)
 
-    @staticmethod
+    @classmethod
     def from_pretrained(
+        cls,
         name_or_path: str | Path,
         *,
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device = "cpu",
         config: Config | None = None,
         **where: Any,
-    ) -> CausalModel:
+    ) -> Any:
         """Load a folder, a Hub id or a .gguf file (dequantised to fp32 unless `dtype` says else).
 
         `dtype` "auto" keeps the file's, else a torch dtype or its name. `where`: revision, token,
@@ -69,7 +90,7 @@ class AutoModelForCausalLM:
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
         config = config or Config.of(checkpoint)
         with torch.device("meta"):
-            model = CausalDecoder(config, spec_of(config))
+            model = build(config, cls.task)
         weights.load_weights(
             model,
             checkpoint,
@@ -83,6 +104,12 @@ class AutoModelForCausalLM:
         if "generation_config.json" in checkpoint.files:
             model.generation_config = checkpoint.json("generation_config.json")
         return model.eval()
+
+
+class AutoModelForCausalLM(_Auto):
+    """Builds the causal model that a checkpoint or a configuration names."""
+
+    task = "causal-lm"
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

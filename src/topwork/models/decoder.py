@@ -109,3 +109,7 @@ class CausalDecoder(CausalModel):
     @property
     def layer_count(self) -> int:
         return len(self.model.spec.layers)
+
+
+# Task name → the model of a Llama-shaped family, made as `cls(config, spec)`.
+DECODER_MODELS = {"causal-lm": CausalDecoder}

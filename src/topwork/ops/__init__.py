@@ -1,7 +1,7 @@
 """The hot functions: each has one plain torch reference and faster variants beside it."""
 
 from topwork.ops.activation import swiglu
-from topwork.ops.attention import Layout, attention
+from topwork.ops.attention import Layout, Rule, ScoreTerms, attention
 from topwork.ops.logprobs import token_logprobs, token_logprobs_of
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
@@ -11,6 +11,8 @@ __all__ = [
     "Layout",
     "LinearParts",
     "LoraTerm",
+    "Rule",
+    "ScoreTerms",
     "attention",
     "lora_linear",
     "lora_linears",

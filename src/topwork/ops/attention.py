@@ -1,4 +1,4 @@
-"""Causal attention over packed documents, padded rows or a cache.
+"""Attention over packed documents, padded rows or a cache.
 
 Letters: B batch, T queries, S keys, H heads, K key/value heads, D head size.
 """
@@ -18,7 +18,7 @@ from topwork.ops.dispatch import Op
 
 @dataclass(frozen=True)
 class Layout:
-    """Which keys each query may see, beside the causal rule.
+    """Where the rows' tokens lie.
 
     `lengths`: the documents that lie one after the other in a single row (then B is 1 and there is
     no cache). Otherwise `past` keys stand before the first query, and `keep` [B, S] is False
@@ -30,25 +30,91 @@ class Layout:
     keep: Tensor | None = None
 
 
-def visible(layout: Layout, queries: int, keys: int, window: int | None, device: torch.device
-            ) -> Tensor:  # fmt: skip
+@dataclass(frozen=True)
+class Rule:
+    """How scores are formed and which keys a query at position p may see.
+
+    `causal`: the keys up to p, else all; `window`: only keys nearer than `window` to p (on the
+    far side too when not causal); `chunk`: only keys of p's own chunk of so many positions.
+    `softcap`: scores s become softcap · tanh(s / softcap) before masking.
+    """
+
+    scale: float
+    causal: bool = True
+    window: int | None = None
+    chunk: int | None = None
+    softcap: float | None = None
+
+    def sees_all(self, keys: int) -> bool:
+        """Whether neither window nor chunk hides anything among `keys` keys."""
+        return (self.window is None or self.window >= keys) and (
+            self.chunk is None or self.chunk >= keys
+        )
+
+
+@dataclass(frozen=True)
+class ScoreTerms:
+    """What is added to the scores, all per head.
+
+    `slopes` [H]: ALiBi, slope · (key position - query position) (arXiv:2108.12409). `bias`
+    [H, ≥T, ≥S]: by the positions of query and key. `sinks` [H]: a further score that takes part
+    in the softmax and whose weight is dropped (gpt-oss).
+    """
+
+    slopes: Tensor | None = None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+
+
+NO_TERMS = ScoreTerms()
+
+
+def visible(layout: Layout, queries: int, keys: int, rule: Rule, device: torch.device) -> Tensor:
     """The boolean mask [B or 1, 1, T, S]: True where the query may see the key."""
     q = torch.arange(layout.past, layout.past + queries, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
-    mask = k <= q
-    if window is not None:
-        mask = mask & (k > q - window)
+    mask = k <= q if rule.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
     if layout.lengths is not None:
-        owner = torch.repeat_interleave(
-            torch.arange(len(layout.lengths), device=device),
-            torch.tensor(layout.lengths, device=device),
-        )
+        sizes = torch.tensor(layout.lengths, device=device)
+        owner = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         mask = mask & (owner[:, None] == owner[None, :])
+        starts = (sizes.cumsum(0) - sizes)[owner]
+        q, k = q - starts[:, None], k - starts[None, :]
+    if rule.window is not None:
+        mask = mask & ((q - k).abs() < rule.window)
     mask = mask[None, None]
+    if rule.chunk is not None:
+        if layout.keep is not None:  # a row's positions start at its first real token
+            first = layout.keep.long().argmax(1)[:, None, None]
+            q, k = q - first, k - first
+        mask = mask & (q // rule.chunk == k // rule.chunk).view(-1, 1, queries, keys)
     if layout.keep is not None:
         # A query that is padding itself sees itself, so that its softmax stays finite.
-        mask = (mask & layout.keep[:, None, None, :]) | (k == q)[None, None]
+        itself = (
+            torch.arange(keys, device=device)[None, :]
+            == torch.arange(layout.past, layout.past + queries, device=device)[:, None]
+        )
+        mask = (mask & layout.keep[:, None, None, :]) | itself[None, None]
     return mask
+
+
+def added_scores(
+    layout: Layout, queries: int, keys: int, terms: ScoreTerms, device: torch.device
+) -> Tensor | None:
+    """What `terms` add to the scores [1, H, T, S], fp32; None for nothing."""
+    total: Tensor | None = None
+    if terms.slopes is not None:
+        q = torch.arange(layout.past, layout.past + queries, device=device)[:, None]
+        k = torch.arange(keys, device=device)[None, :]
+        total = terms.slopes.float()[:, None, None] * (k - q)
+    if terms.bias is not None:
+        if layout.lengths is None:
+            part = terms.bias[:, layout.past : layout.past + queries, :keys].float()
+        else:
+            positions = torch.cat([torch.arange(n, device=device) for n in layout.lengths])
+            part = terms.bias.float()[:, positions[:, None], positions[None, :]]
+        total = part if total is None else total + part
+    return None if total is None else total[None]
 
 
 @Op
@@ -57,20 +123,29 @@ def attention(
     k: Tensor,
     v: Tensor,
     layout: Layout,
-    scale: float,
-    window: int | None = None,
+    rule: Rule,
+    terms: ScoreTerms = NO_TERMS,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v for q [B, T, H, D], k and v [B, S, K, D] → [B, T, H, D].
+    """softmax(scale · q kᵀ + terms + mask) v for q [B, T, H, D], k, v [B, S, K, D] → [B, T, H, D].
 
-    A query at position p sees the keys p-window+1 … p (all up to p without a `window`).
+    The head size of `v` may differ from that of `q` and `k`.
     """
     groups = q.shape[2] // k.shape[2]
     k = k.repeat_interleave(groups, dim=2).transpose(1, 2)
     v = v.repeat_interleave(groups, dim=2).transpose(1, 2)
-    scores = (q.transpose(1, 2) @ k.transpose(2, 3)) * scale  # [B, H, T, S]
-    mask = visible(layout, q.shape[1], k.shape[2], window, q.device)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1, dtype=torch.float32)
-    return (weights.to(q.dtype) @ v).transpose(1, 2)
+    scores = (q.transpose(1, 2) @ k.transpose(2, 3)) * rule.scale  # [B, H, T, S]
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    queries, keys = scores.shape[2:]
+    added = added_scores(layout, queries, keys, terms, q.device)
+    if added is not None:
+        scores = scores + added
+    scores = scores.masked_fill(~visible(layout, queries, keys, rule, q.device), float("-inf"))
+    if terms.sinks is not None:
+        sinks = terms.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, sinks), -1)
+    weights = scores.softmax(-1, dtype=torch.float32)[..., :keys]
+    return (weights.to(v.dtype) @ v).transpose(1, 2)
 
 
 def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -81,46 +156,49 @@ def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
 
 @attention.variant("documents", when=lambda q, k, v, layout, *a, **kw: layout.lengths is not None)
 def document_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> Tensor:
-    """Each document alone through the fused kernel; neighbours of one length go as a batch."""
+    """Each document alone; neighbours of one length go as a batch."""
     assert layout.lengths is not None
     outputs, at = [], 0
     for length, count in _runs(layout.lengths):
         stop = at + length * count
         one = [t[0, at:stop].unflatten(0, (count, length)) for t in (q, k, v)]
-        mask = None
-        if window is not None and window < length:
-            mask = visible(Layout(), length, length, window, q.device)
-        outputs.append(_sdpa(*one, scale=scale, mask=mask, causal=mask is None).flatten(0, 1))
+        outputs.append(attention(*one, Layout(), rule, terms).flatten(0, 1))
         at = stop
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
 
-@attention.variant("fused", when=lambda *a, **kw: True)
+def _fusable(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
+) -> bool:
+    return rule.softcap is None and terms.sinks is None and layout.lengths is None
+
+
+@attention.variant("fused", when=_fusable)
 def fused_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: Layout, scale: float, window: int | None = None
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> Tensor:
     """torch's fused kernel with the smallest mask that says the same."""
     queries, keys = q.shape[1], k.shape[1]
-    unmasked = layout.keep is None and (window is None or window >= keys)
-    if unmasked and (queries == 1 or layout.past == 0):
-        return _sdpa(q, k, v, scale=scale, mask=None, causal=queries > 1)
-    return _sdpa(
-        q, k, v, scale=scale, mask=visible(layout, queries, keys, window, q.device), causal=False
-    )
-
-
-def _sdpa(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None, causal: bool
-) -> Tensor:
+    mask, causal = None, rule.causal and queries > 1
+    plain = layout.keep is None and rule.sees_all(keys)
+    if not (plain and (not causal or layout.past == 0)):
+        mask, causal = visible(layout, queries, keys, rule, q.device), False
+    added = added_scores(layout, queries, keys, terms, q.device)
+    if added is not None:
+        if causal:
+            mask, causal = visible(layout, queries, keys, rule, q.device), False
+        if mask is not None:
+            added = added.masked_fill(~mask, float("-inf"))
+        mask = added.to(q.dtype)
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
         is_causal=causal,
-        scale=scale,
+        scale=rule.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)

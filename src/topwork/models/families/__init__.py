@@ -1,3 +1,20 @@
-"""One file per model_type: `spec(read) -> DecoderSpec` and `CASES`, the options it acts on."""
+"""One file per model_type; the file's name registers it (names with `_` in front are shared parts).
 
-NAMES = ("llama", "mistral", "qwen2", "qwen3")
+A family file has `CASES`, the options that it acts on, and either
+
+- `spec(read) -> DecoderSpec`: a Llama-shaped decoder, or
+- `MODELS`: task name → a class made as `cls(config, read)`, where the family has its own tree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+NAMES = tuple(sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_")))
+
+
+def family(model_type: str) -> ModuleType:
+    """The file of one of `NAMES`."""
+    return importlib.import_module(f"{__name__}.{model_type}")

@@ -2,7 +2,7 @@
 
 from topwork.models.config import ConfigReader
 from topwork.models.decoder import DecoderSpec
-from topwork.models.families.common import llama_like, windows_by_layer
+from topwork.models.families._common import llama_like, windows_by_layer
 
 CASES = [
     {"head_dim": 24},
