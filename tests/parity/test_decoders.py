@@ -10,8 +10,10 @@ import torch
 import transformers
 
 from topwork.models import AutoModelForCausalLM, Config
-from topwork.models.families import NAMES
+from topwork.models.auto import tasks_of
+from topwork.models.families import NAMES as ALL
 
+NAMES = [name for name in ALL if "causal-lm" in tasks_of(name)]
 BASE = {
     "vocab_size": 61,
     "hidden_size": 40,

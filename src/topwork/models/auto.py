@@ -29,10 +29,10 @@ def build(config: Config, task: str) -> Any:
     ConfigError for an unknown model_type, a task that the family has no head for, or an option
     that it does not act on.
     """
-    kind = config.model_type
+    kind = config.model_type.replace("-", "_")
     if kind not in families.NAMES:
         raise ConfigError(
-            f"model_type {kind!r} is not known{nearest(kind, families.NAMES)}; "
+            f"model_type {config.model_type!r} is not known{nearest(kind, families.NAMES)}; "
             f"known: {', '.join(families.NAMES)}"
         )
     tasks = tasks_of(kind)

@@ -1,4 +1,4 @@
-"""The contract of every causal model: backbone, head, token log-probabilities, files."""
+"""What every model has, and the contract of causal ones: backbone, head, token log-probs, files."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from topwork import ops, weights
 from topwork.errors import ConfigError
 from topwork.models.config import Config
+from topwork.models.packing import Padding, check_lengths, packed_positions
 from topwork.nn.cache import KVCache
 
 
@@ -27,14 +28,11 @@ class CausalLMOutput:
     past_key_values: KVCache | None = None
 
 
-class CausalModel(nn.Module):
-    """A language model that predicts the next token.
+class Model(nn.Module):
+    """What every model has: a configuration, tied weights (alias → owner), its files.
 
-    A subclass sets `lm_head`, `tied` (alias → owner of tied weights), and offers `trunk` and
-    `layer_count`.
+    `trunk` is the part below the head; it holds `checkpointing`.
     """
-
-    lm_head: nn.Module
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -45,6 +43,55 @@ class CausalModel(nn.Module):
     @property
     def trunk(self) -> Any:
         raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.parameters()).dtype
+
+    def num_parameters(self, only_trainable: bool = False) -> int:
+        chosen = (p for p in self.parameters() if p.requires_grad or not only_trainable)
+        return sum(p.numel() for p in chosen)
+
+    def tie_weights(self) -> None:
+        """Let each tied alias be its owner's parameter."""
+        for alias, owner in self.tied.items():
+            path, _, name = alias.rpartition(".")
+            setattr(self.get_submodule(path), name, self.get_parameter(owner))
+
+    def gradient_checkpointing_enable(self, **_: Any) -> None:
+        """Keep only each block's input for the backward pass and compute the rest again."""
+        self.trunk.checkpointing = True
+
+    def gradient_checkpointing_disable(self) -> None:
+        self.trunk.checkpointing = False
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
+        """Write config.json, generation_config.json and safetensors as they stand on the Hub."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = Config(**self.config.to_dict())
+        saved.__dict__.pop("torch_dtype", None)
+        saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
+        saved.save_pretrained(folder)
+        if self.generation_config:
+            text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
+            (folder / "generation_config.json").write_text(text, encoding="utf-8")
+        weights.save_weights(self, folder, tied=self.tied, max_shard_size=max_shard_size)
+
+
+class CausalModel(Model):
+    """A language model that predicts the next token.
+
+    A subclass sets `lm_head` and `tied`, and offers `trunk` and `layer_count`.
+    """
+
+    lm_head: nn.Module
 
     @property
     def layer_count(self) -> int:
@@ -72,16 +119,23 @@ class CausalModel(nn.Module):
         if given is None:
             raise ConfigError("backbone needs input_ids or inputs_embeds")
         batch, tokens = given.shape[:2]
-        if lengths is not None and (batch != 1 or sum(lengths) != tokens or cache is not None):
-            raise ConfigError(
-                f"lengths={lengths} must sum to the {tokens} tokens of a single row, got "
-                f"batch {batch}" + (" with a cache" if cache is not None else "")
+        if lengths is not None:
+            check_lengths(lengths, batch, tokens)
+            if cache is not None:
+                raise ConfigError("lengths and a cache exclude each other: pad the rows instead")
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if attention_mask is not None and cache is None and lengths is None:
+            rows = Padding.of(attention_mask)
+            packed = self.backbone(
+                None if input_ids is None else rows.pack(input_ids),
+                inputs_embeds=None if inputs_embeds is None else rows.pack(inputs_embeds),
+                positions=None if positions is None else rows.pack(positions),
+                lengths=rows.lengths,
             )
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        if padded and cache is None and lengths is None:
-            return self._unpadded(given, inputs_embeds is not None, positions, attention_mask)
+            return rows.unpack(packed)
         past = cache.length if cache is not None else 0
-        keep = attention_mask.bool() if padded and attention_mask is not None else None
+        keep = None if attention_mask is None else attention_mask.bool()
         if keep is not None and keep.shape[1] != past + tokens:
             raise ConfigError(
                 f"attention_mask has {keep.shape[1]} columns, but there are {past} cached and "
@@ -96,23 +150,6 @@ class CausalModel(nn.Module):
             layout=ops.Layout(lengths, past, keep),
             cache=cache,
         )
-
-    def _unpadded(
-        self, given: Tensor, embedded: bool, positions: Tensor | None, mask: Any
-    ) -> Tensor:
-        keep = mask.bool()
-        lengths = tuple(n for n in keep.sum(1).tolist() if n)
-        if not lengths:
-            raise ConfigError("attention_mask marks every token as padding")
-        flat = given[keep][None]
-        packed = self.backbone(
-            None if embedded else flat,
-            inputs_embeds=flat if embedded else None,
-            positions=None if positions is None else positions.expand(keep.shape)[keep][None],
-            lengths=lengths,
-        )
-        out = packed.new_zeros(*keep.shape, packed.shape[-1])
-        return out.masked_scatter(keep[..., None], packed[0])
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
@@ -168,53 +205,11 @@ class CausalModel(nn.Module):
     def new_cache(self, batch_size: int | None = None) -> KVCache:
         return KVCache(self.layer_count)
 
-    # -- housekeeping ----------------------------------------------------------------------------
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.parameters()).dtype
-
-    def num_parameters(self, only_trainable: bool = False) -> int:
-        chosen = (p for p in self.parameters() if p.requires_grad or not only_trainable)
-        return sum(p.numel() for p in chosen)
-
     def get_input_embeddings(self) -> nn.Module:
         return self.trunk.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
-
-    def tie_weights(self) -> None:
-        """Let each tied alias be its owner's parameter."""
-        for alias, owner in self.tied.items():
-            path, _, name = alias.rpartition(".")
-            setattr(self.get_submodule(path), name, self.get_parameter(owner))
-
-    def gradient_checkpointing_enable(self, **_: Any) -> None:
-        """Keep only each block's input for the backward pass and compute the rest again."""
-        self.trunk.checkpointing = True
-
-    def gradient_checkpointing_disable(self) -> None:
-        self.trunk.checkpointing = False
-
-    # -- files -----------------------------------------------------------------------------------
-
-    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
-        """Write config.json, generation_config.json and safetensors as they stand on the Hub."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        saved = Config(**self.config.to_dict())
-        saved.__dict__.pop("torch_dtype", None)
-        saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
-        saved.save_pretrained(folder)
-        if self.generation_config:
-            text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
-            (folder / "generation_config.json").write_text(text, encoding="utf-8")
-        weights.save_weights(self, folder, tied=self.tied, max_shard_size=max_shard_size)
 
 
 def _positions(
@@ -222,7 +217,7 @@ def _positions(
 ) -> Tensor:
     batch, tokens = given.shape[:2]
     if lengths is not None:
-        return torch.cat([torch.arange(n, device=given.device) for n in lengths])[None]
+        return packed_positions(lengths, given.device)
     if keep is not None:
         return (keep.long().cumsum(1) - 1).clamp_(min=0)[:, past:]
     return torch.arange(past, past + tokens, device=given.device).expand(batch, tokens)

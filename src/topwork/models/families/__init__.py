@@ -1,5 +1,7 @@
 """One file per model_type; the file's name registers it (names with `_` in front are shared parts).
 
+A hyphen of the model_type is an underscore in the file's name (`deberta-v2`: `deberta_v2.py`).
+
 A family file has `CASES`, the options that it acts on, and either
 
 - `spec(read) -> DecoderSpec`: a Llama-shaped decoder, or
