@@ -1,0 +1,33 @@
+"""What the GPT-shaped families read alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from topwork.models.config import Config, ConfigReader
+from topwork.models.gpt import CausalGpt, GptSpec
+
+# Options of GPT-2's summary head, which no model here has, and of the peer's own execution.
+WITHOUT_EFFECT = (
+    "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
+    "summary_use_proj", "gradient_checkpointing", "reorder_and_upcast_attn", "n_ctx",
+    "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "classifier_dropout",
+    "attn_pdrop", "embd_pdrop", "resid_pdrop",
+)  # fmt: skip
+
+
+def models(spec: Callable[[ConfigReader], GptSpec]) -> dict[str, Callable[..., Any]]:
+    """The `MODELS` of a family whose configuration `spec` reads."""
+
+    def causal(config: Config, read: ConfigReader) -> CausalGpt:
+        read.ignore(*WITHOUT_EFFECT)
+        return CausalGpt(config, spec(read))
+
+    return {"causal-lm": causal}
+
+
+def either(read: ConfigReader, *keys: str) -> Any:
+    """The value of the first of `keys` that the file has; the names of one option over time."""
+    found = [read(key) for key in keys]
+    return next((value for value in found if value is not None), None) or read.need(keys[0])

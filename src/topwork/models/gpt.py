@@ -1,0 +1,353 @@
+"""One skeleton for the GPT-shaped families: LayerNorms, plain MLPs, their own names on the Hub.
+
+x = embed(ids)                                   (+ learned positions)
+for each layer:   x = order(x, norm_1, attention, norm_2, mlp)
+logits = head(norm(x))
+
+The spec says how a block is ordered, how positions enter (learned, rotary or ALiBi), how q, k and
+v lie in their weights, and under which names all of it stands in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from topwork import ops
+from topwork.errors import ConfigError, nearest
+from topwork.models.base import CausalModel
+from topwork.nn.alibi import AlibiSpec
+from topwork.nn.cache import KVCache
+from topwork.nn.conv1d import Conv1D
+from topwork.nn.layers import ACTIVATIONS, linears
+from topwork.nn.rotary import RotarySpec, rotary_table
+
+Fn = Callable[[Tensor], Tensor]
+
+
+def pre_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+    x = x + attend(norm_1(x))
+    return x + mlp(norm_2(x))
+
+
+def post_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+    x = norm_1(x + attend(x))
+    return norm_2(x + mlp(x))
+
+
+def norm_in_stream(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+    x = norm_1(x)
+    x = norm_2(x + attend(x))
+    return x + mlp(x)
+
+
+def parallel(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+    return x + attend(norm_1(x)) + mlp(norm_2(x))
+
+
+def parallel_one_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+    seen = norm_1(x)
+    return x + attend(seen) + mlp(seen)
+
+
+ORDERS = {f.__name__: f for f in (pre_norm, post_norm, norm_in_stream, parallel, parallel_one_norm)}
+
+
+@dataclass(frozen=True)
+class Names:
+    """Paths in the checkpoint: from the whole model, from its trunk, and from one layer.
+
+    `qkv` is one path where they lie in one weight, else three.
+    """
+
+    trunk: str
+    # from the trunk
+    embed: str
+    layers: str
+    norm: str
+    # from a layer
+    norm_1: str
+    qkv: tuple[str, ...]
+    out: str
+    norm_2: str
+    up: str
+    down: str
+    # from the trunk, where the spec has them
+    positions: str = "wpe"
+    embed_norm: str = "word_embeddings_layernorm"
+
+
+@dataclass(frozen=True)
+class GptAttentionSpec:
+    """Attention of one layer.
+
+    Where q, k and v lie in one weight they are [q|k|v], or, if `grouped`, [q…, k, v] for each
+    key/value head. `clip` bounds their values, `norm_qk` puts a LayerNorm over the whole width of
+    q and of k. `window` None sees all earlier tokens.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    grouped: bool = False
+    qkv_bias: bool = True
+    out_bias: bool = True
+    window: int | None = None
+    rotary: RotarySpec | None = None
+    clip: float | None = None
+    norm_qk: bool = False
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ConfigError(f"{self.heads} heads are no multiple of {self.kv_heads} kv heads")
+
+
+@dataclass(frozen=True)
+class GptMlpSpec:
+    """down(act(up x))."""
+
+    width: int
+    activation: str
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(
+                f"activation {self.activation!r} is not known"
+                f"{nearest(self.activation, ACTIVATIONS)}"
+            )
+
+
+@dataclass(frozen=True)
+class GptLayerSpec:
+    """What one block is made of; `order` is one of `ORDERS`."""
+
+    attention: GptAttentionSpec
+    mlp: GptMlpSpec
+    order: str = "pre_norm"
+
+
+@dataclass(frozen=True)
+class GptSpec:
+    """A whole model.
+
+    `learned`: rows in front of the first position of a table of positions, None for no table.
+    `embed_width`: width of the embedding and of the head, where it is not `hidden`.
+    """
+
+    names: Names
+    vocab: int
+    hidden: int
+    context: int
+    norm_eps: float
+    layers: tuple[GptLayerSpec, ...]
+    tied: bool = True
+    linear: type[nn.Linear] | type[Conv1D] = nn.Linear
+    norm_affine: bool = True
+    norm_bias: bool = True
+    embed_norm: bool = False
+    final_norm: bool = True
+    learned: int | None = None
+    alibi: AlibiSpec | None = None
+    embed_width: int | None = None
+    head_bias: bool = False
+
+    @property
+    def outer(self) -> int:
+        """Width of the embedding and of what the head reads."""
+        return self.embed_width or self.hidden
+
+
+def place(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Register `module` below `root` under a dotted path."""
+    *parents, name = path.split(".")
+    for parent in parents:
+        if parent not in root._modules:
+            root.add_module(parent, nn.Module())
+        root = getattr(root, parent)
+    root.add_module(name, module)
+
+
+def at(root: nn.Module, path: str) -> Any:
+    """What stands there now: an adapter may have taken the module's place."""
+    return reduce(getattr, path.split("."), root)
+
+
+class GptBlock(nn.Module):
+    """One layer."""
+
+    def __init__(self, spec: GptSpec, index: int) -> None:
+        super().__init__()
+        layer, names = spec.layers[index], spec.names
+        attention, mlp = layer.attention, layer.mlp
+        self.spec, self.names, self.index = layer, names, index
+        self.order = ORDERS[layer.order]
+        self.rule = ops.Rule(attention.scale, window=attention.window)
+        self.activation = ACTIVATIONS[mlp.activation]
+
+        def linear(path: str, size: int, width: int, bias: bool) -> None:
+            # Conv1D names its sizes the other way round.
+            sizes = (width, size) if spec.linear is Conv1D else (size, width)
+            place(self, path, spec.linear(*sizes, bias=bias))
+
+        wide, narrow = (n * attention.head_dim for n in (attention.heads, attention.kv_heads))
+        widths = (wide, narrow, narrow) if len(names.qkv) == 3 else (wide + 2 * narrow,)
+        for path, width in zip(names.qkv, widths):
+            linear(path, spec.hidden, width, attention.qkv_bias)
+        linear(names.out, wide, spec.hidden, attention.out_bias)
+        linear(names.up, spec.hidden, mlp.width, mlp.bias)
+        linear(names.down, mlp.width, spec.hidden, mlp.bias)
+        for path in dict.fromkeys((names.norm_1, names.norm_2)):
+            place(self, path, layer_norm(spec, spec.hidden))
+        if attention.norm_qk:
+            home = names.out.rpartition(".")[0]
+            place(self, f"{home}.q_ln", layer_norm(spec, wide))
+            place(self, f"{home}.k_ln", layer_norm(spec, narrow))
+
+    def forward(
+        self,
+        x: Tensor,
+        tables: dict[RotarySpec, tuple[Tensor, Tensor]],
+        terms: ops.ScoreTerms,
+        layout: ops.Layout,
+        cache: KVCache | None,
+    ) -> Tensor:
+        """x [B, T, C] → [B, T, C]."""
+
+        def attend(seen: Tensor) -> Tensor:
+            q, k, v = self._heads(seen, tables)
+            if cache is not None:
+                k, v = cache.update(self.index, k, v)
+            y = ops.attention(q, k, v, layout, self.rule, terms)
+            return linears(y.flatten(2), (at(self, names.out),))[0]
+
+        names = self.names
+        return self.order(x, at(self, names.norm_1), attend, at(self, names.norm_2), self._mlp)
+
+    def _heads(self, x: Tensor, tables: dict[RotarySpec, tuple[Tensor, Tensor]]) -> list[Tensor]:
+        """q [B, T, H, D], k and v [B, T, K, D], clipped, normed and turned as the spec says."""
+        spec = self.spec.attention
+        size = spec.head_dim
+        parts = linears(x, [at(self, path) for path in self.names.qkv])
+        if spec.clip is not None:
+            parts = [y.clamp(-spec.clip, spec.clip) for y in parts]
+        if spec.grouped:
+            groups = parts[0].unflatten(-1, (spec.kv_heads, -1, size))
+            q, k, v = groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
+        else:
+            if len(parts) == 1:
+                narrow = spec.kv_heads * size
+                parts = parts[0].split((spec.heads * size, narrow, narrow), -1)
+            q, k, v = parts
+            if spec.norm_qk:
+                home = at(self, self.names.out.rpartition(".")[0])
+                q, k = home.q_ln(q), home.k_ln(k)
+            q, k, v = (y.unflatten(-1, (-1, size)) for y in (q, k, v))
+        if spec.rotary is not None:
+            q, k = (turn(y, tables[spec.rotary]) for y in (q, k))
+        return [q, k, v]
+
+    def _mlp(self, x: Tensor) -> Tensor:
+        up, down = at(self, self.names.up), at(self, self.names.down)
+        return linears(self.activation(linears(x, (up,))[0]), (down,))[0]
+
+
+def turn(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """The first dimensions of each head turned by the table's angles, the rest as it is."""
+    width = 2 * table[0].shape[-1]
+    if width == x.shape[-1]:
+        return ops.rotary(x, *table)
+    return torch.cat((ops.rotary(x[..., :width], *table), x[..., width:]), -1)
+
+
+def layer_norm(spec: GptSpec, size: int) -> nn.LayerNorm:
+    return nn.LayerNorm(size, spec.norm_eps, spec.norm_affine, bias=spec.norm_bias)
+
+
+class Gpt(nn.Module):
+    """Embedding, blocks and the final norm: token ids to hidden states."""
+
+    def __init__(self, spec: GptSpec) -> None:
+        super().__init__()
+        names = spec.names
+        self.spec = spec
+        self.checkpointing = False
+        place(self, names.embed, nn.Embedding(spec.vocab, spec.outer))
+        if spec.outer != spec.hidden:
+            self.project_in = nn.Linear(spec.outer, spec.hidden, bias=False)
+            self.project_out = nn.Linear(spec.hidden, spec.outer, bias=False)
+        if spec.learned is not None:
+            place(self, names.positions, nn.Embedding(spec.context + spec.learned, spec.hidden))
+        if spec.embed_norm:
+            place(self, names.embed_norm, layer_norm(spec, spec.hidden))
+        blocks = [GptBlock(spec, i) for i in range(len(spec.layers))]
+        place(self, names.layers, nn.ModuleList(blocks))
+        if spec.final_norm:
+            place(self, names.norm, layer_norm(spec, spec.hidden))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor,
+        layout: ops.Layout,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """ids [B, T] or embeddings [B, T, E], `positions` [B, T] → hidden [B, T, E]."""
+        spec, names = self.spec, self.spec.names
+        x = at(self, names.embed)(input_ids) if inputs_embeds is None else inputs_embeds
+        longest = max(layout.lengths) if layout.lengths else layout.past + x.shape[1]
+        if spec.outer != spec.hidden:
+            x = self.project_in(x)
+        if spec.learned is not None:
+            if longest > spec.context and int(positions.max()) >= spec.context:
+                raise ConfigError(
+                    f"{longest} tokens are more than the {spec.context} positions of this model"
+                )
+            x = x + at(self, names.positions)(positions + spec.learned)
+        if spec.embed_norm:
+            x = at(self, names.embed_norm)(x)
+        kinds = {layer.attention.rotary for layer in spec.layers} - {None}
+        tables = {kind: rotary_table(kind, positions, x.dtype) for kind in kinds if kind}
+        terms = spec.alibi.terms(longest, x.device) if spec.alibi else ops.ScoreTerms()
+        for block in at(self, names.layers):
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, tables, terms, layout, cache, use_reentrant=False)
+            else:
+                x = block(x, tables, terms, layout, cache)
+        if spec.final_norm:
+            x = at(self, names.norm)(x)
+        return self.project_out(x) if spec.outer != spec.hidden else x
+
+
+class CausalGpt(CausalModel):
+    """A `Gpt` under its name on the Hub and its `lm_head`."""
+
+    def __init__(self, config: Any, spec: GptSpec) -> None:
+        super().__init__(config)
+        names = spec.names
+        self.names = names
+        place(self, names.trunk, Gpt(spec))
+        self.lm_head = nn.Linear(spec.outer, spec.vocab, bias=spec.head_bias)
+        embedding = f"{names.trunk}.{names.embed}.weight"
+        self.tied = {"lm_head.weight": embedding} if spec.tied else {}
+        self.tie_weights()
+
+    @property
+    def trunk(self) -> Gpt:
+        return at(self, self.names.trunk)
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.trunk.spec.layers)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return at(self.trunk, self.names.embed)
