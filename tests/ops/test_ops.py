@@ -198,12 +198,11 @@ def test_every_rule_holds_in_packed_padded_and_cached_rows(rule, terms):
     keep = torch.zeros(1, 12, dtype=torch.bool)
     keep[:, 3:] = True
     long = [torch.cat((torch.randn_like(t[:, :3]), t[:, 10:19]), 1) for t in (q, k, v)]
-    if terms.bias is None:  # a bias is by position in the row: the caller shifts it for padding
-        for run in (attention, attention.reference):
-            padded = run(*long, Layout(keep=keep), rule, terms)
-            torch.testing.assert_close(padded[:, 3:], alone[2])
-            last = run(long[0][:, 11:], *long[1:], Layout(past=11, keep=keep), rule, terms)
-            torch.testing.assert_close(last, alone[2][:, 8:])
+    for run in (attention, attention.reference):
+        padded = run(*long, Layout(keep=keep), rule, terms)
+        torch.testing.assert_close(padded[:, 3:], alone[2])
+        last = run(long[0][:, 11:], *long[1:], Layout(past=11, keep=keep), rule, terms)
+        torch.testing.assert_close(last, alone[2][:, 8:])
     both = [t[:, 10:19] for t in (q, k, v)]
     for run in (attention, attention.reference):
         end = run(both[0][:, 6:], *both[1:], Layout(past=6), rule, terms)

@@ -101,20 +101,29 @@ def visible(layout: Layout, queries: int, keys: int, rule: Rule, device: torch.d
 def added_scores(
     layout: Layout, queries: int, keys: int, terms: ScoreTerms, device: torch.device
 ) -> Tensor | None:
-    """What `terms` add to the scores [1, H, T, S], fp32; None for nothing."""
+    """What `terms` add to the scores [B or 1, H, T, S], fp32; None for nothing."""
     total: Tensor | None = None
     if terms.slopes is not None:
         q = torch.arange(layout.past, layout.past + queries, device=device)[:, None]
         k = torch.arange(keys, device=device)[None, :]
-        total = terms.slopes.float()[:, None, None] * (k - q)
+        total = (terms.slopes.float()[:, None, None] * (k - q))[None]
     if terms.bias is not None:
-        if layout.lengths is None:
-            part = terms.bias[:, layout.past : layout.past + queries, :keys].float()
-        else:
-            positions = torch.cat([torch.arange(n, device=device) for n in layout.lengths])
-            part = terms.bias.float()[:, positions[:, None], positions[None, :]]
+        part = _bias_of(terms.bias, layout, queries, keys).float()
         total = part if total is None else total + part
-    return None if total is None else total[None]
+    return total
+
+
+def _bias_of(bias: Tensor, layout: Layout, queries: int, keys: int) -> Tensor:
+    """The part of `bias` [H, ≥T, ≥S] that belongs to these tokens, [B or 1, H, T, S]."""
+    if layout.lengths is not None:
+        q = k = torch.cat([torch.arange(n, device=bias.device) for n in layout.lengths])
+        return bias[None, :, q[:, None], k[None, :]]
+    if layout.keep is None:
+        return bias[None, :, layout.past : layout.past + queries, :keys]
+    first = layout.keep.long().argmax(1)[:, None]  # a row's positions start at its first real token
+    k = (torch.arange(keys, device=bias.device) - first).clamp(min=0)  # [B, S]
+    q = k[:, layout.past : layout.past + queries]
+    return bias[:, q[:, :, None], k[:, None, :]].transpose(0, 1)
 
 
 @Op

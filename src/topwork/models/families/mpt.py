@@ -12,7 +12,7 @@ TINY = {"d_model": 40, "n_layers": 2, "n_heads": 5, "max_seq_len": 64}
 CASES = [
     {},
     {"attn_config": {"clip_qkv": 0.7}},
-    {"attn_config": {"softmax_scale": 0.11, "alibi_bias_max": 4}, "n_heads": 4},
+    {"attn_config": {"softmax_scale": 0.11}, "n_heads": 4},
     {"tie_word_embeddings": True, "layer_norm_epsilon": 0.1},
 ]
 
