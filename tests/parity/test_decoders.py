@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 
+from topwork.errors import CheckpointError, ConfigError
 from topwork.models import AutoModelForCausalLM, Config
 from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES as ALL
@@ -16,16 +17,18 @@ from topwork.models.families import NAMES as ALL
 NAMES = [name for name in ALL if "causal-lm" in tasks_of(name)]
 BASE = {
     "vocab_size": 61,
+    "tie_word_embeddings": False,
+    "pad_token_id": None,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+SIZES = {
     "hidden_size": 40,
     "intermediate_size": 56,
     "num_hidden_layers": 2,
     "num_attention_heads": 5,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-    "pad_token_id": None,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
 ROWS = [
     (name, case)
@@ -36,12 +39,23 @@ IDS = [f"{name}-{i}" for i, (name, _) in enumerate(ROWS)]
 each_case = pytest.mark.parametrize(("family", "case"), ROWS, ids=IDS)
 
 
+def tiny(family):
+    """The sizes of the family's test models: its own `TINY` where it names them otherwise."""
+    return getattr(importlib.import_module(f"topwork.models.families.{family}"), "TINY", SIZES)
+
+
+def attention(case):
+    """The peer's eager Falcon adds ALiBi twice (transformers 5.23); its sdpa does not."""
+    return {"attn_implementation": "sdpa" if case.get("alibi") else "eager"}
+
+
 @pytest.fixture
 def pair(family, case, tmp_path):
     """The peer's model and ours, loaded from the peer's folder; every parameter is random."""
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **{**BASE, **json.loads(json.dumps(case))})
-    theirs = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    values = json.loads(json.dumps({**BASE, **tiny(family), **case}))
+    config = transformers.AutoConfig.for_model(family, **values)
+    theirs = transformers.AutoModelForCausalLM.from_config(config, **attention(case))
     with torch.no_grad():
         for parameter in theirs.parameters():
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5))
@@ -63,8 +77,11 @@ def test_logits_and_gradients_equal_the_peer(pair):
     assert relative(found.loss, wanted.loss) < 1e-5
     wanted.loss.backward()
     found.loss.backward()
+    # A gradient that is zero in exact arithmetic (a key's bias without rotary) is noise in both.
+    floor = 1e-2 * max(parameter.grad.norm() for parameter in theirs.parameters())
     for name, parameter in theirs.named_parameters():
-        assert relative(ours.get_parameter(name).grad, parameter.grad) < 1e-5, name
+        error = (ours.get_parameter(name).grad - parameter.grad).norm()
+        assert error < 1e-5 * max(parameter.grad.norm(), floor), name
 
 
 @each_case
@@ -107,11 +124,11 @@ def test_padded_rows_packed_rows_and_cached_steps_agree(pair):
 
 
 @each_case
-def test_what_we_save_loads_in_the_peer(pair, tmp_path):
+def test_what_we_save_loads_in_the_peer(case, pair, tmp_path):
     theirs, ours = pair
     ours.save_pretrained(tmp_path / "ours", max_shard_size=20_000)
     again, info = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "ours", output_loading_info=True, attn_implementation="eager"
+        tmp_path / "ours", output_loading_info=True, **attention(case)
     )
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
@@ -126,25 +143,27 @@ def test_each_option_acts(family, case, pair, tmp_path):
     if not case or case.get("tie_word_embeddings") or case.get("sliding_window", 1) is None:
         return
     _, ours = pair
-    if any("bias" in key for key in case) or "hidden_size" in case or "head_dim" in case:
-        return  # then the parameters themselves differ: loading would fail
     without = {k: v for k, v in ours.config.to_dict().items() if k not in case}
+    without |= {k: v for k, v in tiny(family).items() if k in case}
     if "rope_parameters" in without:
         without["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     if {"rope_scaling", "rope_parameters"} & set(case):
         without["rope_parameters"] = {"rope_type": "default", "rope_theta": 10000.0}
     if family == "mistral":
         without["sliding_window"] = None
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", config=Config(**without))
+    try:
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", config=Config(**without))
+    except (CheckpointError, ConfigError):
+        return  # the parameters differ, or the other options have no meaning without it
     ids = torch.randint(0, 61, (1, 40))
     with torch.no_grad():
         assert relative(plain(ids).logits, ours(ids).logits) > 1e-4
 
 
-@pytest.mark.parametrize("family", NAMES)
+@pytest.mark.parametrize("family", [name for name in NAMES if tiny(name) is SIZES])
 def test_the_old_config_generation_reads_the_same(family, tmp_path):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(family, **BASE, head_dim=8, rope_theta=77.0)
+    config = transformers.AutoConfig.for_model(family, **BASE, **SIZES, head_dim=8, rope_theta=77.0)
     theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.save_pretrained(tmp_path)
     file = tmp_path / "config.json"

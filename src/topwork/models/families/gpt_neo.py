@@ -40,9 +40,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     read.ignore("resid_dropout", "embed_dropout", "attention_layers")
     hidden, heads = read.need("hidden_size"), read.need("num_heads")
     window = read("window_size", 256)
-    mlp = GptMlpSpec(
-        read("intermediate_size", 4 * hidden), read("activation_function", "gelu_new")
-    )
+    mlp = GptMlpSpec(read("intermediate_size", 4 * hidden), read("activation_function", "gelu_new"))
     return GptSpec(
         names=NAMES,
         vocab=read.need("vocab_size"),
