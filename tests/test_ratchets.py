@@ -16,7 +16,10 @@ SOURCE = Path(topwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 PUBLIC = [
     "AutoConfig",
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "Config",
     "GenerationConfig",

@@ -9,7 +9,15 @@ from topwork._version import __version__
 
 if TYPE_CHECKING:
     from topwork.generation import GenerationConfig
-    from topwork.models import AutoConfig, AutoModelForCausalLM, Config, describe
+    from topwork.models import (
+        AutoConfig,
+        AutoModel,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        Config,
+        describe,
+    )
     from topwork.peft import LoraConfig, PeftModel, get_peft_model
     from topwork.text import Tokenizer
     from topwork.text import Tokenizer as AutoTokenizer
@@ -17,7 +25,10 @@ if TYPE_CHECKING:
 # Public name -> its module. Read on first use, so that `import topwork` loads no torch.
 _HOMES = {
     "AutoConfig": "topwork.models",
+    "AutoModel": "topwork.models",
     "AutoModelForCausalLM": "topwork.models",
+    "AutoModelForSequenceClassification": "topwork.models",
+    "AutoModelForTokenClassification": "topwork.models",
     "AutoTokenizer": "topwork.text",
     "Tokenizer": "topwork.text",
     "Config": "topwork.models",
@@ -30,7 +41,10 @@ _HOMES = {
 
 __all__ = [
     "AutoConfig",
+    "AutoModel",
     "AutoModelForCausalLM",
+    "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification",
     "AutoTokenizer",
     "Config",
     "GenerationConfig",

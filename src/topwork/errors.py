@@ -22,6 +22,10 @@ class DataError(TopworkError, ValueError):
     """A training row, chat or prompt that cannot be used as it is."""
 
 
+class TopworkWarning(UserWarning):
+    """Something that works, but perhaps not as meant."""
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 1) -> str:
     """`"; nearest: 'q_proj'"` for the closest of `choices`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)

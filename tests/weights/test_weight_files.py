@@ -10,7 +10,7 @@ from torch import nn
 
 from topwork.errors import CheckpointError
 from topwork.hub import resolve
-from topwork.weights import load_weights, save_weights
+from topwork.weights import Table, load_weights, save_weights
 
 
 def net(width=4):
@@ -38,7 +38,7 @@ def test_unexpected_keys_are_listed_unless_ignored(tmp_path):
     small = net()[:2]
     with pytest.raises(CheckpointError, match=r"unexpected: 2\.bias, 2\.weight"):
         load_weights(small, found(tmp_path))
-    report = load_weights(small, found(tmp_path), ignore=(r"^2\.",))
+    report = load_weights(small, found(tmp_path), table=Table(drop=(r"^2\.",)))
     assert sorted(report.ignored) == ["2.bias", "2.weight"]
 
 

@@ -1,9 +1,18 @@
 """Models: one decoder, declared families, the Auto classes."""
 
-from topwork.models.auto import AutoConfig, AutoModelForCausalLM, describe
-from topwork.models.base import CausalLMOutput, CausalModel
+from topwork.models.auto import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    describe,
+)
+from topwork.models.base import CausalLMOutput, CausalModel, Model
 from topwork.models.config import Config
 
 __all__ = [
-    "AutoConfig", "AutoModelForCausalLM", "CausalLMOutput", "CausalModel", "Config", "describe",
+    "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "CausalLMOutput", "CausalModel", "Config", "Model",
+    "describe",
 ]  # fmt: skip

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from topwork import hub, weights
-from topwork.errors import ConfigError, nearest
+from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.models import families
 from topwork.models.base import CausalModel
 from topwork.models.config import Config, ConfigReader
@@ -64,12 +65,7 @@ class _Auto:
     def from_config(cls, config: Config, dtype: torch.dtype | None = None) -> Any:
         """A model with fresh weights: normal with `initializer_range`, norms one, biases zero."""
         model = build(config, cls.task)
-        std = config.get("initializer_range", 0.02)
-        for name, parameter in model.named_parameters():
-            if parameter.dim() > 1:
-                torch.nn.init.normal_(parameter, std=std)
-            elif name.endswith("bias"):
-                torch.nn.init.zeros_(parameter)
+        initialise(model, [name for name, _ in model.named_parameters()])
         return model if dtype is None else model.to(dtype)
 
     @classmethod
@@ -80,36 +76,94 @@ class _Auto:
         dtype: str | torch.dtype | None = "auto",
         device: str | torch.device = "cpu",
         config: Config | None = None,
+        num_labels: int | None = None,
+        id2label: Mapping[Any, str] | None = None,
+        label2id: Mapping[str, Any] | None = None,
+        problem_type: str | None = None,
         **where: Any,
     ) -> Any:
         """Load a folder, a Hub id or a .gguf file (dequantised to fp32 unless `dtype` says else).
 
-        `dtype` "auto" keeps the file's, else a torch dtype or its name. `where`: revision, token,
-        cache_dir, local_files_only, force_download, subfolder, allow_bin as in `hub.resolve`.
+        `dtype` "auto" keeps the file's, else a torch dtype or its name. The labels of a classifier
+        may be given in place of the file's; a head that the file lacks starts fresh, with a
+        TopworkWarning that names it. `where`: revision, token, cache_dir, local_files_only,
+        force_download, subfolder, allow_bin as in `hub.resolve`.
         """
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
         config = config or Config.of(checkpoint)
+        config = config.with_labels(num_labels, id2label, label2id, problem_type)
         with torch.device("meta"):
             model = build(config, cls.task)
-        weights.load_weights(
+        report = weights.load_weights(
             model,
             checkpoint,
+            table=model.table,
             dtype=as_dtype(dtype),
             device=device,
             tied=model.tied,
-            ignore=(r"rotary_emb\.inv_freq$",),
-            prefix="model.",
         )
+        for alias in report.untied:
+            model.tied.pop(alias)
         model.tie_weights()
+        if report.fresh:
+            _start_fresh(model, report, device)
+            warnings.warn(
+                f"{checkpoint.name} has no {', '.join(report.fresh)}: they start with fresh values "
+                "and must be trained before they mean anything",
+                TopworkWarning,
+                stacklevel=2,
+            )
         if "generation_config.json" in checkpoint.files:
             model.generation_config = checkpoint.json("generation_config.json")
         return model.eval()
+
+
+class AutoModel(_Auto):
+    """Builds the bare model, without a head, that a checkpoint or a configuration names."""
+
+    task = "base"
 
 
 class AutoModelForCausalLM(_Auto):
     """Builds the causal model that a checkpoint or a configuration names."""
 
     task = "causal-lm"
+
+
+class AutoModelForSequenceClassification(_Auto):
+    """Builds the model that gives each text a class or a value."""
+
+    task = "sequence-classification"
+
+
+class AutoModelForTokenClassification(_Auto):
+    """Builds the model that gives each token a class."""
+
+    task = "token-classification"
+
+
+def initialise(model: torch.nn.Module, names: Iterable[str]) -> None:
+    """Fresh values: matrices normal with `initializer_range`, biases zero, norms as they are."""
+    std = model.config.get("initializer_range", 0.02)
+    for name in names:
+        parameter = model.get_parameter(name)
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
+        elif name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+
+
+def _start_fresh(
+    model: torch.nn.Module, report: weights.LoadReport, device: str | torch.device
+) -> None:
+    dtype = model.get_parameter(report.loaded[0]).dtype if report.loaded else None
+    for name in report.fresh:
+        path, _, leaf = name.rpartition(".")
+        home = model.get_submodule(path)
+        shape = model.get_parameter(name).shape
+        value = torch.ones(shape, dtype=dtype, device=device)
+        setattr(home, leaf, torch.nn.Parameter(value))
+    initialise(model, report.fresh)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

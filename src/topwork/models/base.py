@@ -31,7 +31,8 @@ class CausalLMOutput:
 class Model(nn.Module):
     """What every model has: a configuration, tied weights (alias → owner), its files.
 
-    `trunk` is the part below the head; it holds `checkpointing`.
+    `trunk` is the part below the head; it holds `checkpointing`. `table` says how the tensors are
+    named and laid out on disk.
     """
 
     def __init__(self, config: Config) -> None:
@@ -39,9 +40,14 @@ class Model(nn.Module):
         self.config = config
         self.generation_config: dict[str, Any] = {}
         self.tied: dict[str, str] = {}
+        self.table = weights.PLAIN
 
     @property
     def trunk(self) -> Any:
+        raise NotImplementedError
+
+    @property
+    def layer_count(self) -> int:
         raise NotImplementedError
 
     @property
@@ -55,6 +61,15 @@ class Model(nn.Module):
     def num_parameters(self, only_trainable: bool = False) -> int:
         chosen = (p for p in self.parameters() if p.requires_grad or not only_trainable)
         return sum(p.numel() for p in chosen)
+
+    def new_cache(self, batch_size: int | None = None) -> KVCache:
+        return KVCache(self.layer_count)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.trunk.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return None
 
     def tie_weights(self) -> None:
         """Let each tied alias be its owner's parameter."""
@@ -82,7 +97,63 @@ class Model(nn.Module):
         if self.generation_config:
             text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"
             (folder / "generation_config.json").write_text(text, encoding="utf-8")
-        weights.save_weights(self, folder, tied=self.tied, max_shard_size=max_shard_size)
+        weights.save_weights(
+            self, folder, table=self.table, tied=self.tied, max_shard_size=max_shard_size
+        )
+
+
+def backbone(
+    self: Model,
+    input_ids: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    lengths: tuple[int, ...] | None = None,
+    attention_mask: Tensor | None = None,
+    cache: KVCache | None = None,
+) -> Tensor:
+    """Hidden states [B, T, C] after the final norm.
+
+    Either `lengths`, the documents packed in a single row (B = 1), or `attention_mask`
+    [B, S] over cached and new tokens, 1 where a token is real; neither: all are real.
+    Without a cache, padded rows are computed as packed ones; padding comes back as zeros.
+    """
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None:
+        raise ConfigError("backbone needs input_ids or inputs_embeds")
+    batch, tokens = given.shape[:2]
+    if lengths is not None:
+        check_lengths(lengths, batch, tokens)
+        if cache is not None:
+            raise ConfigError("lengths and a cache exclude each other: pad the rows instead")
+    if attention_mask is not None and bool(attention_mask.all()):
+        attention_mask = None
+    if attention_mask is not None and cache is None and lengths is None:
+        rows = Padding.of(attention_mask)
+        packed = backbone(
+            self,
+            None if input_ids is None else rows.pack(input_ids),
+            inputs_embeds=None if inputs_embeds is None else rows.pack(inputs_embeds),
+            positions=None if positions is None else rows.pack(positions),
+            lengths=rows.lengths,
+        )
+        return rows.unpack(packed)
+    past = cache.length if cache is not None else 0
+    keep = None if attention_mask is None else attention_mask.bool()
+    if keep is not None and keep.shape[1] != past + tokens:
+        raise ConfigError(
+            f"attention_mask has {keep.shape[1]} columns, but there are {past} cached and "
+            f"{tokens} new tokens"
+        )
+    if positions is None:
+        positions = _positions(given, lengths, keep, past)
+    return self.trunk(
+        input_ids if inputs_embeds is None else None,
+        inputs_embeds=inputs_embeds,
+        positions=positions,
+        layout=ops.Layout(lengths, past, keep),
+        cache=cache,
+    )
 
 
 class CausalModel(Model):
@@ -93,63 +164,9 @@ class CausalModel(Model):
 
     lm_head: nn.Module
 
-    @property
-    def layer_count(self) -> int:
-        raise NotImplementedError
-
     # -- the contract ----------------------------------------------------------------------------
 
-    def backbone(
-        self,
-        input_ids: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        positions: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None,
-        attention_mask: Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> Tensor:
-        """Hidden states [B, T, C] after the final norm.
-
-        Either `lengths`, the documents packed in a single row (B = 1), or `attention_mask`
-        [B, S] over cached and new tokens, 1 where a token is real; neither: all are real.
-        Without a cache, padded rows are computed as packed ones; padding comes back as zeros.
-        """
-        given = input_ids if inputs_embeds is None else inputs_embeds
-        if given is None:
-            raise ConfigError("backbone needs input_ids or inputs_embeds")
-        batch, tokens = given.shape[:2]
-        if lengths is not None:
-            check_lengths(lengths, batch, tokens)
-            if cache is not None:
-                raise ConfigError("lengths and a cache exclude each other: pad the rows instead")
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
-        if attention_mask is not None and cache is None and lengths is None:
-            rows = Padding.of(attention_mask)
-            packed = self.backbone(
-                None if input_ids is None else rows.pack(input_ids),
-                inputs_embeds=None if inputs_embeds is None else rows.pack(inputs_embeds),
-                positions=None if positions is None else rows.pack(positions),
-                lengths=rows.lengths,
-            )
-            return rows.unpack(packed)
-        past = cache.length if cache is not None else 0
-        keep = None if attention_mask is None else attention_mask.bool()
-        if keep is not None and keep.shape[1] != past + tokens:
-            raise ConfigError(
-                f"attention_mask has {keep.shape[1]} columns, but there are {past} cached and "
-                f"{tokens} new tokens"
-            )
-        if positions is None:
-            positions = _positions(given, lengths, keep, past)
-        return self.trunk(
-            input_ids if inputs_embeds is None else None,
-            inputs_embeds=inputs_embeds,
-            positions=positions,
-            layout=ops.Layout(lengths, past, keep),
-            cache=cache,
-        )
+    backbone = backbone
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
@@ -201,12 +218,6 @@ class CausalModel(Model):
         # The one call to a layer above, by name: models are used without generation, not the
         # other way round.
         return importlib.import_module("topwork.generation").generate(self, *args, **kwargs)
-
-    def new_cache(self, batch_size: int | None = None) -> KVCache:
-        return KVCache(self.layer_count)
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.trunk.embed_tokens
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head

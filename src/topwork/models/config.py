@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ INERT = frozenset(
         "begin_suppress_tokens",
         "bos_token_id",
         "chunk_size_feed_forward",
+        "classifier_dropout",
         "cross_attention_hidden_size",
         "custom_pipelines",
         "decoder_start_token_id",
@@ -117,6 +119,34 @@ class Config:
 
     def get(self, key: str, default: Any = None) -> Any:
         return self.__dict__.get(key, default)
+
+    def with_labels(
+        self,
+        num_labels: int | None = None,
+        id2label: Mapping[Any, str] | None = None,
+        label2id: Mapping[str, Any] | None = None,
+        problem_type: str | None = None,
+    ) -> Config:
+        """A copy for a classifier of these labels; ConfigError when they contradict each other."""
+        values = self.to_dict()
+        if id2label is None and label2id is not None:
+            id2label = {index: label for label, index in label2id.items()}
+        if id2label is None and num_labels is not None:
+            id2label = {i: f"LABEL_{i}" for i in range(num_labels)}
+        if id2label is not None:
+            names = {int(i): label for i, label in id2label.items()}
+            if sorted(names) != list(range(len(names))):
+                raise ConfigError(f"id2label={names} must number its labels 0, 1, 2 …")
+            if num_labels not in (None, len(names)):
+                raise ConfigError(f"num_labels={num_labels}, but id2label names {len(names)}")
+            ids = {label: i for i, label in names.items()}
+            if label2id is not None and {k: int(v) for k, v in label2id.items()} != ids:
+                raise ConfigError(f"label2id={dict(label2id)} contradicts id2label={names}")
+            values |= {"id2label": names, "label2id": ids}
+            values.pop("num_labels", None)
+        if problem_type is not None:
+            values["problem_type"] = problem_type
+        return Config(**values)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json` into `folder`."""

@@ -7,7 +7,8 @@ logits = head(norm(x))
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
-from topwork.models.base import CausalModel
+from topwork.models.base import CausalModel, Model
+from topwork.models.config import Config
+from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
 from topwork.nn.cache import KVCache
 from topwork.nn.layers import Attention, AttentionSpec, Mlp, MlpSpec, RmsNorm
 from topwork.nn.rotary import rotary_table
+from topwork.weights import PLAIN, Table
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class DecoderSpec:
     norm_eps: float
     layers: tuple[LayerSpec, ...]
     tied: bool = False
+    table: Table = PLAIN
 
 
 class Block(nn.Module):
@@ -71,6 +76,10 @@ class Decoder(nn.Module):
         self.norm = RmsNorm(spec.hidden, spec.norm_eps)
         self.checkpointing = False
 
+    @property
+    def layer_count(self) -> int:
+        return len(self.layers)
+
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -95,10 +104,11 @@ class Decoder(nn.Module):
 class CausalDecoder(CausalModel):
     """A `Decoder` under its name on the Hub (`model`) and its `lm_head`."""
 
-    def __init__(self, config: Any, spec: DecoderSpec) -> None:
+    def __init__(self, config: Config, spec: DecoderSpec) -> None:
         super().__init__(config)
         self.model = Decoder(spec)
         self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False)
+        self.table = table_of(spec)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {}
         self.tie_weights()
 
@@ -108,8 +118,44 @@ class CausalDecoder(CausalModel):
 
     @property
     def layer_count(self) -> int:
-        return len(self.model.spec.layers)
+        return self.model.layer_count
 
 
-# Task name → the model of a Llama-shaped family, made as `cls(config, spec)`.
-DECODER_MODELS = {"causal-lm": CausalDecoder}
+def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:
+    """The family's table with what every Llama-shaped file may have or lack."""
+    table = spec.table
+    return replace(
+        table,
+        prefix="model.",
+        drop=(*table.drop, r"rotary_emb\.inv_freq$", *drop),
+        fresh=(*table.fresh, *fresh),
+    )
+
+
+LM_HEAD, SCORE = r"^lm_head\.", r"^score\."
+
+
+def bare(config: Config, spec: DecoderSpec) -> BareModel:
+    """The decoder without a head."""
+    return BareModel(config, Decoder(spec), table=table_of(spec, drop=(LM_HEAD, SCORE)))
+
+
+def sequence_classifier(config: Config, spec: DecoderSpec) -> SequenceClassifier:
+    """The decoder with `score` over each text's last token."""
+    table = table_of(spec, drop=(LM_HEAD,), fresh=(SCORE,))
+    return SequenceClassifier(config, Decoder(spec), table=table)
+
+
+def token_classifier(config: Config, spec: DecoderSpec) -> TokenClassifier:
+    """The decoder with `score` over each token."""
+    table = table_of(spec, drop=(LM_HEAD,), fresh=(SCORE,))
+    return TokenClassifier(config, Decoder(spec), table=table, bias=True)
+
+
+# Task name → the model of a Llama-shaped family, made of its configuration and spec.
+DECODER_MODELS: dict[str, Callable[[Config, DecoderSpec], Model]] = {
+    "base": bare,
+    "causal-lm": CausalDecoder,
+    "sequence-classification": sequence_classifier,
+    "token-classification": token_classifier,
+}

@@ -7,8 +7,7 @@ each name to its file.
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,77 +20,166 @@ from torch import Tensor, nn
 from topwork.errors import CheckpointError
 from topwork.hub import Checkpoint
 from topwork.weights.gguf import GgufFile
+from topwork.weights.table import PLAIN, Pack, Place, Stored, Table, cut
 
 SHOWN = 20  # names listed in an error before "and N more"
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a load did: tensors taken, and file keys that were left out on purpose."""
+    """What a load did.
+
+    `loaded`: tensors filled; `ignored`: file keys left out on purpose; `fresh`: tensors that the
+    file lacks and the table lets it lack, still as they were; `untied`: aliases that the file holds
+    with values of their own.
+    """
 
     loaded: tuple[str, ...]
     ignored: tuple[str, ...]
+    fresh: tuple[str, ...] = ()
+    untied: tuple[str, ...] = ()
 
 
 def load_weights(
     module: nn.Module,
     checkpoint: Checkpoint,
     *,
+    table: Table = PLAIN,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     tied: Mapping[str, str] | None = None,
-    ignore: Sequence[str] = (),
-    prefix: str = "",
 ) -> LoadReport:
     """Fill `module` (it may stand on the meta device) from the checkpoint, one tensor at a time.
 
-    `dtype` None keeps the file's. `tied` maps an alias to its owner: either name may be absent
-    from the file. `ignore` holds patterns of file keys to leave out. A key that the module lacks
-    is tried again behind `prefix`. Raises CheckpointError that lists every missing, unexpected
-    or wrong-shaped tensor.
+    `table` says how the file's names and layouts become the module's. `dtype` None keeps the
+    file's. `tied` maps an alias to its owner: either name may be absent from the file. Raises
+    CheckpointError that lists every missing, unexpected or wrong-shaped tensor.
     """
-    tied = dict(tied or {})
-    wanted = dict(module.named_parameters(remove_duplicate=False))
-    wanted |= dict(_persistent_buffers(module))
-    owners = {alias: owner for alias, owner in tied.items() if alias in wanted}
-    loaded: set[str] = set()
-    ignored, unexpected, wrong = [], [], []
+    intake = _Intake(module, table, dtype, device, dict(tied or {}))
     for key, read in _tensors(checkpoint):
-        name = key if key in wanted else prefix + key
-        if name not in wanted:
-            skip = any(re.search(pattern, key) for pattern in ignore)
-            (ignored if skip else unexpected).append(key)
-            continue
-        name = owners.get(name, name)
-        if name in loaded:
-            ignored.append(key)
-            continue
+        intake.take(key, read)
+    return intake.report(checkpoint.name)
+
+
+class _Intake:
+    """Takes a file's tensors one by one into a module, and keeps account of them."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        table: Table,
+        dtype: torch.dtype | None,
+        device: str | torch.device,
+        tied: dict[str, str],
+    ) -> None:
+        self.module, self.table, self.dtype, self.device = module, table, dtype, device
+        self.wanted = dict(module.named_parameters(remove_duplicate=False))
+        self.wanted |= dict(_persistent_buffers(module))
+        self.owners = {alias: owner for alias, owner in tied.items() if alias in self.wanted}
+        self.loaded: dict[str, str] = {}  # name in the module → the name it came under
+        self.packed: dict[str, tuple[Tensor, set[tuple[int, int]]]] = {}
+        self.ignored: list[str] = []
+        self.unexpected: list[str] = []
+        self.wrong: dict[str, str] = {}
+        self.untied: list[str] = []
+
+    def take(self, key: str, read: Callable[[], Tensor]) -> None:
+        places = self.table.places(key, self.wanted)
+        if not places:
+            (self.ignored if self.table.may_drop(key) else self.unexpected).append(key)
+            return
         tensor = read()
-        if tensor.shape != wanted[name].shape:
-            wrong.append(
-                f"{name} {list(tensor.shape)} in the file, {list(wanted[name].shape)} here"
+        for place in places:
+            if place.pack is not None:
+                self._fill(key, place, place.pack, tensor)
+            elif place.unpack is not None:
+                parts = cut(tensor, place.unpack)
+                if place.part < len(parts):
+                    self._put(key, place.name, parts[place.part])
+            else:
+                self._put(key, place.name, tensor)
+
+    def _cast(self, tensor: Tensor) -> torch.dtype:
+        floating = tensor.is_floating_point() and self.dtype is not None
+        return self.dtype if floating and self.dtype is not None else tensor.dtype
+
+    def _misfit(self, key: str, name: str, found: Tensor, wanted: Tensor) -> bool:
+        if found.shape != wanted.shape:
+            where = key if key == name else f"{name} (from {key})"
+            self.wrong[name] = f"{where} {list(found.shape)} in the file, {list(wanted.shape)} here"
+            return True
+        return False
+
+    def _fill(self, key: str, place: Place, pack: Pack, tensor: Tensor) -> None:
+        name, slot = place.name, (place.index, place.part)
+        if name not in self.packed:
+            whole = torch.empty(
+                self.wanted[name].shape, dtype=self._cast(tensor), device=self.device
             )
-            continue
-        floating = tensor.is_floating_point() and dtype is not None
-        _assign(module, name, tensor.to(device, dtype if floating else tensor.dtype, copy=True))
-        loaded.add(name)
-    misfits = {text.split(" ", 1)[0] for text in wrong}
-    missing = sorted(set(wanted) - loaded - set(owners) - misfits)
-    problems = [
-        f"{what}: {_listed(names)}"
-        for what, names in (
-            ("missing", missing),
-            ("unexpected", unexpected),
-            ("wrong shape", wrong),
+            self.packed[name] = (whole, set())
+        whole, filled = self.packed[name]
+        if pack.numbered and place.index >= whole.shape[0]:
+            self.unexpected.append(key)
+            return
+        view = cut(whole[place.index] if pack.numbered else whole, pack)[place.part]
+        if self._misfit(key, name, tensor, view):
+            return
+        view.copy_(tensor)
+        filled.add(slot)
+        if len(filled) == (whole.shape[0] if pack.numbered else 1) * len(pack.disk):
+            del self.packed[name]
+            _assign(self.module, name, self.table.loaded(name, whole).contiguous())
+            self.loaded[name] = name
+
+    def _put(self, key: str, name: str, tensor: Tensor) -> None:
+        tensor = self.table.loaded(name, tensor)
+        if self._misfit(key, name, tensor, self.wanted[name]):
+            return
+        owner = self.owners.get(name, name)
+        value = tensor.contiguous().to(self.device, self._cast(tensor), copy=True)
+        if owner not in self.loaded:
+            _assign(self.module, owner, value)
+            self.loaded[owner] = name
+            return
+        self.ignored.append(key)
+        held = self.module.get_parameter(owner)
+        if self.loaded[owner] != name and not torch.equal(held, value):
+            # Both are in the file and differ: they are not tied, whatever the configuration says.
+            alias = name if name != owner else self.loaded[owner]
+            _assign(self.module, alias, value if alias == name else held.detach())
+            if alias != name:
+                _assign(self.module, owner, value)
+            self.untied.append(alias)
+            self.loaded[alias] = alias
+
+    def report(self, source: str) -> LoadReport:
+        aliases = set(self.owners) - set(self.untied)
+        absent = set(self.wanted) - set(self.loaded) - aliases - set(self.wrong)
+        fresh = sorted(n for n in absent if self.table.may_lack(n) and n not in self.packed)
+        missing = [
+            key
+            for name in sorted(absent - set(fresh))
+            for key in self.table.missing_keys(
+                name, self.wanted[name].shape, self.packed.get(name, (None, set()))[1]
+            )
+        ]
+        problems = [
+            f"{what}: {_listed(names)}"
+            for what, names in (
+                ("missing", missing),
+                ("unexpected", self.unexpected),
+                ("wrong shape", list(self.wrong.values())),
+            )
+            if names
+        ]
+        if problems:
+            raise CheckpointError(
+                f"{source}: the weights do not fit {type(self.module).__name__}: "
+                + "; ".join(problems)
+            )
+        return LoadReport(
+            tuple(sorted(self.loaded)), tuple(self.ignored), tuple(fresh), tuple(self.untied)
         )
-        if names
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{checkpoint.name}: the weights do not fit {type(module).__name__}: "
-            + "; ".join(problems)
-        )
-    return LoadReport(tuple(sorted(loaded)), tuple(ignored))
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -173,27 +261,20 @@ def save_weights(
     module: nn.Module,
     folder: str | Path,
     *,
+    table: Table = PLAIN,
     tied: Mapping[str, str] | None = None,
     max_shard_size: str | int = "5GB",
 ) -> list[Path]:
-    """Write the module's tensors into `folder`; tied aliases are left to their owner.
+    """Write the module's tensors into `folder` as `table` lays them out; tied aliases are left out.
 
-    Each file is written beside its place and moved there when it is whole. Returns the files.
+    Each file is formed and written beside its place, one after the other, and moved there when it
+    is whole. Returns the files.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    limit = _bytes(max_shard_size)
     aliases = set(tied or {})
     state = {k: v.detach() for k, v in module.state_dict().items() if k not in aliases}
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name, tensor in state.items():
-        size = tensor.numel() * tensor.element_size()
-        if shards[-1] and filled + size > limit:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor.contiguous()
-        filled += size
+    shards = _shards(table.stored(state), _bytes(max_shard_size))
     if len(shards) == 1:
         return [_write(folder / "model.safetensors", shards[0])]
     count = len(shards)
@@ -201,8 +282,8 @@ def save_weights(
     for i, shard in enumerate(shards, 1):
         path = folder / f"model-{i:05d}-of-{count:05d}.safetensors"
         paths.append(_write(path, shard))
-        index |= dict.fromkeys(shard, path.name)
-    total = sum(t.numel() * t.element_size() for t in state.values())
+        index |= {tensor.name: path.name for tensor in shard}
+    total = sum(tensor.nbytes for shard in shards for tensor in shard)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
     staged = folder / ".model.safetensors.index.json.part"
     staged.write_text(text + "\n", encoding="utf-8")
@@ -210,9 +291,22 @@ def save_weights(
     return paths
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> Path:
+def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
+    """The tensors in order, in files of at most `limit` bytes (a larger one alone)."""
+    shards: list[list[Stored]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.nbytes
+    return shards
+
+
+def _write(path: Path, tensors: Sequence[Stored]) -> Path:
     staged = path.with_name(f".{path.name}.part")
-    save_file(tensors, staged, metadata={"format": "pt"})
+    save_file({t.name: t.make() for t in tensors}, staged, metadata={"format": "pt"})
     staged.replace(path)
     return path
 
