@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.dispatch import Op
+from topwork.ops.native.attention import has_amx, packed_attention
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,34 @@ def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     """Neighbouring documents of one length as (length, count)."""
     for length, same in groupby(lengths):
         yield length, len(list(same))
+
+
+def _tiled(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
+) -> bool:
+    plain = layout.past == 0 and layout.keep is None and rule.softcap is None
+    same = q.shape[1] == k.shape[1] > 1 and q.shape[3] == v.shape[3]
+    return (
+        q.device.type == "cpu"
+        and q.dtype == k.dtype == v.dtype == torch.bfloat16
+        and q.shape[3] % 32 == 0
+        and plain
+        and same
+        and terms == NO_TERMS
+        and (rule.chunk is None or rule.chunk >= max(layout.lengths or (k.shape[1],)))
+        and has_amx()
+    )
+
+
+@attention.variant("tiles", when=_tiled)
+def tiled_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
+) -> Tensor:
+    """bf16 tiles of the CPU: every document alone, in one call for all of them."""
+    lengths = layout.lengths or (q.shape[1],) * q.shape[0]
+    flat = [t.flatten(0, 1) for t in (q, k, v)]
+    out = packed_attention(*flat, lengths, rule.scale, rule.causal, rule.window)
+    return out.view(q.shape)
 
 
 @attention.variant("documents", when=lambda q, k, v, layout, *a, **kw: layout.lengths is not None)

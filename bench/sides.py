@@ -1,0 +1,158 @@
+"""One side of the comparison in its own process: `sides.py SIDE CASE FOLDER STEPS` → JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rows import Row
+from sft import ALPHA, CASES, DROPOUT, RANK, RATE
+
+
+def peak_mib() -> float:
+    """The most memory that this process has held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def loop(
+    parameters: list[Any], batches: list[list[Row]], loss_of: Callable[[list[Row]], torch.Tensor]
+) -> dict:
+    """The plain training loop: loss, backward, AdamW."""
+    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
+    losses, seconds = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        seconds.append(time.perf_counter() - start)
+    return {"losses": losses, "seconds": seconds}
+
+
+def ours(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
+    from topwork import AutoModelForCausalLM, PeftModel
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    if side == "ours-checkpointing":
+        model.gradient_checkpointing_enable()
+    model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
+
+    def loss_of(batch: list[Row]) -> torch.Tensor:
+        ids = torch.tensor([i for row in batch for i in row.ids])
+        trained = torch.tensor([t for row in batch for t in [*row.trained[1:], False]])
+        hidden = model.backbone(ids[None], lengths=tuple(len(row.ids) for row in batch))
+        at = trained.nonzero()[:, 0]
+        return -model.token_logprobs(hidden[0, at], ids[at + 1]).mean()
+
+    return loop([p for p in model.parameters() if p.requires_grad], batches, loss_of)
+
+
+def peft(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
+    import transformers
+
+    import peft
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    # Best: adapters in the base's dtype, not the default fp32 that is cast at every use.
+    model = peft.PeftModel.from_pretrained(
+        model, adapter, is_trainable=True, autocast_adapter_dtype=side == "peft"
+    ).train()
+
+    def loss_of(batch: list[Row]) -> torch.Tensor:
+        longest = max(len(row.ids) for row in batch)
+        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in batch])
+        mask = torch.tensor([[1] * len(r.ids) + [0] * (longest - len(r.ids)) for r in batch])
+        marks = [row.trained + [False] * (longest - len(row.ids)) for row in batch]
+        labels = ids.masked_fill(~torch.tensor(marks), -100)
+        return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+
+    return loop([p for p in model.parameters() if p.requires_grad], batches, loss_of)
+
+
+def trl(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
+    import datasets
+    import transformers
+    from trl import SFTConfig, SFTTrainer
+
+    import peft
+
+    rows = [row for batch in batches for row in batch]
+    data = datasets.Dataset.from_list(
+        [{"input_ids": r.ids, "labels": [i if t else -100 for i, t in zip(r.ids, r.trained)]}
+         for r in rows]
+    )  # fmt: skip
+    best = {"gradient_checkpointing": False} if side == "trl-best" else {}
+    args = SFTConfig(
+        output_dir=str(base.parent / "trl"),
+        per_device_train_batch_size=len(batches[0]),
+        max_steps=len(batches),
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        bf16=True,
+        use_cpu=True,
+        disable_tqdm=True,
+        **best,
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    config = peft.LoraConfig(
+        r=RANK,
+        lora_alpha=ALPHA,
+        lora_dropout=DROPOUT,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    seconds: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds[-1] = time.perf_counter() - seconds[-1]
+
+    trainer = SFTTrainer(
+        model,
+        args=args,
+        train_dataset=data,
+        processing_class=transformers.AutoTokenizer.from_pretrained(base),
+        peft_config=config,
+        callbacks=[Clock()],
+    )
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "seconds": seconds}
+
+
+def main() -> None:
+    side, case, folder, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    _, dtype, rate, *_ = CASES[case]
+    batches = json.loads((folder / f"{case}.json").read_text())[:steps]
+    run = {"ours": ours, "peft": peft, "trl": trl}[side.partition("-")[0]]
+    torch.manual_seed(1)
+    result = run(
+        [[Row(**row) for row in batch] for batch in batches],
+        dtype,
+        folder / dtype,
+        folder / f"adapter-{rate}",
+        side,
+    )
+    print(json.dumps({**result, "peak_mib": peak_mib()}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The C kernels against the torch references, forward and gradient."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from topwork.ops import Layout, Rule, attention, native
+from topwork.ops.attention import tiled_attention
+from topwork.ops.native.attention import has_amx
+
+needs_amx = pytest.mark.skipif(not has_amx(), reason="no bf16 tiles on this machine")
+
+
+def grads_of(function, tensors):
+    """The output and the gradients of `tensors` for a random linear function of the output."""
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = function(*leaves)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad((out * weights).float().sum(), leaves)]
+
+
+def close(ours, theirs, tolerance):
+    """Relative in the Euclidean norm, and no element far off."""
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a.float() - b).norm() <= tolerance * b.norm()
+        assert (a.float() - b).abs().max() <= 4 * tolerance * b.abs().max()
+
+
+CASES = [
+    ((7, 33, 128, 1, 300, 31, 32), 6, 2, 64, Rule(0.2)),
+    ((290, 70), 9, 3, 64, Rule(0.125, window=50)),
+    ((70, 1, 300), 4, 1, 128, Rule(0.1, causal=False)),
+    ((70, 300), 2, 1, 96, Rule(0.1, causal=False, window=40)),
+    ((700,), 2, 2, 32, Rule(0.3, window=129)),
+    ((40, 40), 2, 2, 32, Rule(0.3, chunk=40)),
+]
+
+
+@needs_amx
+@pytest.mark.parametrize(("lengths", "heads", "kv", "size", "rule"), CASES)
+def test_tiled_attention_equals_the_reference_in_fp32(lengths, heads, kv, size, rule):
+    torch.manual_seed(0)
+    shapes = [(1, sum(lengths), n, size) for n in (heads, kv, kv)]
+    tensors = [torch.randn(shape).bfloat16() for shape in shapes]
+    layout = Layout(lengths)
+    ours = grads_of(lambda *t: tiled_attention(*t, layout, rule), tensors)
+    wide = [t.float() for t in tensors]
+    close(ours, grads_of(lambda *t: attention.reference(*t, layout, rule), wide), 6e-3)
+
+
+@needs_amx
+def test_tiled_attention_of_rows_reads_strided_queries():
+    torch.manual_seed(0)
+    fused = torch.randn(3, 45, 4 * 32 + 2 * 2 * 32).bfloat16()
+
+    def run(x, op):
+        q, k, v = (t.unflatten(-1, (-1, 32)) for t in x.split([128, 64, 64], -1))
+        return op(q, k, v, Layout(), Rule(0.2))
+
+    ours = grads_of(lambda x: run(x, tiled_attention), [fused])
+    close(ours, grads_of(lambda x: run(x, attention.reference), [fused.float()]), 6e-3)
+
+
+@needs_amx
+def test_tiled_attention_is_deterministic_and_leaves_torch_matmuls_right():
+    torch.manual_seed(0)
+    tensors = [torch.randn(1, 500, n, 64).bfloat16() for n in (9, 3, 3)]
+    x = torch.randn(300, 300).bfloat16()
+    product = x @ x
+    first = grads_of(lambda *t: tiled_attention(*t, Layout((200, 300)), Rule(0.1)), tensors)
+    for _ in range(5):
+        again = grads_of(lambda *t: tiled_attention(*t, Layout((200, 300)), Rule(0.1)), tensors)
+        assert all(torch.equal(a, b) for a, b in zip(first, again))
+        assert torch.equal(x @ x, product)
+
+
+@needs_amx
+def test_nan_in_one_document_stays_there_and_is_not_hidden():
+    q, k, v = (torch.randn(1, 64, 2, 32).bfloat16() for _ in range(3))
+    k[0, 10] = float("nan")
+    out = tiled_attention(q, k, v, Layout((32, 32)), Rule(0.1))[0]
+    assert out[10:32].isnan().all()
+    assert out[:10].isfinite().all()
+    assert out[32:].isfinite().all()
+
+
+@needs_amx
+def test_bf16_attention_takes_the_tiles_and_other_cases_do_not():
+    q = torch.zeros(1, 4, 2, 32, dtype=torch.bfloat16)
+    tiles = next(v for v in attention.variants if v.name == "tiles")
+    assert tiles.when(q, q, q, Layout(), Rule(1.0))
+    assert not tiles.when(q, q, q, Layout(), Rule(1.0, softcap=2.0))
+    assert not tiles.when(q, q, q, Layout(), Rule(1.0, chunk=2))
+    assert not tiles.when(q[:, :1], q, q, Layout(past=3), Rule(1.0))
+    assert not tiles.when(q.float(), q.float(), q.float(), Layout(), Rule(1.0))
+
+
+def test_without_a_compiler_torch_computes_and_the_reason_is_told(tmp_path):
+    code = (
+        "from topwork.ops import native; import torch\n"
+        "from topwork.ops import attention, Layout, Rule\n"
+        "q = torch.randn(1, 40, 2, 32).bfloat16()\n"
+        "assert attention(q, q, q, Layout((20, 20)), Rule(0.1)).isfinite().all()\n"
+        "assert not native.available()\n"
+        "print(native.why_not())"
+    )
+    environment = {**os.environ, "PATH": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    for tool in ("", "#!/bin/sh\necho 'no such flag' >&2; exit 1\n"):
+        if tool:
+            (tmp_path / "gcc").write_text(tool)
+            (tmp_path / "gcc").chmod(0o700)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert "no such flag" in done.stdout if tool else "no C compiler" in done.stdout
+
+
+@pytest.mark.skipif(not native.available(), reason="no C compiler")
+def test_the_library_is_built_once_and_a_damaged_folder_is_no_error(tmp_path):
+    code = "from topwork.ops import native; print(native.available(), native.why_not())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", code], env=environment, text=True,
+                              capture_output=True, check=True)  # fmt: skip
+        assert done.stdout.startswith("True")
+        built = list((tmp_path / "topwork" / "native").iterdir())
+        assert len(built) == 1
+    environment["XDG_CACHE_HOME"] = str(built[0])  # a file where a folder should be
+    done = subprocess.run([sys.executable, "-c", code], env=environment, text=True,
+                          capture_output=True, check=True)  # fmt: skip
+    assert done.stdout.startswith("False")
