@@ -2,37 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoConfig, LogitsProcessorList
-from transformers import AutoModelForCausalLM as Theirs
-from transformers.generation import logits_process as peer
 
+from helpers_generation import IDS, MASK, PADDED
 from topwork import AutoModelForCausalLM
 from topwork.errors import ConfigError, TopworkError
 from topwork.generation import GenerationConfig
-from topwork.generation import sampling as ours
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen2", "mistral"])
-def pair(request, tmp_path_factory):
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        request.param, vocab_size=53, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    theirs = Theirs.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in theirs.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.4)
-    folder = tmp_path_factory.mktemp("model")
-    theirs.save_pretrained(folder)
-    return theirs, AutoModelForCausalLM.from_pretrained(folder)
-
-
-IDS = torch.arange(3, 27).view(2, 12)
-MASK = torch.ones_like(IDS)
-PADDED = MASK.clone()
-PADDED[1, :5] = 0
 
 
 @pytest.mark.parametrize(
@@ -43,6 +17,15 @@ PADDED[1, :5] = 0
         {"repetition_penalty": 1.7},
         {"eos_token_id": [5, 9, 30, 41]},
         {"eos_token_id": list(range(0, 50, 2)), "min_new_tokens": 4},
+        {"eos_token_id": list(range(0, 50, 2)), "min_length": 15},
+        {"bad_words_ids": [[5], [9, 30], [30, 41]], "eos_token_id": 41},
+        {"sequence_bias": {(7,): 2.0, (7, 8): 9.0, (8, 11): -4.0, (11, 7, 8): 3.0}},
+        {"suppress_tokens": list(range(10, 40)), "begin_suppress_tokens": [41, 42]},
+        {"forced_eos_token_id": 3, "eos_token_id": 3},
+        {"exponential_decay_length_penalty": (3, 1.8), "eos_token_id": [5, 9]},
+        {"remove_invalid_values": True, "renormalize_logits": True},
+        {"guidance_scale": 1.6},
+        {"prefill_chunk_size": 5},
     ],
 )
 @pytest.mark.parametrize("mask", [MASK, PADDED], ids=["whole", "left-padded"])
@@ -54,6 +37,86 @@ def test_greedy_tokens_equal_the_peer(pair, mask, options):
     ids = IDS.masked_fill(mask == 0, 0)
     wanted = theirs.generate(ids, attention_mask=mask, **options)
     assert torch.equal(model.generate(ids, attention_mask=mask, **options), wanted)
+
+
+def test_forbidden_ngrams_equal_the_peer(pair):
+    theirs, model = pair
+    options = {"do_sample": False, "max_new_tokens": 30, "pad_token_id": 0}
+    ids = IDS[:, :4].repeat(1, 2)
+    for n in (1, 2, 3):
+        wanted = theirs.generate(ids, attention_mask=MASK[:, :8], no_repeat_ngram_size=n, **options)
+        assert torch.equal(model.generate(ids, no_repeat_ngram_size=n, **options), wanted)
+
+
+@pytest.mark.parametrize("mask", [MASK, PADDED], ids=["whole", "left-padded"])
+def test_what_comes_back_equals_the_peer(pair, mask):
+    theirs, model = pair
+    ids = IDS.masked_fill(mask == 0, 0)
+    options = {
+        "attention_mask": mask, "max_new_tokens": 7, "repetition_penalty": 1.3, "do_sample": False,
+        "eos_token_id": [5, 9], "pad_token_id": 0, "return_dict_in_generate": True,
+        "output_scores": True, "output_logits": True,
+    }  # fmt: skip
+    wanted, found = theirs.generate(ids, **options), model.generate(ids, **options)
+    assert torch.equal(found["sequences"], wanted.sequences)
+    for mine, peers in ((found.scores, wanted.scores), (found.logits, wanted.logits)):
+        assert len(mine) == len(peers)
+        for one, other in zip(mine, peers):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_away_from_a_prompt_equals_the_peer(pair):
+    theirs, model = pair
+    options = {
+        "negative_prompt_ids": IDS[:, 3:7] + 20, "guidance_scale": 2.5, "do_sample": False,
+        "max_new_tokens": 12, "pad_token_id": 0,
+    }  # fmt: skip
+    wanted = theirs.generate(IDS, attention_mask=MASK, **options)
+    assert torch.equal(model.generate(IDS, **options), wanted)
+    assert not torch.equal(model.generate(IDS, max_new_tokens=12), wanted)
+
+
+def test_callers_processors_criteria_and_prefixes_act_as_in_the_peer(pair):
+    theirs, model = pair
+
+    def allowed(row, ids):
+        return [10 + row, 20, 21, int(ids[-1])]
+
+    def odd(ids, scores):
+        return scores + (ids[:, -1:] % 2) * torch.arange(53)
+
+    def by_three(ids, scores):
+        return (ids[:, 12:] % 3 == 0).sum(1) > 2
+
+    for options in (
+        {"prefix_allowed_tokens_fn": allowed},
+        {"logits_processor": [odd]},
+        # The peer fills ended rows only where there is an end token.
+        {"stopping_criteria": [by_three], "eos_token_id": 52},
+        {"prefix_allowed_tokens_fn": allowed, "num_beams": 3},
+    ):
+        wanted = theirs.generate(
+            IDS, attention_mask=MASK, max_new_tokens=10, do_sample=False, pad_token_id=2, **options
+        )
+        found = model.generate(IDS, max_new_tokens=10, pad_token_id=2, **options)
+        assert torch.equal(found, wanted), options
+
+
+def test_time_ends_the_decoding(pair):
+    assert pair[1].generate(IDS, max_new_tokens=40, max_time=1e-9).shape == IDS.shape
+
+
+def test_presence_and_frequency_are_taken_from_what_was_made(pair):
+    _, model = pair
+    options = {"max_new_tokens": 8, "return_dict_in_generate": True, "output_scores": True}
+    out = model.generate(
+        IDS, presence_penalty=0.5, frequency_penalty=1.5, output_logits=True, **options
+    )
+    made = out.sequences[:, 12:]
+    for step, (scores, logits) in enumerate(zip(out.scores, out.logits)):
+        counts = torch.stack([torch.bincount(row[:step], minlength=53) for row in made])
+        wanted = logits - 0.5 * (counts > 0) - 1.5 * counts
+        torch.testing.assert_close(scores, wanted)
 
 
 def test_each_row_of_a_batch_comes_out_as_alone(pair):
@@ -91,37 +154,6 @@ def test_a_streamer_sees_the_prompt_each_token_and_the_end(pair):
     assert sink.ended
 
 
-PROCESSORS = [
-    (lambda x, s: ours.penalise_repeats(x, s, 1.3), peer.RepetitionPenaltyLogitsProcessor(1.3)),
-    (lambda x, s: ours.keep_top_k(x, 7), peer.TopKLogitsWarper(7)),
-    (lambda x, s: ours.keep_top_p(x, 0.6), peer.TopPLogitsWarper(0.6)),
-    (lambda x, s: ours.keep_min_p(x, 0.1), peer.MinPLogitsWarper(0.1)),
-    (
-        lambda x, s: ours.shape(
-            x, s, 0,
-            GenerationConfig(
-                do_sample=True, temperature=0.7, top_k=9, top_p=0.8, min_p=0.05,
-                repetition_penalty=0.8,
-            ),
-        ),
-        LogitsProcessorList(
-            [
-                peer.RepetitionPenaltyLogitsProcessor(0.8), peer.TemperatureLogitsWarper(0.7),
-                peer.TopKLogitsWarper(9), peer.TopPLogitsWarper(0.8), peer.MinPLogitsWarper(0.05),
-            ]
-        ),
-    ),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("mine", "theirs"), PROCESSORS, ids=range(len(PROCESSORS)))
-def test_each_processor_equals_the_peer(mine, theirs):
-    torch.manual_seed(0)
-    logits = torch.randn(4, 53) * 3
-    seen = torch.randint(0, 53, (4, 10))
-    torch.testing.assert_close(mine(logits, seen), theirs(seen, logits.clone()))
-
-
 @pytest.mark.parametrize(
     ("ids", "options", "words"),
     [
@@ -135,6 +167,21 @@ def test_each_processor_equals_the_peer(mine, theirs):
         (IDS, {"temperature": 0.0, "do_sample": True}, "do_sample=False"),
         (IDS, {"max_new_tokens": -1}, "max_new_tokens=-1"),
         (IDS, {"num_return_sequences": 2}, "do_sample=True"),
+        (IDS, {"num_return_sequences": 4, "num_beams": 3}, "num_beams=3"),
+        (IDS, {"bad_words_ids": [[60]]}, r"bad_words_ids names \[60\]"),
+        (IDS, {"sequence_bias": {(-1,): 2.0}}, r"sequence_bias names \[-1\]"),
+        (IDS, {"sequence_bias": [3]}, "sequence_bias"),
+        (IDS, {"eos_token_id": 53}, r"eos_token_id names \[53\]"),
+        (IDS, {"min_length": -2}, "min_length=-2"),
+        (IDS, {"no_repeat_ngram_size": 1.5}, "no_repeat_ngram_size=1.5"),
+        (IDS, {"top_p": 0.0}, "top_p=0.0"),
+        (IDS, {"early_stopping": "soon", "num_beams": 2}, '"never"'),
+        (IDS, {"num_beam_groups": 2}, "diverse beams"),
+        (IDS, {"output_attentions": True}, "call the model instead"),
+        (IDS, {"cache_implementation": "offloaded"}, "one of dynamic"),
+        (IDS, {"num_beams": 2, "prompt_lookup_num_tokens": 3}, "neither beams"),
+        (IDS, {"prompt_lookup_num_tokens": 3}, "one row"),
+        (IDS, {"prefix_allowed_tokens_fn": lambda row, ids: []}, "allows no token"),
     ],
 )
 def test_bad_input_says_what_is_wrong(pair, ids, options, words):
@@ -156,5 +203,23 @@ def test_the_call_comes_before_the_file(pair):
     config = GenerationConfig.of({"max_length": 9, "top_p": 0.5, "num_beams": 1}, {"top_p": 0.9})
     assert (config.max_length, config.top_p) == (9, 0.9)
     assert GenerationConfig.of({"max_length": 9}, {"max_new_tokens": 2}).max_length is None
-    with pytest.raises(ConfigError, match="num_beams=4"):
-        GenerationConfig.of({"num_beams": 4}, {})
+    assert GenerationConfig.of({"eos_token_id": 3}, {"eos_token_id": None}).stops == []
+    assert GenerationConfig.of({"top_k": 7}, {"top_k": None}).top_k == 0
+    with pytest.raises(ConfigError, match="dola_layers='high'"):
+        GenerationConfig.of({"dola_layers": "high"}, {})
+
+
+def test_config_json_is_read_where_there_is_no_generation_config(pair):
+    model = pair[1]
+    plain = model.generate(IDS, max_new_tokens=20)
+    files, model.generation_config = model.generation_config, {}
+    try:
+        model.config.repetition_penalty = 1.7
+        wanted = model.generate(IDS, max_new_tokens=20)
+        assert not torch.equal(wanted, plain)
+        model.generation_config = {"repetition_penalty": 1.0}
+        assert torch.equal(model.generate(IDS, max_new_tokens=20), plain)
+        assert torch.equal(model.generate(IDS, max_new_tokens=20, repetition_penalty=1.7), wanted)
+    finally:
+        model.generation_config = files
+        del model.config.repetition_penalty

@@ -1,22 +1,21 @@
-"""The decoding loop: one pass over the prompt, then one token at a time with the cache."""
+"""`generate`: check a prompt and its options, then decode in the way that they ask for."""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from topwork.errors import ConfigError, TopworkError
+from topwork.errors import ConfigError
+from topwork.generation import beams, contrastive, speculative
 from topwork.generation.config import GenerationConfig
-from topwork.generation.sampling import choose, shape
-
-
-class Streamer(Protocol):
-    """Receives the prompt, then each step's ids [B], then `end`."""
-
-    def put(self, value: Tensor) -> None: ...
-    def end(self) -> None: ...
+from topwork.generation.guidance import guided, only_allowed
+from topwork.generation.loop import Criterion, GenerateOutput, Stepper, Streamer, Task, decode
+from topwork.generation.processors import Processor, processors
+from topwork.nn.cache import KVCache
 
 
 @torch.inference_mode()
@@ -26,40 +25,124 @@ def generate(
     attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
+    *,
+    logits_processor: Sequence[Processor] = (),
+    stopping_criteria: Sequence[Criterion] = (),
+    prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+    assistant_model: Any = None,
+    negative_prompt_ids: Tensor | None = None,
+    negative_prompt_attention_mask: Tensor | None = None,
+    past_key_values: Any = None,
     **options: Any,
-) -> Tensor:
+) -> Any:
     """Continue `input_ids` [B, T] (left-padded where `attention_mask` is 0); returns [B, T + new].
 
-    Options come from the call, then `generation_config`, or else the model's own file. Rows that
-    have ended are filled with the padding id. Raises ConfigError for a prompt that is empty,
-    right-padded or too long, and TopworkError when the logits are not numbers.
+    Options come from the call, then `generation_config`, or else the model's own files:
+    generation_config.json before config.json. Rows that have ended are filled with the padding
+    id. `past_key_values` is a cache from an earlier call that holds the beginning of `input_ids`.
+    With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a prompt
+    that is empty, right-padded or too long, or an option that cannot be meant, and TopworkError
+    when the logits are not numbers.
     """
-    config = _config(model, generation_config, options)
-    new = _budget(model, input_ids, attention_mask, config)
-    if config.num_return_sequences > 1:
-        input_ids = input_ids.repeat_interleave(config.num_return_sequences, 0)
-        if attention_mask is not None:
-            attention_mask = attention_mask.repeat_interleave(config.num_return_sequences, 0)
+    config = resolve_config(model, generation_config, options)
+    new = budget(model, input_ids, attention_mask, config)
+    copies = config.num_return_sequences if config.num_beams == 1 else 1
+    mask = attention_mask
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if copies > 1:
+        input_ids = input_ids.repeat_interleave(copies, 0)
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
+    batch, length = input_ids.shape
+    if mask is not None:
+        mask = torch.cat((mask, mask.new_ones(batch, new)), 1)
+    rows = batch * config.num_beams
+    row_mask = mask if mask is None or rows == batch else mask.repeat_interleave(rows // batch, 0)
+    cache = past_key_values or _cache(model, config, length + new)
+    if cache.length >= length:
+        cache.crop(length - 1)
+    vocab = model.config.vocab_size
+    first: list[Processor] = []
+    if config.guidance_scale not in (None, 1):
+        if config.num_beams > 1 or assistant_model or config.prompt_lookup_num_tokens:
+            raise ConfigError("guidance_scale goes with neither beams nor guessing ahead")
+        first = [
+            guided(model, config.guidance_scale or 1.0, negative_prompt_ids,
+                   negative_prompt_attention_mask, new)
+        ]  # fmt: skip
+    extra = [_with_padding(run, vocab, config.filler) for run in logits_processor]
+    if prefix_allowed_tokens_fn is not None:
+        extra.append(only_allowed(prefix_allowed_tokens_fn, config.num_beams))
+    task = Task(
+        config,
+        Stepper(model, cache, row_mask, config.prefill_chunk_size),
+        input_ids,
+        mask,
+        new,
+        vocab,
+        processors(config, vocab, length, length + new, first=first, extra=extra),
+        stopping_criteria,
+        streamer,
+    )
     was_training = model.training
     model.eval()
     try:
-        return _loop(model, input_ids, attention_mask, config, new, streamer)
+        output = _decode(task, assistant_model)
     finally:
         model.train(was_training)
+    return output if config.return_dict_in_generate else output.sequences
 
 
-def _config(
-    model: Any, given: GenerationConfig | None, options: dict[str, Any]
+def _decode(task: Task, assistant_model: Any) -> GenerateOutput:
+    """Choose the loop."""
+    config = task.config
+    guess: speculative.Guess | None = None
+    count = config.num_assistant_tokens
+    if config.prompt_lookup_num_tokens:
+        count = config.prompt_lookup_num_tokens
+        guess = speculative.lookup(config.max_matching_ngram_size, task.stops)
+    elif assistant_model is not None:
+        guess = speculative.assistant(assistant_model, task.step.model)
+    if guess is not None and (config.num_beams > 1 or config.contrastive):
+        raise ConfigError("guessing ahead goes with neither beams nor contrastive search")
+    if guess is not None:
+        return speculative.decode(task, guess, count)
+    if config.num_beams > 1:
+        return beams.search(task)
+    return contrastive.search(task) if config.contrastive else decode(task)
+
+
+def _with_padding(run: Processor, vocab: int, filler: int) -> Processor:
+    """A caller's processor sees padding as the padding id."""
+    return lambda seen, scores: run(seen.masked_fill(seen == vocab, filler), scores)
+
+
+def _cache(model: Any, config: GenerationConfig, length: int) -> Any:
+    kind = config.cache_implementation
+    if kind == "static":
+        return KVCache.static(model.layer_count, length)
+    if kind == "quantized":
+        return KVCache.quantised(model.layer_count)
+    return KVCache.sliding(model.windows) if kind == "sliding_window" else model.new_cache()
+
+
+def resolve_config(
+    model: Any, given: GenerationConfig | None, options: Mapping[str, Any]
 ) -> GenerationConfig:
+    """The call's options, then `given`, or else the model's files."""
     if given is not None:
         return GenerationConfig.of(dict(vars(given)), options)
     file = dict(model.generation_config)
-    for name in ("eos_token_id", "pad_token_id", "bos_token_id"):
-        file.setdefault(name, model.config.get(name))
+    # Before generation_config.json there was config.json, where 20 is merely a default.
+    old = [f.name for f in fields(GenerationConfig)] if not file else []
+    for name in {*old, "eos_token_id", "pad_token_id", "bos_token_id"}:
+        value = model.config.get(name)
+        if value is not None and (name, value) != ("max_length", 20):
+            file.setdefault(name, value)
     return GenerationConfig.of(file, options)
 
 
-def _budget(model: Any, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig) -> int:
+def budget(model: Any, input_ids: Tensor, mask: Tensor | None, config: GenerationConfig) -> int:
     """How many tokens may be made, after looking whether the prompt can be used at all."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ConfigError(f"the prompt is empty or not [B, T]: shape {list(input_ids.shape)}")
@@ -84,53 +167,3 @@ def _budget(model: Any, input_ids: Tensor, mask: Tensor | None, config: Generati
     if config.max_length <= length:
         raise ConfigError(f"max_length={config.max_length} leaves no room after {length} tokens")
     return config.max_length - length
-
-
-def _loop(
-    model: Any,
-    ids: Tensor,
-    mask: Tensor | None,
-    config: GenerationConfig,
-    new: int,
-    streamer: Streamer | None,
-) -> Tensor:
-    batch, length = ids.shape
-    stops = torch.tensor(config.stops, device=ids.device)
-    filler = config.pad_token_id if config.pad_token_id is not None else (config.stops or [0])[0]
-    generator = None
-    if config.seed is not None:
-        generator = torch.Generator(device=ids.device).manual_seed(config.seed)
-    out = ids.new_full((batch, length + new), filler)
-    out[:, :length] = ids
-    # What counts as said: padding does not, so it is a repeat of the row's last id here.
-    said = out if mask is None else out.clone()
-    if mask is not None:
-        said[:, :length] = torch.where(mask.bool(), ids, ids[:, -1:])
-    done = torch.zeros(batch, dtype=torch.bool, device=ids.device)
-    if mask is not None and bool(mask.all()):
-        mask = None
-    if mask is not None:
-        mask = torch.cat((mask, mask.new_ones(batch, new)), 1)
-    cache, step, at = model.new_cache(), ids, length
-    if streamer is not None:
-        streamer.put(ids)
-    while at < length + new:
-        seen = None if mask is None else mask[:, :at]
-        hidden = model.backbone(step, attention_mask=seen, cache=cache)
-        logits = model.head(hidden[:, -1]).float()
-        if bool(logits.isnan().any()):
-            raise TopworkError(f"the logits are not numbers at token {at}: the weights are damaged")
-        logits = shape(logits, said[:, :at], at - length, config)
-        chosen = choose(logits, config, generator).masked_fill(done, filler)
-        out[:, at] = said[:, at] = chosen
-        at += 1
-        if streamer is not None:
-            streamer.put(chosen)
-        if len(stops):
-            done |= torch.isin(chosen, stops)
-            if bool(done.all()):
-                break
-        step = chosen[:, None]
-    if streamer is not None:
-        streamer.end()
-    return out[:, :at].clone()

@@ -51,6 +51,11 @@ class Model(nn.Module):
         raise NotImplementedError
 
     @property
+    def windows(self) -> list[int | None]:
+        """How many tokens each layer sees; None: all earlier ones."""
+        return [None] * self.layer_count
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

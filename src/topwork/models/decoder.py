@@ -120,6 +120,10 @@ class CausalDecoder(CausalModel):
     def layer_count(self) -> int:
         return self.model.layer_count
 
+    @property
+    def windows(self) -> list[int | None]:
+        return [layer.attention.window for layer in self.model.spec.layers]
+
 
 def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:
     """The family's table with what every Llama-shaped file may have or lack."""

@@ -128,6 +128,7 @@ class Attention(nn.Module):
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)
+            layout = layout.tail(q.shape[1], k.shape[1])
         y = ops.attention(q, k, v, layout, ops.Rule(spec.head_dim**-0.5, window=spec.window))
         return linears(y.flatten(2), (self.o_proj,))[0]
 

@@ -30,6 +30,14 @@ class Layout:
     past: int = 0
     keep: Tensor | None = None
 
+    def tail(self, queries: int, keys: int) -> Layout:
+        """The same, where a cache has kept only the last `keys` keys."""
+        gone = self.past + queries - keys
+        if gone <= 0 or self.lengths is not None:
+            return self
+        keep = None if self.keep is None else self.keep[:, gone:]
+        return Layout(None, self.past - gone, keep)
+
 
 @dataclass(frozen=True)
 class Rule:

@@ -1,0 +1,172 @@
+"""The decoding loop: one pass over the prompt, then one token at a time with the cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from topwork.errors import TopworkError
+from topwork.generation.config import GenerationConfig
+from topwork.generation.processors import Processor, apply
+
+
+class Streamer(Protocol):
+    """Receives the prompt, then each step's ids [B], then `end`."""
+
+    def put(self, value: Tensor) -> None: ...
+    def end(self) -> None: ...
+
+
+Criterion = Callable[[Tensor, Any], Any]
+"""(ids [B, T], scores or None) → which rows end here: a bool or [B]."""
+
+
+@dataclass
+class GenerateOutput:
+    """What `return_dict_in_generate=True` gives. Also read as `output["sequences"]`."""
+
+    sequences: Tensor
+    scores: tuple[Tensor, ...] | None = None
+    """Per step, what was chosen from [B, V]: the logits after all processors."""
+    logits: tuple[Tensor, ...] | None = None
+    """Per step, as they came from the model."""
+    sequences_scores: Tensor | None = None
+    beam_indices: Tensor | None = None
+    past_key_values: Any = None
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
+
+
+class Stepper:
+    """The model over its cache: new ids in, the logits of what follows out.
+
+    `mask` [B, all the tokens there will be], where rows are padded.
+    """
+
+    def __init__(self, model: Any, cache: Any, mask: Tensor | None, chunk: int | None) -> None:
+        self.model = model
+        self.cache = cache
+        self.mask = mask
+        self.chunk = chunk
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """Hidden states [B, T, C] of `ids` [B, T] that follow what the cache holds."""
+        at = self.cache.length
+        mask = None if self.mask is None else self.mask[:, : at + ids.shape[1]]
+        return self.model.backbone(ids, attention_mask=mask, cache=self.cache)
+
+    def __call__(self, ids: Tensor, last: int = 1) -> Tensor:
+        """Logits [B, last, V] fp32 after the last `last` of `ids`."""
+        size = self.chunk or ids.shape[1]
+        pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
+        hidden = pieces[-1] if last <= pieces[-1].shape[1] else torch.cat(pieces, 1)
+        logits = self.model.head(hidden[:, -last:]).float()
+        if bool(logits.amax(-1).isnan().any()):  # a maximum hands a NaN on
+            place = self.cache.length
+            raise TopworkError(
+                f"the logits are not numbers at token {place}: the weights are damaged"
+            )
+        return logits
+
+
+@dataclass
+class Task:
+    """One call of `generate`, checked and made ready."""
+
+    config: GenerationConfig
+    step: Stepper
+    ids: Tensor  # [B, T], padded on the left where `mask` is 0
+    mask: Tensor | None
+    new: int
+    vocab: int
+    processors: Sequence[Processor] = ()
+    criteria: Sequence[Criterion] = ()
+    streamer: Streamer | None = None
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        device = self.ids.device
+        self.stops = torch.tensor(self.config.stops, device=device, dtype=torch.long)
+        self.generator: torch.Generator | None = None
+        if self.config.seed is not None:
+            self.generator = torch.Generator(device=device).manual_seed(self.config.seed)
+
+    @property
+    def overdue(self) -> bool:
+        limit = self.config.max_time
+        return limit is not None and time.monotonic() - self.started > limit
+
+    def room(self) -> tuple[Tensor, Tensor]:
+        """Two buffers [B, T + new]: the ids, and the same with padding as V (what was said)."""
+        length = self.ids.shape[1]
+        out = self.ids.new_full((len(self.ids), length + self.new), self.config.filler)
+        out[:, :length] = self.ids
+        if self.mask is None:
+            return out, out
+        said = out.clone()
+        said[:, :length].masked_fill_(self.mask[:, :length] == 0, self.vocab)
+        return out, said
+
+    def score(self, said: Tensor, logits: Tensor) -> Tensor:
+        """Scores [B, V] from logits [B, V] after the ids `said` [B, T]."""
+        return apply(self.processors, said, logits)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """One id per row [B]: drawn, or the most likely."""
+        if not self.config.do_sample:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+
+    def ended(self, ids: Tensor) -> Tensor:
+        """Which rows of `ids` [B, T] end with their last id [B]."""
+        done = torch.isin(ids[:, -1], self.stops)
+        for criterion in self.criteria:
+            found = criterion(ids, None)
+            done = done | torch.as_tensor(found, device=ids.device)
+        return done
+
+
+def decode(task: Task) -> GenerateOutput:
+    """Greedy, or drawn."""
+    batch, at = task.ids.shape
+    out, said = task.room()
+    done = torch.zeros(batch, dtype=torch.bool, device=out.device)
+    ends = bool(len(task.stops)) or bool(task.criteria)
+    raw: list[Tensor] = []
+    shaped: list[Tensor] = []
+    new_ids = task.ids[:, task.step.cache.length :]
+    if task.streamer is not None:
+        task.streamer.put(task.ids)
+    while at < out.shape[1] and not task.overdue:
+        logits = task.step(new_ids)[:, -1]
+        scores = task.score(said[:, :at], logits)
+        if task.config.output_logits:
+            raw.append(logits.clone())
+        if task.config.output_scores:
+            shaped.append(scores.clone())
+        chosen = task.choose(scores)
+        if ends:
+            chosen = chosen.masked_fill(done, task.config.filler)
+        out[:, at] = said[:, at] = chosen
+        at += 1
+        if task.streamer is not None:
+            task.streamer.put(chosen)
+        if ends:
+            done |= task.ended(out[:, :at])
+            if bool(done.all()):
+                break
+        new_ids = chosen[:, None]
+    if task.streamer is not None:
+        task.streamer.end()
+    return GenerateOutput(
+        out[:, :at].clone(),
+        tuple(shaped) if task.config.output_scores else None,
+        tuple(raw) if task.config.output_logits else None,
+        past_key_values=task.step.cache,
+    )
