@@ -45,44 +45,21 @@ def generate(
     when the logits are not numbers.
     """
     config = resolve_config(model, generation_config, options)
-    new = budget(model, input_ids, attention_mask, config)
-    copies = config.num_return_sequences if config.num_beams == 1 else 1
-    mask = attention_mask
-    if mask is not None and bool(mask.all()):
-        mask = None
-    if copies > 1:
-        input_ids = input_ids.repeat_interleave(copies, 0)
-        mask = None if mask is None else mask.repeat_interleave(copies, 0)
-    batch, length = input_ids.shape
-    if mask is not None:
-        mask = torch.cat((mask, mask.new_ones(batch, new)), 1)
-    rows = batch * config.num_beams
-    row_mask = mask if mask is None or rows == batch else mask.repeat_interleave(rows // batch, 0)
-    cache = past_key_values or _cache(model, config, length + new)
-    if cache.length >= length:
-        cache.crop(length - 1)
-    vocab = model.config.vocab_size
-    first: list[Processor] = []
+    task = _task(model, input_ids, attention_mask, config, past_key_values)
+    task.streamer, task.criteria = streamer, stopping_criteria
+    first, extra = [], [_with_padding(run, task.vocab, config.filler) for run in logits_processor]
     if config.guidance_scale not in (None, 1):
         if config.num_beams > 1 or assistant_model or config.prompt_lookup_num_tokens:
             raise ConfigError("guidance_scale goes with neither beams nor guessing ahead")
-        first = [
+        first.append(
             guided(model, config.guidance_scale or 1.0, negative_prompt_ids,
-                   negative_prompt_attention_mask, new)
-        ]  # fmt: skip
-    extra = [_with_padding(run, vocab, config.filler) for run in logits_processor]
+                   negative_prompt_attention_mask, task.new)
+        )  # fmt: skip
     if prefix_allowed_tokens_fn is not None:
         extra.append(only_allowed(prefix_allowed_tokens_fn, config.num_beams))
-    task = Task(
-        config,
-        Stepper(model, cache, row_mask, config.prefill_chunk_size),
-        input_ids,
-        mask,
-        new,
-        vocab,
-        processors(config, vocab, length, length + new, first=first, extra=extra),
-        stopping_criteria,
-        streamer,
+    length = task.ids.shape[1]
+    task.processors = processors(
+        config, task.vocab, length, length + task.new, first=first, extra=extra
     )
     was_training = model.training
     model.eval()
@@ -91,6 +68,28 @@ def generate(
     finally:
         model.train(was_training)
     return output if config.return_dict_in_generate else output.sequences
+
+
+def _task(
+    model: Any, ids: Tensor, mask: Tensor | None, config: GenerationConfig, cache: Any
+) -> Task:
+    """The rows to run, with their masks over all the tokens there will be, and a cache."""
+    new = budget(model, ids, mask, config)
+    if mask is not None and bool(mask.all()):
+        mask = None
+    if config.num_beams == 1 and config.num_return_sequences > 1:
+        copies = config.num_return_sequences
+        ids = ids.repeat_interleave(copies, 0)
+        mask = None if mask is None else mask.repeat_interleave(copies, 0)
+    length = ids.shape[1]
+    if mask is not None:
+        mask = torch.cat((mask, mask.new_ones(len(ids), new)), 1)
+    row_mask = None if mask is None else mask.repeat_interleave(config.num_beams, 0)
+    cache = cache or _cache(model, config, length + new)
+    if cache.length >= length:
+        cache.crop(length - 1)
+    step = Stepper(model, cache, row_mask, config.prefill_chunk_size)
+    return Task(config, step, ids, mask, new, model.config.vocab_size)
 
 
 def _decode(task: Task, assistant_model: Any) -> GenerateOutput:
