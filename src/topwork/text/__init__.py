@@ -1,7 +1,18 @@
-"""Text to token ids and back."""
+"""Text to token ids and back, chats to text, and which tokens the model has to write."""
 
+from topwork.text.spans import Rendered, Turn, render_spans, render_spans_batch
+from topwork.text.template import TemplateError
 from topwork.text.tokenizer import Encoding, Tokenizer
 
 AutoTokenizer = Tokenizer
 
-__all__ = ["AutoTokenizer", "Encoding", "Tokenizer"]
+__all__ = [
+    "AutoTokenizer",
+    "Encoding",
+    "Rendered",
+    "TemplateError",
+    "Tokenizer",
+    "Turn",
+    "render_spans",
+    "render_spans_batch",
+]
