@@ -18,7 +18,14 @@ if TYPE_CHECKING:
         Config,
         describe,
     )
-    from topwork.peft import LoraConfig, PeftModel, get_peft_model
+    from topwork.peft import (
+        IA3Config,
+        LoraConfig,
+        PeftConfig,
+        PeftModel,
+        TaskType,
+        get_peft_model,
+    )
     from topwork.text import Tokenizer
     from topwork.text import Tokenizer as AutoTokenizer
 
@@ -30,11 +37,14 @@ _HOMES = {
     "AutoModelForSequenceClassification": "topwork.models",
     "AutoModelForTokenClassification": "topwork.models",
     "AutoTokenizer": "topwork.text",
-    "Tokenizer": "topwork.text",
     "Config": "topwork.models",
     "GenerationConfig": "topwork.generation",
+    "IA3Config": "topwork.peft",
     "LoraConfig": "topwork.peft",
+    "PeftConfig": "topwork.peft",
     "PeftModel": "topwork.peft",
+    "TaskType": "topwork.peft",
+    "Tokenizer": "topwork.text",
     "describe": "topwork.models",
     "get_peft_model": "topwork.peft",
 }
@@ -48,8 +58,11 @@ __all__ = [
     "AutoTokenizer",
     "Config",
     "GenerationConfig",
+    "IA3Config",
     "LoraConfig",
+    "PeftConfig",
     "PeftModel",
+    "TaskType",
     "Tokenizer",
     "__version__",
     "describe",

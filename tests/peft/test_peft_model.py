@@ -8,7 +8,7 @@ from torch import nn
 
 from topwork import AutoModelForCausalLM, Config
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft import LoraConfig, PeftModel, get_peft_model
+from topwork.peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 
 IDS = torch.arange(10)[None]
 
@@ -113,7 +113,7 @@ def test_dropout_acts_in_training_alone():
         ({"r": 0}, "r=0"),
         ({"lora_dropout": 1.0}, "lora_dropout"),
         ({"bias": "some"}, "bias='some'"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
+        ({"init_lora_weights": "pisa"}, "nearest: 'pissa'"),
         ({"layers_pattern": "h"}, "layers_to_transform"),
     ],
 )  # fmt: skip
@@ -123,10 +123,12 @@ def test_a_wrong_configuration_is_refused(options, words):
 
 
 def test_options_of_the_file_that_are_not_acted_on_are_refused():
-    with pytest.raises(ConfigError, match="use_dora=True"):
-        LoraConfig.from_dict({"r": 4, "use_dora": True})
-    with pytest.raises(ConfigError, match="IA3"):
+    with pytest.raises(ConfigError, match="use_qalora=True"):
+        LoraConfig.from_dict({"r": 4, "use_qalora": True})
+    with pytest.raises(ConfigError, match="not a LoraConfig"):
         LoraConfig.from_dict({"peft_type": "IA3"})
+    with pytest.raises(ConfigError, match="'LORRA' is not supported; nearest: 'LORA'"):
+        PeftConfig.from_dict({"peft_type": "LORRA"})
 
 
 def test_a_file_that_does_not_fit_lists_its_tensors(tmp_path):

@@ -1,39 +1,117 @@
-"""`LoraConfig`, with the fields and the file of peft's `adapter_config.json`."""
+"""What every adapter's configuration shares; the methods' own are in `methods/`.
+
+Fields, defaults and names are those of peft's `adapter_config.json`, so files pass both ways.
+"""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, fields
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Self
 
-from topwork.errors import CheckpointError, ConfigError, nearest
+from topwork import hub
+from topwork.errors import ConfigError, nearest
+from topwork.peft import methods
 
 FILE = "adapter_config.json"
-# In the file, but without meaning for what the adapter computes.
-INERT = frozenset(
-    {
-        "auto_mapping",
-        "inference_mode",
-        "megatron_config",
-        "megatron_core",
-        "peft_version",
-        "qalora_group_size",
-        "revision",
-        "runtime_config",
-    }
-)
-# Options of peft that are not acted on yet: only at the value that switches them off.
+# In files, but without meaning for what an adapter computes.
+INERT = frozenset({"megatron_config", "megatron_core", "peft_version", "runtime_config"})
+# Options of the peer that are not acted on: accepted only at a value that switches them off.
 OFF: tuple[Any, ...] = (None, False, [], {})
-BIASES = ("none", "all", "lora_only")
+
+
+class TaskType(StrEnum):
+    """What the adapted model is for; decides which heads are trained and saved with it."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+# Heads of a task that start untrained, and so are trained and saved with every adapter.
+TASK_HEADS = {
+    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
 
 
 @dataclass(kw_only=True)
-class LoraConfig:
-    """LoRA (arXiv:2106.09685): W x + alpha/r · B A x on the chosen modules."""
+class PeftConfig:
+    """One adapter's settings. `PeftConfig.from_pretrained` gives the class of the file's method."""
 
-    r: int = 8
-    lora_alpha: float = 8
+    ALSO_INERT: ClassVar[frozenset[str]] = frozenset()
+    """More keys of this method's files without meaning here."""
+
+    peft_type: str = ""
+    task_type: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    """Of the base model."""
+    inference_mode: bool = False
+    """Loaded adapters of this configuration are not trainable."""
+    auto_mapping: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        own = _default(type(self), "peft_type")
+        if self.peft_type != own:
+            raise ConfigError(f"peft_type={self.peft_type!r} is not what {type(self).__name__} is")
+        one_of("task_type", self.task_type, (None, *TaskType))
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the adapter is virtual tokens rather than terms on layers."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """From a file's keys. An option that is switched on and not acted on is refused."""
+        kind = values.get("peft_type") or _default(cls, "peft_type")
+        chosen = methods.config_class(kind)
+        if not issubclass(chosen, cls):
+            raise ConfigError(f"{FILE} is of peft_type {kind!r}, not a {cls.__name__}")
+        known = {f.name for f in fields(chosen)}
+        inert = INERT | chosen.ALSO_INERT
+        unknown = {k: v for k, v in values.items() if k not in known | inert and v not in OFF}
+        if unknown:
+            raise ConfigError(
+                f"{FILE} has options that {kind} does not act on here: "
+                + ", ".join(f"{k}={v!r}{nearest(k, known)}" for k, v in unknown.items())
+            )
+        given = {k: v for k, v in values.items() if k in known}
+        for f in fields(chosen):
+            if given.get(f.name, 0) is None and f.default is not None:
+                given.pop(f.name)
+        return chosen(**given)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `adapter_config.json` into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        always = {f.name for f in fields(PeftConfig)} | {"target_modules", "modules_to_save"}
+        values = {k: v for k, v in self.to_dict().items() if v is not None or k in always}
+        values["inference_mode"] = True
+        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
+        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Self:
+        """Read an adapter's configuration from a folder or a Hub id (`where`: revision, token…)."""
+        checkpoint = hub.resolve(name_or_path, want=("adapter",), **where)
+        return cls.from_dict(hub.read_json(checkpoint.folder / FILE))
+
+
+@dataclass(kw_only=True)
+class LayerConfig(PeftConfig):
+    """Settings of a method that goes to layers: which ones."""
+
     target_modules: str | list[str] | None = None
     """Names (the last parts of a module's path), one regular expression for the whole path, or
     "all-linear": every linear except the output head. None: the usual ones of the family."""
@@ -41,67 +119,37 @@ class LoraConfig:
     layers_to_transform: int | list[int] | None = None
     layers_pattern: str | list[str] | None = None
     """The name before the layer's number, when it is not the only number in the path."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    use_rslora: bool = False
-    """Scale by alpha/√r (arXiv:2312.03732)."""
-    init_lora_weights: bool | str = True
-    """True: A uniform (Kaiming), B zero; "gaussian": A normal with 1/r; False: both random."""
     modules_to_save: list[str] | None = None
-    fan_in_fan_out: bool = False
-    task_type: str | None = None
-    base_model_name_or_path: str | None = None
-    peft_type: str = "LORA"
+    """Modules that are trained whole and saved with the adapter."""
 
     def __post_init__(self) -> None:
-        if isinstance(self.target_modules, (set, tuple)):
-            self.target_modules = sorted(self.target_modules)
-        if self.r < 1:
-            raise ConfigError(f"r={self.r} must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise ConfigError(f"lora_dropout={self.lora_dropout} must be in [0, 1)")
-        if self.bias not in BIASES:
-            raise ConfigError(f"bias={self.bias!r}{nearest(self.bias, BIASES)}; one of {BIASES}")
-        if self.init_lora_weights not in (True, False, "gaussian"):
-            raise ConfigError(
-                f"init_lora_weights={self.init_lora_weights!r} is not supported; "
-                "True, False or 'gaussian'"
-            )
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (set, tuple)):
+                setattr(self, name, sorted(getattr(self, name)))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no meaning without layers_to_transform")
 
-    def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
 
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> LoraConfig:
-        """From a file's keys. An option that is switched on and not acted on is refused."""
-        if values.get("peft_type", "LORA") != "LORA":
-            raise ConfigError(f"peft_type={values['peft_type']!r} is not supported; only LORA")
-        known = {f.name for f in fields(cls)}
-        unknown = {k: v for k, v in values.items() if k not in known | INERT and v not in OFF}
-        if unknown:
-            raise ConfigError(
-                f"{FILE} has options that are not supported: "
-                + ", ".join(f"{k}={v!r}{nearest(k, known)}" for k, v in unknown.items())
-            )
-        chosen = {k: v for k, v in values.items() if k in known}
-        for pattern in ("rank_pattern", "alpha_pattern"):
-            chosen[pattern] = chosen.get(pattern) or {}
-        return cls(**chosen)
+def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    """Refuse a `value` that is not among `choices`."""
+    if value not in choices:
+        close = nearest(str(value), [c for c in choices if isinstance(c, str)])
+        shown = ", ".join("None" if c is None else repr(getattr(c, "value", c)) for c in choices)
+        raise ConfigError(f"{name}={value!r} is not known{close}; one of {shown}")
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` into `folder`."""
-        values = {**self.to_dict(), "inference_mode": True}
-        text = json.dumps(values, indent=2, sort_keys=True) + "\n"
-        (Path(folder) / FILE).write_text(text, encoding="utf-8")
 
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> LoraConfig:
-        path = Path(folder) / FILE
-        try:
-            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
+def at_least(name: str, value: float, least: float) -> None:
+    if value < least:
+        raise ConfigError(f"{name}={value} must be at least {least}")
+
+
+def a_share(name: str, value: float) -> None:
+    """Refuse a dropout rate outside [0, 1)."""
+    if not 0 <= value < 1:
+        raise ConfigError(f"{name}={value} must be in [0, 1)")
+
+
+def _default(cls: type[PeftConfig], name: str) -> Any:
+    found = next(f for f in fields(cls) if f.name == name).default
+    return "" if found is MISSING else found

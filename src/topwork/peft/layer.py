@@ -1,160 +1,340 @@
-"""A leaf with adapters: a linear, transformers' Conv1D or an embedding, and its named terms."""
+"""A layer with adapters: the layer below (`base_layer`) and what each adapter adds to it.
+
+    x → before → base layer → after → y
+
+A method says in a `Graft` what it does before and after, and to the weight when it is merged.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork import ops
 from topwork.errors import ConfigError
-from topwork.peft.config import LoraConfig
+from topwork.peft import sites, targets, usual
+from topwork.peft.config import PeftConfig
 
 
-def kind_of(module: nn.Module) -> str | None:
-    """ "linear", "conv1d" (transformers' [in, out] linear), "embedding", or None."""
-    if isinstance(module, nn.Linear):
-        return "linear"
-    if isinstance(module, nn.Embedding):
-        return "embedding"
-    return "conv1d" if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+class Matrix(nn.Module):
+    """A leaf that holds a `weight` (and a `bias`) under the names that files have."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
 
 
-class LoraLayer(nn.Module):
-    """`base_layer` plus Σ scale · B A over the active adapters. Names as in peft's state dict.
+class Bare(Matrix):
+    """A leaf whose `weight` stands in files under the leaf's own name."""
 
-    The matrices are fp32 and compute in the base's dtype.
+
+class Graft:
+    """One adapter on one layer. A method's file overrides what it does differently.
+
+    `config` is the adapter's, `path` the layer's in the model, `shared` what the method keeps once
+    for all layers. The parameters live in the layer, under the names of peft's files.
+    """
+
+    KINDS: ClassVar[tuple[sites.Kind, ...]] = ("linear",)
+    """The layers it goes to."""
+    USUAL: ClassVar[dict[str, Any]] = usual.LINEARS
+    """model_type → the modules it goes to where none are named."""
+
+    @classmethod
+    def settle(cls, config: Any, model: nn.Module) -> Any:
+        """`config` with what it leaves open decided for `model`."""
+        if config.target_modules is None:
+            return replace(config, target_modules=targets.usual_of(model, cls.USUAL))
+        return config
+
+    def __init__(
+        self, layer: AdaptedLayer, name: str, config: Any, path: str, shared: Any = None
+    ) -> None:
+        self.layer = layer
+        self.name = name
+        self.config = config
+        self.path = path
+        self.shared = shared
+
+    # -- what a method says ----------------------------------------------------------------------
+
+    def create(self) -> dict[str, Tensor | nn.Module]:
+        """The parameters, by the names that they have in files."""
+        raise NotImplementedError
+
+    def before(self, x: Tensor) -> Tensor:
+        """The layer's input, changed."""
+        return x
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        """The layer's output `y` for the input `x`, changed."""
+        return y + sites.apply_weight(self.base, x, self.delta())
+
+    def delta(self) -> Tensor:
+        """What is added to the weight, [out, in, *kernel] fp32."""
+        raise NotImplementedError
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Weight [out, in, *kernel] and bias, both fp32, with the adapter in them."""
+        return weight + self.delta(), bias
+
+    def term(self) -> ops.LoraTerm | None:
+        """The whole of it as one low-rank term, where it is one: then the fast path is taken."""
+        return None
+
+    @classmethod
+    def share(cls, config: Any, layers: dict[str, nn.Module], given: Any) -> Any:
+        """What the method keeps once for all the `layers` (by path) of an adapter; None: nothing.
+
+        `given` is what an earlier adapter of the method keeps.
+        """
+        return None
+
+    # -- what a method may use -------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Any:
+        """A parameter of this adapter by its name in `create`."""
+        found = getattr(self.layer, name)[self.name]
+        return found.weight if isinstance(found, Matrix) else found
+
+    def has(self, name: str) -> bool:
+        home = getattr(self.layer, name, None)
+        return home is not None and self.name in home
+
+    @property
+    def base(self) -> Any:
+        return self.layer.base_layer
+
+    @property
+    def site(self) -> sites.Site:
+        return self.layer.site
+
+    def over(self, vector: Tensor, y: Tensor) -> Tensor:
+        """`vector` [out] shaped to stand over the layer's output `y`."""
+        return sites.per_output(vector, y, self.site.kind)
+
+    def empty(self, *shape: int) -> Tensor:
+        """A new fp32 tensor where the base layer is."""
+        return torch.empty(*shape, device=self.layer.device)
+
+    @property
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for _, tensor in self.layer.held(self.name):
+            if isinstance(tensor, nn.Parameter) and tensor.is_floating_point():
+                yield tensor
+
+    def trains(self, train: bool) -> None:
+        """Mark this adapter's parameters as trained or not."""
+        for parameter in self.parameters:
+            parameter.requires_grad_(train)
+
+
+class AdaptedLayer(nn.Module):
+    """`base_layer` with named adapters of any methods. Parameter names are those of peft.
+
+    Adapter parameters are fp32 and compute in the base's dtype. Of several active adapters those
+    of one method stand side by side, and a method that came later stands around the earlier ones.
     """
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
-        kind = kind_of(base)
-        if kind is None:
-            raise ConfigError(f"{type(base).__name__} cannot carry a LoRA adapter")
-        self.kind = kind
         self.base_layer = base
-        self.lora_A = nn.ModuleDict()
-        self.lora_B = nn.ModuleDict()
-        self.lora_embedding_A = nn.ParameterDict()
-        self.lora_embedding_B = nn.ParameterDict()
-        self.scaling: dict[str, float] = {}
-        self.dropout: dict[str, float] = {}
+        self.site = sites.site_of(base)
+        self.grafts: dict[str, Graft] = {}
         self.active: tuple[str, ...] = ()
         self.merged: list[str] = []
         self.disabled = False
+        self.rows: Rows | None = None
+        self._original: tuple[Tensor, Tensor | None] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
 
     @property
-    def weight(self) -> Tensor:
-        return self.base_layer.weight  # type: ignore[return-value]
+    def wrapped_module(self) -> nn.Module:
+        return self.base_layer
 
     @property
-    def bias(self) -> Tensor | None:
-        return getattr(self.base_layer, "bias", None)
+    def device(self) -> torch.device:
+        found = next(self.base_layer.parameters(), None)
+        if found is None:
+            found = next(self.base_layer.buffers(), torch.empty(0))
+        return found.device
 
-    def add(self, name: str, config: LoraConfig, r: int, alpha: float) -> None:
-        """Create the matrices of adapter `name`."""
-        rows, columns = self.weight.shape
-        if self.kind == "linear":
-            rows, columns = columns, rows
-        a = torch.empty(r, rows, device=self.weight.device)
-        b = torch.zeros(columns, r, device=self.weight.device)
-        if self.kind == "embedding":
-            # As in peft: A starts at zero and B is random.
-            a.zero_()
-            b.normal_()
-            if config.init_lora_weights is False:
-                a.normal_()
-            self.lora_embedding_A[name] = nn.Parameter(a)
-            self.lora_embedding_B[name] = nn.Parameter(b)
-        else:
-            if config.init_lora_weights == "gaussian":
-                a.normal_(std=1 / r)
-            else:
-                nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-            if config.init_lora_weights is False:
-                nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-            for home, matrix in ((self.lora_A, a), (self.lora_B, b)):
-                leaf = nn.Linear(1, 1, bias=False)
-                leaf.weight = nn.Parameter(matrix)
-                leaf.out_features, leaf.in_features = matrix.shape
-                home[name] = leaf
-        self.scaling[name] = alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.dropout[name] = config.lora_dropout
+    # -- adapters --------------------------------------------------------------------------------
 
-    def names(self) -> list[str]:
-        return list(self.scaling)
+    def add(self, name: str, graft: Graft) -> None:
+        """Put the parameters of `graft` in place under `name`."""
+        if self.site.kind not in graft.KINDS:
+            sites.refuse(graft.config.peft_type, graft.path, self.base_layer, graft.KINDS)
+        self.grafts[name] = graft
+        for home, made in graft.create().items():
+            if home not in self._modules:
+                leafs = nn.ModuleDict() if isinstance(made, nn.Module) else nn.ParameterDict()
+                self.add_module(home, leafs)
+            getattr(self, home)[name] = made
 
     def remove(self, name: str) -> None:
-        for home in (self.lora_A, self.lora_B, self.lora_embedding_A, self.lora_embedding_B):
+        for home in self._homes():
             if name in home:
                 del home[name]
-        self.scaling.pop(name, None)
-        self.dropout.pop(name, None)
+        self.grafts.pop(name, None)
         self.active = tuple(n for n in self.active if n != name)
 
-    def matrices(self, name: str) -> tuple[Tensor, Tensor]:
-        """A [r, in] and B [out, r] of adapter `name`."""
-        if self.kind == "embedding":
-            return self.lora_embedding_A[name], self.lora_embedding_B[name]
-        return self.lora_A[name].weight, self.lora_B[name].weight  # type: ignore[return-value]
+    def _homes(self) -> list[Any]:
+        return [m for m in self.children() if isinstance(m, (nn.ModuleDict, nn.ParameterDict))]
 
-    def _using(self) -> list[str]:
+    def held(self, name: str) -> Iterator[tuple[str, Tensor]]:
+        """The parameters of adapter `name`, each under its name in files."""
+        for home, leafs in self.named_children():
+            if not isinstance(leafs, (nn.ModuleDict, nn.ParameterDict)) or name not in leafs:
+                continue
+            leaf = leafs[name]
+            if isinstance(leaf, Bare):
+                yield home, leaf.weight
+            elif isinstance(leaf, nn.Module):
+                for rest, tensor in (*leaf.named_parameters(), *leaf.named_buffers()):
+                    yield f"{home}.{rest}", tensor
+            else:
+                yield home, leaf
+
+    # -- computing -------------------------------------------------------------------------------
+
+    def _using(self) -> list[Graft]:
         if self.disabled or self.merged:
             return []
-        return [name for name in self.active if name in self.scaling]
-
-    def _terms(self) -> tuple[ops.LoraTerm, ...]:
-        return tuple(
-            ops.LoraTerm(*self.matrices(name), self.scaling[name], self.dropout[name])
-            for name in self._using()
-        )
+        return [self.grafts[name] for name in self.active if name in self.grafts]
 
     def linear_parts(self) -> ops.LinearParts | None:
         """What this layer computes, so that a block can run several as one function."""
-        if type(self.base_layer) is not nn.Linear:
+        if self.rows is not None or self.site.kind != "linear":
             return None
-        return ops.LinearParts(self.weight, self.bias, self._terms())
+        parts = sites.linear_parts(self.base_layer)
+        terms = [graft.term() for graft in self._using()]
+        if parts is None or any(term is None for term in terms):
+            return None
+        return replace(parts, terms=(*parts.terms, *(t for t in terms if t is not None)))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.rows is not None and not self.disabled and not self.merged:
+            return self._by_rows(x, self.rows)
         parts = self.linear_parts()
         if parts is not None:
             return ops.lora_linears(x, (parts,), self.training)[0]
-        y = self.base_layer(x)
-        for term in self._terms():
-            a, b = term.a.to(y.dtype), term.b.to(y.dtype)
-            if self.kind == "embedding":
-                y = y + F.embedding(x, a.t()) @ b.t() * term.scale
-            else:
-                y = y + F.dropout(x, term.dropout, self.training) @ a.t() @ b.t() * term.scale
+        return self._through(x, self._using(), lambda x: self.base_layer(x, *args, **kwargs))
+
+    def _through(self, x: Tensor, using: list[Graft], base: Callable[[Tensor], Tensor]) -> Tensor:
+        if not using:
+            return base(x)
+        outermost = self.grafts_in_order(using)[-1]
+        side_by_side = [g for g in using if type(g) is type(outermost)]
+        inside = [g for g in using if type(g) is not type(outermost)]
+        seen = x
+        for graft in side_by_side:
+            seen = graft.before(seen)
+        y = self._through(seen, inside, base)
+        for graft in side_by_side:
+            y = graft.after(x, y)
         return y
 
-    def delta(self, name: str) -> Tensor:
-        """scale · B A in the layout of the base's weight, fp32."""
-        a, b = self.matrices(name)
-        product = (b.float() @ a.float()) * self.scaling[name]
-        return product if self.kind == "linear" else product.t()
+    def grafts_in_order(self, using: list[Graft]) -> list[Graft]:
+        """`using` with the methods in the order in which they came to this layer."""
+        kinds = list(dict.fromkeys(type(graft) for graft in self.grafts.values()))
+        return sorted(using, key=lambda graft: kinds.index(type(graft)))
+
+    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        parts, order = [], []
+        dim = rows.dim_of(x)
+        for name, index in rows.of(x).items():
+            using = [self.grafts[name]] if name in self.grafts else []
+            parts.append(self._through(x.index_select(dim, index), using, self.base_layer))
+            order.append(index)
+        return torch.cat(parts, dim).index_select(dim, torch.cat(order).argsort())
+
+    # -- merging ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, names: list[str], safe: bool) -> None:
-        """Add the deltas of `names` to the base's weight."""
-        chosen = [n for n in names if n in self.scaling and n not in self.merged]
+    def merge(self, names: list[str], safe: bool, keep: bool) -> None:
+        """Put the adapters `names` into the base's weight; `keep` the original for `unmerge`."""
+        chosen = [self.grafts[n] for n in names if n in self.grafts and n not in self.merged]
         if not chosen:
             return
-        merged = self.weight.float() + sum(self.delta(n) for n in chosen)
-        if safe and not bool(merged.isfinite().all()):
-            raise ConfigError(f"merging {chosen} gives values that are not finite; nothing merged")
-        self.weight.copy_(merged)
-        self.merged += chosen
+        base = self.base_layer
+        held: Tensor | None = getattr(base, "bias", None)
+        before = sites.read_weight(base)
+        weight, bias = before.float(), None if held is None else held.float()
+        for graft in self.grafts_in_order(chosen):
+            weight, bias = graft.merged(weight, bias)
+        finite = weight.isfinite().all() and (bias is None or bias.isfinite().all())
+        if safe and not bool(finite):
+            raise ConfigError(
+                f"merging {names} into {chosen[0].path} gives values that are not finite; "
+                "this layer is as it was"
+            )
+        if keep and self._original is None:
+            self._original = (before.clone(), None if held is None else held.clone())
+        sites.write_weight(base, weight)
+        if bias is not None and held is not None:
+            held.copy_(bias)
+        self.merged += [graft.name for graft in chosen]
 
     @torch.no_grad()
     def unmerge(self) -> None:
-        """Take the merged deltas out again."""
-        if self.merged:
-            self.weight.copy_(self.weight.float() - sum(self.delta(n) for n in self.merged))
-            self.merged = []
+        """Put the original weight back, exactly."""
+        if self._original is None:
+            return
+        weight, bias = self._original
+        sites.write_weight(self.base_layer, weight)
+        if bias is not None:
+            self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
+        self.merged, self._original = [], None
+
+
+class Rows:
+    """Which adapter each row of a batch goes through ("__base__": none)."""
+
+    def __init__(self, names: list[str], keep: Tensor | None, lengths: Any = None) -> None:
+        self.names = names
+        self._of_row = torch.arange(len(names))
+        # A model may compute a padded batch as one packed row: then each token has its adapter.
+        self._of_token: Tensor | None = None
+        if keep is not None:
+            self._of_token = keep.bool().cpu().nonzero()[:, 0]
+        elif lengths is not None:
+            self._of_token = torch.repeat_interleave(self._of_row, torch.tensor(lengths))
+
+    def _packed(self, x: Tensor) -> bool:
+        tokens = self._of_token
+        return tokens is not None and x.shape[0] == 1 and x.shape[1:2] == tokens.shape
+
+    def dim_of(self, x: Tensor) -> int:
+        """The dimension of `x` along which adapters differ."""
+        return 1 if self._packed(x) else 0
+
+    def of(self, x: Tensor) -> dict[str, Tensor]:
+        """Adapter name → the indices of `x`, along `dim_of(x)`, that go through it."""
+        rows = self._of_row
+        if self._packed(x):
+            assert self._of_token is not None
+            rows = self._of_token
+        elif x.shape[0] != len(self.names):
+            raise ConfigError(
+                f"adapter_names has {len(self.names)} entries, but a layer got {x.shape[0]} rows"
+            )
+        found: dict[str, list[int]] = {}
+        for at, row in enumerate(rows.tolist()):
+            found.setdefault(self.names[row], []).append(at)
+        return {name: torch.tensor(at, device=x.device) for name, at in found.items()}
 
 
 class SavedModule(nn.Module):
@@ -167,8 +347,33 @@ class SavedModule(nn.Module):
         self.active: tuple[str, ...] = ()
         self.disabled = False
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.chosen, name)
+
+    @property
+    def wrapped_module(self) -> nn.Module:
+        return self.original_module
+
+    @property
+    def chosen(self) -> nn.Module:
+        """The module that computes."""
         for name in self.active:
             if name in self.modules_to_save and not self.disabled:
-                return self.modules_to_save[name](*args, **kwargs)
-        return self.original_module(*args, **kwargs)
+                return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen(*args, **kwargs)
+
+
+def check_name(name: str, taken: dict[str, PeftConfig]) -> None:
+    """Refuse an adapter's name that is taken or cannot be a module's."""
+    if name in taken:
+        raise ConfigError(f"there is an adapter {name!r} already")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or name == "__base__":
+        raise ConfigError(f"an adapter cannot be named {name!r}; it needs a name without dots")

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import copy
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from topwork import hub
-from topwork.errors import CheckpointError, ConfigError, nearest
-from topwork.peft.config import LoraConfig
-from topwork.peft.layer import LoraLayer, SavedModule
-from topwork.peft.targets import target_names
-
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+from topwork.errors import ConfigError, nearest
+from topwork.peft import inject, state
+from topwork.peft.config import LayerConfig, PeftConfig
+from topwork.peft.layer import AdaptedLayer, Rows, check_name
 
 
-def get_peft_model(model: nn.Module, config: LoraConfig, adapter_name: str = "default"
-                   ) -> PeftModel:  # fmt: skip
-    """Freeze `model` (any module) and graft an adapter on it."""
-    return PeftModel(model, config, adapter_name)
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """Freeze `model` (any module) and graft an adapter on it.
+
+    `mixed` and `low_cpu_mem_usage` need not be said: methods mix always, and adapters are made
+    where the base is. `autocast_adapter_dtype=False` keeps the adapter in the base's dtype.
+    """
+    if revision is not None:
+        peft_config = replace(peft_config, revision=revision)
+    return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
 class _Holder(nn.Module):
@@ -38,17 +44,35 @@ class _Holder(nn.Module):
         super().__init__()
         self.model = model
 
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model(*args, **kwargs)
+
 
 class PeftModel(nn.Module):
     """`model` with adapters. What it does not know itself it asks of the wrapped model."""
 
-    def __init__(self, model: nn.Module, config: LoraConfig, adapter_name: str = "default") -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         super().__init__()
         self.base_model = _Holder(model)
-        self.peft_config: dict[str, LoraConfig] = {}
+        self.peft_config: dict[str, PeftConfig] = {}
+        self._active: tuple[str, ...] = ()
         model.requires_grad_(False)
-        self.add_adapter(adapter_name, config)
-        self.set_adapter(adapter_name)
+        self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -58,155 +82,158 @@ class PeftModel(nn.Module):
                 raise
             return getattr(self.base_model.model, name)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.base_model.model(*args, **kwargs)
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's call. `adapter_names`: one adapter for each row of the batch (or
+        each packed document of `lengths`), "__base__" for none."""
+        with self._by_row(adapter_names, kwargs):
+            return self.base_model.model(*args, **kwargs)
+
+    def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        """The wrapped model's `generate`; `adapter_names` as in `forward`."""
+        with self._by_row(adapter_names, {}):
+            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
 
     # -- adapters --------------------------------------------------------------------------------
 
-    def _layers(self) -> Iterator[LoraLayer]:
-        return (m for m in self.modules() if isinstance(m, LoraLayer))
-
-    def _saved(self) -> Iterator[SavedModule]:
-        return (m for m in self.modules() if isinstance(m, SavedModule))
+    def _layers(self) -> Iterator[AdaptedLayer]:
+        return inject.layers_of(self.base_model)
 
     @property
     def active_adapters(self) -> list[str]:
-        return list(next(self._layers()).active)
+        return list(self._active)
 
-    def add_adapter(self, name: str, config: LoraConfig) -> None:
+    @property
+    def active_adapter(self) -> str:
+        """The first active adapter."""
+        return self._active[0]
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        return self.peft_config[self.active_adapter]
+
+    @property
+    def peft_type(self) -> str:
+        return self.active_peft_config.peft_type
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+    ) -> None:
         """Create an adapter beside those that are there; it does not become active."""
-        if name in self.peft_config:
-            raise ConfigError(f"there is an adapter {name!r} already")
+        check_name(adapter_name, self.peft_config)
         model = self.get_base_model()
-        paths = target_names(model, config)
-        for path in config.modules_to_save or []:
-            self._save_whole(path, name)
-        for path in paths:
-            layer = model.get_submodule(path)
-            if not isinstance(layer, LoraLayer):
-                layer = LoraLayer(layer)
-                layer.train(self.training)
-                _put(model, path, layer)
-            rank = _by_pattern(config.rank_pattern, path, config.r)
-            layer.add(
-                name, config, rank, _by_pattern(config.alpha_pattern, path, config.lora_alpha)
-            )
+        if not isinstance(peft_config, LayerConfig):
+            raise ConfigError(f"{type(peft_config).__name__} names no method")
+        peft_config = inject.inject(model, adapter_name, peft_config)
+        if not autocast_adapter_dtype:
+            self._as_base(adapter_name)
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
-        named = config.base_model_name_or_path or origin
-        self.peft_config[name] = replace(config, base_model_name_or_path=named)
+        named = peft_config.base_model_name_or_path or origin
+        self.peft_config[adapter_name] = replace(peft_config, base_model_name_or_path=named)
 
-    def _save_whole(self, entry: str, name: str) -> None:
-        model = self.get_base_model()
-        paths = [
-            n
-            for n, _ in model.named_modules()
-            if (n == entry or n.endswith("." + entry)) and "modules_to_save" not in n
-        ]
-        if not paths:
-            names = {n.rpartition(".")[2] for n, _ in model.named_modules()}
-            raise ConfigError(
-                f"modules_to_save={entry!r} matches no module of {type(model).__name__}"
-                f"{nearest(entry, names)}"
-            )
-        for path in paths:
-            module = model.get_submodule(path)
-            if not isinstance(module, SavedModule):
-                module = SavedModule(module)
-                _put(model, path, module)
-            module.modules_to_save[name] = copy.deepcopy(module.original_module)
+    def _as_base(self, name: str) -> None:
+        for layer in self._layers():
+            dtype = next((p.dtype for p in layer.base_layer.parameters()), torch.float32)
+            for _, tensor in layer.held(name):
+                if dtype.is_floating_point:
+                    tensor.data = tensor.data.to(dtype)
 
-    def set_adapter(self, names: str | list[str]) -> None:
-        """Make these adapters the active and trainable ones."""
-        wanted = (names,) if isinstance(names, str) else tuple(names)
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, and (unless `inference_mode`) the trainable ones."""
+        wanted = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        if not wanted:
+            raise ConfigError("set_adapter needs a name; disable_adapter() computes without any")
         for name in wanted:
             self._known(name)
-        for layer in self._layers():
-            layer.active = wanted
-            for name in layer.names():
-                for matrix in layer.matrices(name):
-                    matrix.requires_grad_(name in wanted)
-        for module in self._saved():
-            module.active = wanted
-            for name, trained in module.modules_to_save.items():
-                trained.requires_grad_(name in wanted)
-        for _, parameter in self._bias_parameters(self.peft_config[wanted[0]].bias):
-            parameter.requires_grad_(True)
+        inject.activate(self.base_model.model, wanted, not inference_mode)
+        for _, parameter in state.bias_parameters(self.get_base_model(), self._known(wanted[0])):
+            parameter.requires_grad_(not inference_mode)
+        self._active = wanted
 
-    def _known(self, name: str) -> LoraConfig:
+    def _known(self, name: str) -> PeftConfig:
         if name not in self.peft_config:
             raise ConfigError(f"there is no adapter {name!r}{nearest(name, self.peft_config)}")
         return self.peft_config[name]
 
-    def _bias_parameters(self, mode: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """The base's biases that an adapter with this `bias` mode trains."""
-        adapted = {id(layer.bias) for layer in self._layers() if layer.bias is not None}
-        if mode == "none":
-            return
-        for name, parameter in self.named_parameters():
-            is_bias = name.endswith("bias") and "modules_to_save" not in name
-            if is_bias and (mode == "all" or id(parameter) in adapted):
-                yield name, parameter
-
-    def delete_adapter(self, name: str) -> None:
-        self._known(name)
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Take an adapter out. If it was the only active one, the first that is left becomes so."""
+        self._known(adapter_name)
         if len(self.peft_config) == 1:
-            raise ConfigError(f"{name!r} is the only adapter; use unload() for the bare model")
-        for layer in self._layers():
-            layer.remove(name)
-        for module in self._saved():
-            module.modules_to_save.pop(name)
-        del self.peft_config[name]
+            raise ConfigError(
+                f"{adapter_name!r} is the only adapter; use unload() for the bare model"
+            )
+        inject.remove(self.get_base_model(), adapter_name)
+        del self.peft_config[adapter_name]
+        left = tuple(n for n in self._active if n != adapter_name)
+        if left != self._active:
+            self.set_adapter(list(left) or next(iter(self.peft_config)))
+
+    def disable_adapter(self) -> AbstractContextManager[None]:
+        """Within it the model computes as without adapters (merged ones stay)."""
+        return inject.disabled(self.get_base_model())
 
     @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
-        """Within it the model computes as without adapters (merged ones stay)."""
-        parts = [*self._layers(), *self._saved()]
-        for part in parts:
-            part.disabled = True
+    def _by_row(self, names: list[str] | None, call: dict[str, Any]) -> Iterator[None]:
+        """Within it each row of a batch goes through its own adapter."""
+        if names is None:
+            yield
+            return
+        for name in names:
+            if name != "__base__":
+                self._known(name)
+        if self.training:
+            raise ConfigError("adapter_names is for inference; call eval() first")
+        rows = Rows(names, call.get("attention_mask"), call.get("lengths"))
+        for layer in self._layers():
+            layer.rows = rows
         try:
             yield
         finally:
-            for part in parts:
-                part.disabled = False
+            for layer in self._layers():
+                layer.rows = None
 
     # -- merging ---------------------------------------------------------------------------------
 
-    def merge_adapter(self, names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Add the adapters' deltas to the base weights; `unmerge_adapter` takes them out."""
+    def merge_adapter(
+        self, adapter_names: list[str] | None = None, safe_merge: bool = False
+    ) -> None:
+        """Put adapters (default: the active ones) into the base weights; `unmerge_adapter` puts
+        the weights back exactly, for which a copy of each is kept."""
+        self._merge(adapter_names, safe_merge, keep=True)
+
+    def _merge(self, names: list[str] | None, safe: bool, keep: bool) -> None:
         for name in names or []:
             self._known(name)
         for layer in self._layers():
-            layer.merge(names or list(layer.active), safe_merge)
+            layer.merge(names or list(layer.active), safe, keep)
 
     def unmerge_adapter(self) -> None:
         for layer in self._layers():
             layer.unmerge()
 
-    def merge_and_unload(self, safe_merge: bool = False) -> nn.Module:
-        """The base model with the active adapters in its weights, and nothing of Topwork's left."""
-        self.merge_adapter(safe_merge=safe_merge)
-        return self._strip()
+    def merge_and_unload(
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """The base model with adapters (default: the active ones) in its weights and nothing of
+        Topwork's left. `safe_merge` refuses a merge that gives values that are not finite."""
+        self._merge(adapter_names, safe_merge, keep=False)
+        return inject.strip(self.get_base_model())
 
     def unload(self) -> nn.Module:
         """The base model as it was."""
         self.unmerge_adapter()
-        for module in self._saved():
+        for module in inject.saved_of(self.base_model):
             module.active = ()
-        return self._strip()
-
-    def _strip(self) -> nn.Module:
-        model = self.get_base_model()
-        for path, module in list(model.named_modules()):
-            if isinstance(module, LoraLayer):
-                _put(model, path, module.base_layer)
-            elif isinstance(module, SavedModule):
-                chosen = [n for n in module.active if n in module.modules_to_save]
-                trained = module.modules_to_save[chosen[0]] if chosen else module.original_module
-                _put(model, path, trained)
-        return model
+        return inject.strip(self.get_base_model())
 
     # -- counting --------------------------------------------------------------------------------
 
@@ -226,82 +253,52 @@ class PeftModel(nn.Module):
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
-        bias = {n for n, _ in self._bias_parameters(self._known(name).bias)}
-        state: dict[str, Tensor] = {}
-        for key, value in self.state_dict().items():
-            if f".modules_to_save.{name}." in key:
-                state[key.replace(f".modules_to_save.{name}.", ".")] = value
-            elif re.search(rf"\.lora_\w+\.{re.escape(name)}(\.|$)", key):
-                state[re.sub(rf"(\.lora_\w+)\.{re.escape(name)}(?=\.|$)", r"\1", key)] = value
-            elif key in bias:
-                state[key] = value
-        return state
+        found = state.tensors_of(self.get_base_model(), self._known(name), name)
+        return {state.PREFIX + key: tensor for key, tensor in found.items()}
 
-    def save_pretrained(self, folder: str | Path, selected_adapters: list[str] | None = None
-                        ) -> None:  # fmt: skip
-        """Write each adapter as peft does: "default" into `folder`, others below it by name."""
+    def save_pretrained(
+        self, save_directory: str | Path, selected_adapters: list[str] | None = None
+    ) -> None:
+        """Write each adapter as peft does: "default" into the folder, others below it by name."""
         for name in selected_adapters or list(self.peft_config):
-            self._known(name)
-            home = Path(folder) if name == "default" else Path(folder) / name
-            home.mkdir(parents=True, exist_ok=True)
-            state = {k: v.detach().contiguous() for k, v in self.adapter_state(name).items()}
-            staged = home / f".{WEIGHTS}.part"
-            save_file(state, staged, metadata={"format": "pt"})
-            self.peft_config[name].save_pretrained(home)
-            staged.replace(home / WEIGHTS)
+            config = self._known(name)
+            home = Path(save_directory)
+            home = home if name == "default" else home / name
+            state.write(self.adapter_state(name), config, home)
 
     @classmethod
     def from_pretrained(
         cls,
         model: nn.Module,
-        name_or_path: str | Path,
+        model_id: str | Path,
         adapter_name: str = "default",
         is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
         **where: Any,
-    ) -> PeftModel:
+    ) -> Self:
         """`model` with the adapter of a folder (or Hub id) that Topwork or peft wrote."""
-        folder = hub.resolve(name_or_path, want=("adapter",), **where).folder
-        peft_model = cls(model, LoraConfig.from_pretrained(folder), adapter_name)
+        folder = hub.resolve(model_id, want=("adapter",), **where).folder
+        config = config or PeftConfig.from_pretrained(folder)
+        config = replace(config, inference_mode=not is_trainable)
+        peft_model = cls(model, config, adapter_name, autocast_adapter_dtype)
         peft_model._fill(folder, adapter_name)
-        if not is_trainable:
-            peft_model.requires_grad_(False)
         return peft_model.eval()
 
-    def load_adapter(self, folder: str | Path, adapter_name: str) -> None:
-        """Add the adapter of `folder` under `adapter_name`; it does not become active."""
-        self.add_adapter(adapter_name, LoraConfig.from_pretrained(folder))
-        self._fill(Path(folder), adapter_name)
+    def load_adapter(
+        self,
+        model_id: str | Path,
+        adapter_name: str,
+        is_trainable: bool = False,
+        autocast_adapter_dtype: bool = True,
+        **where: Any,
+    ) -> None:
+        """Add the adapter of a folder or Hub id under `adapter_name`; it does not become active."""
+        folder = hub.resolve(model_id, want=("adapter",), **where).folder
+        config = PeftConfig.from_pretrained(folder)
+        config = replace(config, inference_mode=not is_trainable)
+        self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
+        self._fill(folder, adapter_name)
 
-    @torch.no_grad()
     def _fill(self, folder: Path, name: str) -> None:
-        path = folder / WEIGHTS
-        try:
-            given = load_file(path)
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path}: {error}") from error
-        wanted = self.adapter_state(name)
-        missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
-        wrong = [
-            f"{k} {list(given[k].shape)} in the file, {list(wanted[k].shape)} here"
-            for k in sorted(set(given) & set(wanted))
-            if given[k].shape != wanted[k].shape
-        ]
-        parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
-        problems = [f"{what}: {', '.join(names[:20])}" for what, names in parts if names]
-        if problems:
-            raise CheckpointError(f"{path}: does not fit this model: " + "; ".join(problems))
-        for key, tensor in given.items():
-            wanted[key].copy_(tensor)
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
-
-
-def _by_pattern(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value of the first pattern that ends `path` (or, with ^, starts it), else `default`."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default
+        state.fill(self.adapter_state(name), state.read(folder), str(folder / state.WEIGHTS))

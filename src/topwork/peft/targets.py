@@ -3,46 +3,45 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 
 from topwork.errors import ConfigError, nearest
-from topwork.peft.config import LoraConfig
-from topwork.peft.layer import LoraLayer, SavedModule, kind_of
-
-# The usual targets of a family, where the configuration names none.
-USUAL = {
-    "llama": ["q_proj", "v_proj"],
-    "mistral": ["q_proj", "v_proj"],
-    "qwen2": ["q_proj", "v_proj"],
-    "qwen3": ["q_proj", "v_proj"],
-    "gpt2": ["c_attn"],
-}
+from topwork.peft import sites
+from topwork.peft.config import LayerConfig
 
 
-def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
-    """Paths of the modules that `config` targets. ConfigError when it, or an entry, finds none."""
-    leaves = {name: module for name, module in leaves_of(model) if not _saved(name, config)}
-    wanted = config.target_modules
-    if wanted is None:
-        kind = getattr(getattr(model, "config", None), "model_type", None)
-        if kind not in USUAL:
-            raise ConfigError(
-                f"target_modules is not given, and model_type {kind!r} has no usual ones; "
-                "name them, or say 'all-linear'"
-            )
-        wanted = USUAL[kind]
-    if wanted == "all-linear":
+def target_names(
+    model: nn.Module,
+    config: LayerConfig,
+    kinds: tuple[sites.Kind, ...] = ("linear", "conv", "embedding"),
+) -> list[str]:
+    """Paths of the modules of these `kinds` that `config` targets, in the model's order.
+
+    ConfigError when the whole, or one of its entries, finds no module.
+    """
+    leaves = {
+        name: module
+        for name, module in walk(model)
+        if sites.site_of(base_of(module)).kind in kinds and not _saved(name, config)
+    }
+    wanted = config.target_modules or []
+    if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = _output_head(model)
-        found = [n for n, m in leaves.items() if kind_of(m) != "embedding" and m is not head]
+        found = [
+            n
+            for n, m in leaves.items()
+            if sites.site_of(base_of(m)).kind == "linear" and base_of(m) is not head
+        ]
     elif isinstance(wanted, str):
         found = [n for n in leaves if re.fullmatch(wanted, n)]
         _need(found, wanted, leaves, model)
     else:
         for entry in wanted:
-            _need([n for n in leaves if _ends(n, entry)], entry, leaves, model)
-        found = [n for n in leaves if any(_ends(n, entry) for entry in wanted)]
+            _need([n for n in leaves if ends(n, entry)], entry, leaves, model)
+        found = [n for n in leaves if any(ends(n, entry) for entry in wanted)]
     chosen = [n for n in found if not _excluded(n, config) and _in_layers(n, config)]
     if not chosen:
         raise ConfigError(
@@ -52,24 +51,55 @@ def target_names(model: nn.Module, config: LoraConfig) -> list[str]:
     return chosen
 
 
-def leaves_of(model: nn.Module) -> Iterable[tuple[str, nn.Module]]:
-    """The modules that can carry an adapter; those that carry one already count once."""
-    for name, module in model.named_modules():
-        inside = ".base_layer" in name or ".lora_" in name
-        if not inside and (isinstance(module, LoraLayer) or kind_of(module) is not None):
-            yield name, module.base_layer if isinstance(module, LoraLayer) else module
+def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules below `model` as they were before any adapter: nothing inside one counts."""
+    for name, child in model.named_children():
+        here = f"{path}.{name}" if path else name
+        yield here, child
+        if not is_wrapper(child):
+            yield from walk(child, here)
+
+
+def is_wrapper(module: nn.Module) -> bool:
+    """Whether `module` stands around another to adapt it."""
+    return hasattr(module, "wrapped_module")
+
+
+def base_of(module: Any) -> nn.Module:
+    """`module` without the adapters around it."""
+    while is_wrapper(module):
+        module = module.wrapped_module
+    return module
+
+
+def usual_of(model: nn.Module, usual: dict[str, Any]) -> Any:
+    """The entry of `usual` (model_type → targets) for `model`; ConfigError without one."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if kind not in usual:
+        raise ConfigError(
+            f"target_modules is not given, and model_type {kind!r} has no usual ones; "
+            "name them, or say 'all-linear'"
+        )
+    return usual[kind]
+
+
+def by_pattern(patterns: dict[str, Any] | None, path: str, default: Any) -> Any:
+    """The value of the first pattern that ends `path` (or, with ^, starts it), else `default`."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
+
+
+def ends(path: str, entry: str) -> bool:
+    """Whether the last parts of `path` are `entry`."""
+    return path == entry or path.endswith("." + entry)
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    if isinstance(head, SavedModule):
-        head = head.original_module
-    return head.base_layer if isinstance(head, LoraLayer) else head  # type: ignore[return-value]
-
-
-def _ends(name: str, entry: str) -> bool:
-    return name == entry or name.endswith("." + entry)
+    return None if head is None else base_of(head)
 
 
 def _need(found: list[str], entry: str, leaves: Iterable[str], model: nn.Module) -> None:
@@ -81,19 +111,19 @@ def _need(found: list[str], entry: str, leaves: Iterable[str], model: nn.Module)
         )
 
 
-def _saved(name: str, config: LoraConfig) -> bool:
-    parts = name.split(".")
-    return any(entry in parts for entry in config.modules_to_save or [])
+def _saved(name: str, config: LayerConfig) -> bool:
+    parts = f".{name}."
+    return any(f".{entry}." in parts for entry in config.modules_to_save or [])
 
 
-def _excluded(name: str, config: LoraConfig) -> bool:
+def _excluded(name: str, config: LayerConfig) -> bool:
     out = config.exclude_modules
     if isinstance(out, str):
         return re.fullmatch(out, name) is not None
-    return any(_ends(name, entry) for entry in out or [])
+    return any(ends(name, entry) for entry in out or [])
 
 
-def _in_layers(name: str, config: LoraConfig) -> bool:
+def _in_layers(name: str, config: LayerConfig) -> bool:
     layers = config.layers_to_transform
     if layers is None:
         return True

@@ -1,0 +1,132 @@
+"""Adapters on any module, as functions: put in, choose, remove. `PeftModel` is thin over them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from topwork.errors import ConfigError, nearest
+from topwork.peft import methods
+from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
+from topwork.peft.layer import AdaptedLayer, SavedModule
+from topwork.peft.targets import ends, is_wrapper, target_names, walk
+
+
+def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
+    return (m for m in model.modules() if isinstance(m, AdaptedLayer))
+
+
+def saved_of(model: nn.Module) -> Iterator[SavedModule]:
+    return (m for m in model.modules() if isinstance(m, SavedModule))
+
+
+def inject(model: nn.Module, name: str, config: LayerConfig) -> LayerConfig:
+    """Put adapter `name` on the layers of `model` that `config` targets; it is not active yet.
+
+    Returns the configuration with what it left open decided.
+    """
+    graft = methods.method(config.peft_type).GRAFT
+    config = graft.settle(config, model)
+    paths = target_names(model, config, graft.KINDS)
+    for path in paths_to_save(model, config):
+        _save_whole(model, path, name)
+    shared = graft.share(config, {p: model.get_submodule(p) for p in paths}, None)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if not isinstance(layer, AdaptedLayer):
+            training = layer.training
+            layer = AdaptedLayer(layer)
+            layer.train(training)
+            put(model, path, layer)
+        layer.add(name, graft(layer, name, config, path, shared))
+    return config
+
+
+def paths_to_save(model: nn.Module, config: LayerConfig) -> list[str]:
+    """The modules that are trained whole: those named, and the heads of the task."""
+    heads = TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
+    entries: list[str] = [*(config.modules_to_save or []), *heads]
+    there = dict(walk(model))
+    found: list[str] = []
+    for entry in dict.fromkeys(entries):
+        paths = [path for path in there if ends(path, entry)]
+        if not paths and entry not in heads:
+            names = {n.rpartition(".")[2] for n in there}
+            raise ConfigError(
+                f"modules_to_save={entry!r} matches no module of {type(model).__name__}"
+                f"{nearest(entry, names)}"
+            )
+        found += [path for path in paths if path not in found]
+    return found
+
+
+def _save_whole(model: nn.Module, path: str, name: str) -> None:
+    module = model.get_submodule(path)
+    if isinstance(module, AdaptedLayer):
+        raise ConfigError(f"modules_to_save: {path} carries an adapter already")
+    if not isinstance(module, SavedModule):
+        module = SavedModule(module)
+        put(model, path, module)
+    module.modules_to_save[name] = copy.deepcopy(module.original_module)
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Set the submodule at `path`."""
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)
+
+
+def activate(model: nn.Module, names: tuple[str, ...], train: bool = True) -> None:
+    """Let the adapters `names` compute, and (`train`) be the ones that are trained."""
+    for layer in layers_of(model):
+        layer.active = names
+        for name, graft in layer.grafts.items():
+            graft.trains(train and name in names)
+    for module in saved_of(model):
+        module.active = names
+        for name, trained in module.modules_to_save.items():
+            trained.requires_grad_(train and name in names)
+
+
+def remove(model: nn.Module, name: str) -> None:
+    """Take adapter `name` out; layers that then carry none are as before."""
+    for path, module in wrappers(model):
+        if isinstance(module, AdaptedLayer):
+            module.remove(name)
+            if not module.grafts:
+                put(model, path, module.base_layer)
+        elif name in module.modules_to_save:
+            del module.modules_to_save[name]
+            module.active = tuple(n for n in module.active if n != name)
+            if not module.modules_to_save:
+                put(model, path, module.original_module)
+
+
+def wrappers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The modules with adapters, by path."""
+    return [(path, m) for path, m in walk(model) if is_wrapper(m)]
+
+
+def strip(model: nn.Module) -> nn.Module:
+    """`model` without any wrapper: bases as they are, saved modules as they compute."""
+    for path, module in wrappers(model):
+        put(model, path, module.base_layer if isinstance(module, AdaptedLayer) else module.chosen)
+    return model
+
+
+@contextmanager
+def disabled(model: nn.Module) -> Iterator[None]:
+    """Within it the model computes as without adapters (merged ones stay)."""
+    parts = [*layers_of(model), *saved_of(model)]
+    before = [part.disabled for part in parts]
+    for part in parts:
+        part.disabled = True
+    try:
+        yield
+    finally:
+        for part, was in zip(parts, before):
+            part.disabled = was

@@ -1,0 +1,174 @@
+"""LoRA (arXiv:2106.09685): W x + s · B A x, s = alpha/r; and DoRA (arXiv:2402.09353):
+m ⊙ (W x + s · B A x) / ‖W + s · B A‖, the norm of each output's row taken as a constant."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from topwork import ops
+from topwork.errors import ConfigError
+from topwork.peft import sites
+from topwork.peft.config import LayerConfig, a_share, at_least, one_of
+from topwork.peft.layer import Bare, Graft, Matrix
+from topwork.peft.methods import _lora_init
+from topwork.peft.targets import by_pattern
+
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(kw_only=True)
+class LoraConfig(LayerConfig):
+    """LoRA and its kin: the sum of the frozen weight and a product of two thin matrices."""
+
+    ALSO_INERT: ClassVar[frozenset[str]] = frozenset({"qalora_group_size"})
+
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    """Dropout on the input of A."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    bias: str = "none"
+    """Biases of the base that are trained too: "none", "all", "lora_only" (of adapted layers)."""
+    use_rslora: bool = False
+    """Scale by alpha/√r (arXiv:2312.03732)."""
+    use_dora: bool = False
+    lora_bias: bool = False
+    """B has a bias."""
+    init_lora_weights: bool | str = True
+    """True: A uniform (Kaiming), B zero; "gaussian": A normal with 1/r; False: both random;
+    "pissa", "pissa_niter_N" (arXiv:2404.02948), "olora" (arXiv:2406.01775), "orthogonal"."""
+    fan_in_fan_out: bool = False
+    """No effect: whether a weight is stored [in, out] is seen from the layer."""
+    peft_type: str = "LORA"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("r", self.r, 1)
+        a_share("lora_dropout", self.lora_dropout)
+        one_of("bias", self.bias, BIASES)
+        _lora_init.check(self)
+        if self.lora_bias and self.use_dora:
+            raise ConfigError("lora_bias=True does not go with use_dora=True")
+
+
+class Lora(Graft):
+    """scale · B A, A [r, in], B [out, r]."""
+
+    KINDS = ("linear", "conv", "embedding")
+    config: LoraConfig
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.r = by_pattern(self.config.rank_pattern, self.path, self.config.r)
+        alpha = by_pattern(self.config.alpha_pattern, self.path, self.config.lora_alpha)
+        self.scale = alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        self.dropout = self.config.lora_dropout
+        self._norm: tuple[Any, Tensor] | None = None
+        prefix = "lora_embedding_" if self.site.kind == "embedding" else "lora_"
+        self.names = (prefix + "A", prefix + "B")
+
+    def create(self) -> dict[str, Tensor | nn.Module]:
+        site = self.site
+        made: dict[str, Tensor | nn.Module]
+        a, b = _lora_init.matrices(self)
+        if site.kind == "conv":
+            a = a.view(self.r, site.inputs, *site.kernel)
+            b = b[:, : self.r // site.groups].reshape(site.outputs, -1, *(1,) * len(site.kernel))
+        bias = self.empty(site.outputs).zero_() if self.config.lora_bias else None
+        if site.kind == "embedding":
+            if bias is not None:
+                raise ConfigError(f"lora_bias=True does not go to the embedding {self.path}")
+            made = {name: nn.Parameter(m) for name, m in zip(self.names, (a, b))}
+        else:
+            made = {"lora_A": Matrix(a), "lora_B": Matrix(b, bias)}
+        if self.config.use_dora:
+            magnitude = self.norm_of(a, b).to(torch.float32)
+            if site.kind == "conv":
+                magnitude = magnitude.view(1, -1, *(1,) * len(site.kernel))
+            made["lora_magnitude_vector"] = Bare(magnitude)
+        return made
+
+    def matrices(self) -> tuple[Tensor, Tensor]:
+        """A [r, in, *kernel] and B [out, r, …]."""
+        return self[self.names[0]], self[self.names[1]]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.layer.lora_B[self.name].bias if self.site.kind != "embedding" else None
+
+    def term(self) -> ops.LoraTerm | None:
+        if self.config.use_dora or self.config.lora_bias or self.site.kind != "linear":
+            return None
+        return ops.LoraTerm(*self.matrices(), self.scale, self.dropout)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = (m.to(y.dtype) for m in self.matrices())
+        bias = None if self.bias is None else self.bias.to(y.dtype)
+        if self.site.kind != "embedding":
+            x = F.dropout(x, self.dropout, self.layer.training)
+        if self.site.kind == "conv":
+            base = self.base
+            conv = (F.conv1d, F.conv2d, F.conv3d)[len(self.site.kernel) - 1]
+            low = conv(x, a, None, base.stride, base.padding, base.dilation)
+            term = conv(low, b, bias, groups=self.site.groups) * self.scale
+        else:
+            term = F.linear(sites.apply_weight(self.base, x, a), b, bias) * self.scale
+        if not self.config.use_dora:
+            return y + term
+        own = getattr(self.base, "bias", None)
+        gain = self.over(
+            self["lora_magnitude_vector"].flatten() / self.norm_of(*self.matrices()), y
+        )
+        if own is None:
+            return (y + term) * gain
+        own = self.over(own, y)
+        return (y - own + term) * gain + own
+
+    def norm_of(self, a: Tensor, b: Tensor) -> Tensor:
+        """‖W + s · B A‖ [out] of each output, without forming the sum:
+        ‖W‖² + 2s · ⟨B, W Aᵀ⟩ + s² · ⟨B, B A Aᵀ⟩. The first part is kept, for W is frozen."""
+        with torch.no_grad():
+            weight = sites.read_weight(self.base)
+            a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)
+            key = (weight.data_ptr(), weight._version, weight.device)
+            if self._norm is None or self._norm[0] != key:
+                self._norm = (key, weight.float().flatten(1).square().sum(1))
+            cross = weight.flatten(1).float() @ a.t()
+            squared = self._norm[1] + 2 * self.scale * (b * cross).sum(1)
+            squared += self.scale**2 * (b @ (a @ a.t()) * b).sum(1)
+            return squared.clamp_(min=0).sqrt_()
+
+    def delta(self) -> Tensor:
+        if self.site.groups > 1:
+            raise ConfigError(
+                f"{self.path} is a convolution in groups: its adapter mixes all channels, so it "
+                "is no change of the weight and cannot be merged"
+            )
+        a, b = (m.float() for m in self.matrices())
+        product = b.flatten(1) @ a.flatten(1) * self.scale
+        return product.view(self.site.outputs, self.site.inputs, *self.site.kernel)
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        weight = weight + self.delta()
+        if self.config.use_dora:
+            norm = weight.flatten(1).norm(dim=1)
+            gain = self["lora_magnitude_vector"].float().flatten() / norm
+            weight = weight * gain.view(-1, *(1,) * (weight.dim() - 1))
+        if self.bias is not None:
+            if bias is None:
+                raise ConfigError(
+                    f"{self.path} has no bias that the one of lora_bias=True could be merged into"
+                )
+            bias = bias + self.bias.float() * self.scale
+        return weight, bias
+
+
+CONFIG = LoraConfig
+GRAFT = Lora

@@ -1,0 +1,92 @@
+"""An adapter's tensors under their names in files, out of a model and into it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from topwork.errors import CheckpointError
+from topwork.peft.config import PeftConfig
+from topwork.peft.inject import layers_of
+from topwork.peft.layer import AdaptedLayer, SavedModule
+
+WEIGHTS = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+
+
+def bias_parameters(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Parameter]]:
+    """The base's biases that an adapter with this `bias` setting trains."""
+    mode = getattr(config, "bias", "none")
+    if mode == "none":
+        return
+    adapted = {id(layer.bias) for layer in layers_of(model) if layer.bias is not None}
+    for name, parameter in model.named_parameters():
+        wanted = name.endswith("bias") and (mode == "all" or id(parameter) in adapted)
+        if wanted and not _within_adapter(model, name):
+            yield name, parameter
+
+
+def _within_adapter(model: nn.Module, name: str) -> bool:
+    """Whether the parameter `name` is an adapter's rather than the base's."""
+    at: Any = model
+    for part in name.split("."):
+        if isinstance(at, AdaptedLayer) and part != "base_layer":
+            return True
+        if isinstance(at, SavedModule) and part != "original_module":
+            return True
+        at = getattr(at, part)
+    return False
+
+
+def tensors_of(model: nn.Module, config: PeftConfig, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors of a bare `model`, by their names in files less `PREFIX`."""
+    state: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            state |= {f"{path}.{key}": tensor for key, tensor in module.held(name)}
+        elif isinstance(module, SavedModule) and name in module.modules_to_save:
+            trained = module.modules_to_save[name].state_dict(keep_vars=True)
+            state |= {f"{path}.{key}": tensor for key, tensor in trained.items()}
+    return state | dict(bias_parameters(model, config))
+
+
+@torch.no_grad()
+def fill(wanted: dict[str, Tensor], given: dict[str, Tensor], source: str) -> None:
+    """Copy `given` into `wanted`, which must have the same names and shapes."""
+    missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
+    wrong = [
+        f"{k} {list(given[k].shape)} in the file, {list(wanted[k].shape)} here"
+        for k in sorted(set(given) & set(wanted))
+        if given[k].shape != wanted[k].shape
+    ]
+    parts = (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+    problems = [f"{what}: {', '.join(names[:20])}" for what, names in parts if names]
+    if problems:
+        raise CheckpointError(f"{source}: does not fit this model: " + "; ".join(problems))
+    for key, tensor in given.items():
+        wanted[key].copy_(tensor)
+
+
+def read(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter's folder."""
+    path = folder / WEIGHTS
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def write(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
+    """An adapter's two files; the weights appear whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {k: v.detach().contiguous() for k, v in state.items()}
+    staged = folder / f".{WEIGHTS}.part"
+    save_file(kept, staged, metadata={"format": "pt"})
+    config.save_pretrained(folder)
+    staged.replace(folder / WEIGHTS)

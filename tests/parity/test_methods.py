@@ -1,0 +1,244 @@
+"""Every method against peft, option by option: outputs, gradients, counts, files, merging.
+
+A method's file without a row here fails `test_every_method_has_a_row`.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+import peft
+import topwork
+from topwork.errors import ConfigError
+from topwork.peft import PeftConfig, PeftModel, get_peft_model, methods
+
+IDS = torch.arange(22).view(2, 11)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method with options, on a base; `merges` False: merging is refused."""
+
+    config: str
+    options: dict = field(default_factory=dict)
+    base: str = "qwen2"
+    merges: bool = True
+    same_count: bool = True
+
+    def __str__(self) -> str:
+        shown = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "target_modules")
+        return f"{self.config.removesuffix('Config')}-{self.base}-{shown}".replace(" ", "")
+
+
+QV = ["q_proj", "v_proj"]
+MIX = ["q_proj", "k_proj", "down_proj"]
+CONVS = ["one", "two", "three", "head"]
+
+
+def row(config, base="qwen2", merges=True, same_count=True, **options):
+    targets = {"qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS}[base]
+    return Row(config, {"target_modules": targets, **options}, base, merges, same_count)
+
+
+ROWS = [
+    row("LoraConfig", r=4, use_dora=True),
+    row("LoraConfig", r=4, use_dora=True, target_modules=["embed_tokens", "v_proj"]),
+    row("LoraConfig", "gpt2", r=4, use_dora=True, fan_in_fan_out=True),
+    row("LoraConfig", "convs", r=4),
+    row("LoraConfig", "convs", r=4, use_dora=True),
+    row("LoraConfig", "convs", r=4, target_modules=["grouped"], merges=False),
+    row("LoraConfig", r=4, lora_bias=True, target_modules=QV),
+    row("LoraConfig", r=4, lora_bias=True, target_modules=["down_proj"], merges=False),
+    row("IA3Config", target_modules=None),
+    row("IA3Config", feedforward_modules=["down_proj"]),
+    row("IA3Config", "gpt2", feedforward_modules=["c_fc"]),
+    row("IA3Config", "convs", target_modules=["two", "three", "head"], feedforward_modules=[]),
+    row("IA3Config", "convs", target_modules=["two", "grouped"], feedforward_modules=["two"]),
+]  # fmt: skip
+each = pytest.mark.parametrize("row", ROWS, ids=str)
+
+
+class Convs(nn.Module):
+    """One convolution of each dimension and one in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(4, 6, 3, padding=1)
+        self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.three = nn.Conv3d(2, 4, (1, 3, 2), bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        one = self.one(x[:, :32].view(-1, 4, 8)).mean(2)
+        two = self.grouped(self.two(x[:, :192].view(-1, 3, 8, 8))).mean((1, 2, 3))
+        three = self.three(x[:, :96].view(-1, 2, 4, 4, 3)).mean((1, 2, 3, 4))
+        return self.head(one) + (two + three)[:, None]
+
+
+def base(kind):
+    torch.manual_seed(0)
+    if kind == "convs":
+        model = Convs()
+    else:
+        sizes = {
+            "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32},
+            "qwen2": {
+                "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2,
+            },
+        }[kind]  # fmt: skip
+        config = transformers.AutoConfig.for_model(
+            kind, vocab_size=37, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def outputs(model, kind):
+    if kind == "convs":
+        return model(torch.linspace(-1, 1, 2 * 192).view(2, 192))
+    return model(IDS).logits
+
+
+def randomise(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype) * 0.2)
+
+
+def peers(row):
+    theirs = peft.get_peft_model(base(row.base), getattr(peft, row.config)(**row.options))
+    randomise(theirs)
+    return theirs.eval()
+
+
+def save(theirs, folder):
+    theirs.save_pretrained(folder, save_embedding_layers=False)
+
+
+def our_config(row):
+    return getattr(topwork, row.config)(**row.options)
+
+
+def close(found, wanted, **tolerance):
+    torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 1e-5, **tolerance})
+
+
+@each
+def test_peers_adapter_gives_equal_outputs_gradients_and_counts(row, tmp_path):
+    theirs = peers(row)
+    save(theirs, tmp_path)
+    ours = PeftModel.from_pretrained(base(row.base), tmp_path, is_trainable=True)
+    wanted, found = outputs(theirs, row.base), outputs(ours, row.base)
+    assert not torch.allclose(wanted, outputs(base(row.base), row.base), atol=1e-3)
+    close(found, wanted)
+    if row.same_count:
+        assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
+    weight = torch.linspace(-1, 1, wanted.numel()).view_as(wanted)
+    (wanted * weight).sum().backward()
+    (found * weight).sum().backward()
+    grads = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    own = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    assert set(own) == set(grads)
+    for name, grad in own.items():
+        scale = 1 + grads[name].abs().max().item()
+        close(grad, grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@each
+def test_our_adapter_saves_what_the_peer_loads(row, tmp_path):
+    ours = get_peft_model(base(row.base), our_config(row))
+    randomise(ours)
+    ours.eval().save_pretrained(tmp_path)
+    theirs = peft.PeftModel.from_pretrained(base(row.base), tmp_path)
+    with torch.no_grad():
+        close(outputs(ours, row.base), outputs(theirs, row.base))
+        again = PeftModel.from_pretrained(base(row.base), tmp_path)
+        assert torch.equal(outputs(again, row.base), outputs(ours, row.base))
+
+
+@each
+@torch.no_grad()
+def test_merging_keeps_the_outputs_and_unmerging_the_weights(row, tmp_path):
+    ours = get_peft_model(base(row.base), our_config(row))
+    randomise(ours)
+    ours.eval()
+    if not row.merges:
+        with pytest.raises(ConfigError, match="merge"):
+            ours.merge_and_unload()
+        return
+    wanted = outputs(ours, row.base)
+    before = copy.deepcopy(ours.state_dict())
+    ours.merge_adapter(safe_merge=True)
+    close(outputs(ours, row.base), wanted, rtol=1e-4, atol=1e-4)
+    ours.unmerge_adapter()
+    assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
+    merged = ours.merge_and_unload()
+    assert {n for n, _ in merged.named_parameters()} == {
+        n for n, _ in base(row.base).named_parameters()
+    }
+    close(outputs(merged, row.base), wanted, rtol=1e-4, atol=1e-4)
+
+
+FIRST = list({r.config: r for r in ROWS if r.base == "qwen2" and r.merges}.values())
+
+
+@pytest.mark.parametrize("row", FIRST, ids=str)
+def test_on_our_models_two_adapters_train_apart_in_bf16(row):
+    torch.manual_seed(0)
+    config = topwork.Config(
+        model_type="qwen2", vocab_size=37, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    model = topwork.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.gradient_checkpointing_enable()
+    ours = get_peft_model(model, our_config(row)).train()
+    ours.add_adapter("other", our_config(row))
+    ours.set_adapter("other")
+    trained = [p for p in ours.parameters() if p.requires_grad]
+    assert all(p.dtype == torch.float32 for p in trained)
+    untouched = {k: v.clone() for k, v in ours.adapter_state("default").items()}
+    optimizer = torch.optim.Adam(trained, lr=2e-2)
+    losses = []
+    for _ in range(12):
+        loss = ours(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02
+    assert all(torch.equal(v, untouched[k]) for k, v in ours.adapter_state("default").items())
+
+
+def test_every_method_has_a_row():
+    rows = {getattr(topwork, row.config)().peft_type for row in ROWS}
+    assert rows == set(methods.NAMES)
+
+
+@pytest.mark.parametrize("name", methods.NAMES)
+def test_fields_and_defaults_are_the_peers(name):
+    ours, theirs = methods.config_class(name)(), None
+    kind = type(ours).__name__
+    if not hasattr(peft, kind):
+        return
+    theirs = getattr(peft, kind)().to_dict()
+    for key, value in ours.to_dict().items():
+        if key in theirs:
+            default = theirs[key]
+            assert value == (default.value if hasattr(default, "value") else default), key
+        else:
+            assert value is None, f"{kind} has {key}, which the peer has not"
+    assert PeftConfig.from_dict(ours.to_dict()) == ours
