@@ -118,6 +118,23 @@ def test_swiglu_and_rotary_equal_their_formulas():
     same(grads_of(lambda x: rotary(x, angle.cos(), angle.sin()), [x]), grads_of(turned, [x]))
 
 
+def test_interleaved_rotary_turns_neighbours_and_a_part_leaves_the_rest():
+    torch.manual_seed(0)
+    x, angle = torch.randn(2, 4, 3, 10), torch.randn(2, 4, 3)
+
+    def turned(x):
+        z = torch.complex(x[..., 0:6:2], x[..., 1:6:2]) * torch.exp(1j * angle)[:, :, None]
+        return torch.cat((torch.view_as_real(z).flatten(-2), x[..., 6:]), -1)
+
+    same(
+        grads_of(lambda x: rotary(x, angle.cos(), angle.sin(), True), [x]),
+        grads_of(turned, [x]),
+    )
+    halves = rotary(x, angle.cos(), angle.sin())
+    torch.testing.assert_close(halves[..., :6], rotary(x[..., :6], angle.cos(), angle.sin()))
+    assert torch.equal(halves[..., 6:], x[..., 6:])
+
+
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("lengths", [(12,), (3, 3, 6), (1, 7, 4)])
 def test_attention_per_document_equals_the_masked_reference(lengths, window):

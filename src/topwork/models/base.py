@@ -71,7 +71,7 @@ class Model(nn.Module):
         return KVCache(self.layer_count)
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.trunk.embed_tokens
+        return self.trunk.get_submodule(self.trunk.embedding)
 
     def get_output_embeddings(self) -> nn.Module | None:
         return None

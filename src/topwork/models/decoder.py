@@ -66,6 +66,8 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks and the final norm: token ids to hidden states."""
 
+    embedding = "embed_tokens"
+
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec

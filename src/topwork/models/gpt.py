@@ -21,12 +21,15 @@ from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError, nearest
-from topwork.models.base import CausalModel
+from topwork.models.base import CausalModel, Model
+from topwork.models.config import Config
+from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
 from topwork.nn.alibi import AlibiSpec
 from topwork.nn.cache import KVCache
 from topwork.nn.conv1d import Conv1D
 from topwork.nn.layers import ACTIVATIONS, linears
 from topwork.nn.rotary import RotarySpec, rotary_table
+from topwork.weights import Rename, Table
 
 Fn = Callable[[Tensor], Tensor]
 
@@ -81,6 +84,8 @@ class Names:
     # from the trunk, where the spec has them
     positions: str = "wpe"
     embed_norm: str = "word_embeddings_layernorm"
+    project_in: str = "project_in"
+    project_out: str = "project_out"
 
 
 @dataclass(frozen=True)
@@ -138,13 +143,15 @@ class GptLayerSpec:
 class GptSpec:
     """A whole model.
 
+    `hidden` is the width of the embedding and of what the head reads, `inner` that of the blocks.
     `learned`: rows in front of the first position of a table of positions, None for no table.
-    `embed_width`: width of the embedding and of the head, where it is not `hidden`.
+    `renames`: names on disk that differ.
     """
 
     names: Names
     vocab: int
     hidden: int
+    inner: int
     context: int
     norm_eps: float
     layers: tuple[GptLayerSpec, ...]
@@ -156,13 +163,8 @@ class GptSpec:
     final_norm: bool = True
     learned: int | None = None
     alibi: AlibiSpec | None = None
-    embed_width: int | None = None
     head_bias: bool = False
-
-    @property
-    def outer(self) -> int:
-        """Width of the embedding and of what the head reads."""
-        return self.embed_width or self.hidden
+    renames: tuple[Rename, ...] = ()
 
 
 def place(root: nn.Module, path: str, module: nn.Module) -> None:
@@ -200,12 +202,12 @@ class GptBlock(nn.Module):
         wide, narrow = (n * attention.head_dim for n in (attention.heads, attention.kv_heads))
         widths = (wide, narrow, narrow) if len(names.qkv) == 3 else (wide + 2 * narrow,)
         for path, width in zip(names.qkv, widths):
-            linear(path, spec.hidden, width, attention.qkv_bias)
-        linear(names.out, wide, spec.hidden, attention.out_bias)
-        linear(names.up, spec.hidden, mlp.width, mlp.bias)
-        linear(names.down, mlp.width, spec.hidden, mlp.bias)
+            linear(path, spec.inner, width, attention.qkv_bias)
+        linear(names.out, wide, spec.inner, attention.out_bias)
+        linear(names.up, spec.inner, mlp.width, mlp.bias)
+        linear(names.down, mlp.width, spec.inner, mlp.bias)
         for path in dict.fromkeys((names.norm_1, names.norm_2)):
-            place(self, path, layer_norm(spec, spec.hidden))
+            place(self, path, layer_norm(spec, spec.inner))
         if attention.norm_qk:
             home = names.out.rpartition(".")[0]
             place(self, f"{home}.q_ln", layer_norm(spec, wide))
@@ -251,20 +253,13 @@ class GptBlock(nn.Module):
                 q, k = home.q_ln(q), home.k_ln(k)
             q, k, v = (y.unflatten(-1, (-1, size)) for y in (q, k, v))
         if spec.rotary is not None:
-            q, k = (turn(y, tables[spec.rotary]) for y in (q, k))
+            cos, sin = tables[spec.rotary]
+            q, k = (ops.rotary(y, cos, sin, spec.rotary.interleaved) for y in (q, k))
         return [q, k, v]
 
     def _mlp(self, x: Tensor) -> Tensor:
         up, down = at(self, self.names.up), at(self, self.names.down)
         return linears(self.activation(linears(x, (up,))[0]), (down,))[0]
-
-
-def turn(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """The first dimensions of each head turned by the table's angles, the rest as it is."""
-    width = 2 * table[0].shape[-1]
-    if width == x.shape[-1]:
-        return ops.rotary(x, *table)
-    return torch.cat((ops.rotary(x[..., :width], *table), x[..., width:]), -1)
 
 
 def layer_norm(spec: GptSpec, size: int) -> nn.LayerNorm:
@@ -279,18 +274,27 @@ class Gpt(nn.Module):
         names = spec.names
         self.spec = spec
         self.checkpointing = False
-        place(self, names.embed, nn.Embedding(spec.vocab, spec.outer))
-        if spec.outer != spec.hidden:
-            self.project_in = nn.Linear(spec.outer, spec.hidden, bias=False)
-            self.project_out = nn.Linear(spec.hidden, spec.outer, bias=False)
+        place(self, names.embed, nn.Embedding(spec.vocab, spec.hidden))
+        if spec.inner != spec.hidden:
+            place(self, names.project_in, nn.Linear(spec.hidden, spec.inner, bias=False))
+            place(self, names.project_out, nn.Linear(spec.inner, spec.hidden, bias=False))
         if spec.learned is not None:
-            place(self, names.positions, nn.Embedding(spec.context + spec.learned, spec.hidden))
+            place(self, names.positions, nn.Embedding(spec.context + spec.learned, spec.inner))
         if spec.embed_norm:
-            place(self, names.embed_norm, layer_norm(spec, spec.hidden))
+            place(self, names.embed_norm, layer_norm(spec, spec.inner))
         blocks = [GptBlock(spec, i) for i in range(len(spec.layers))]
         place(self, names.layers, nn.ModuleList(blocks))
         if spec.final_norm:
-            place(self, names.norm, layer_norm(spec, spec.hidden))
+            place(self, names.norm, layer_norm(spec, spec.inner))
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.spec.layers)
+
+    @property
+    def embedding(self) -> str:
+        """The path of the token embedding."""
+        return self.spec.names.embed
 
     def forward(
         self,
@@ -301,12 +305,12 @@ class Gpt(nn.Module):
         layout: ops.Layout,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """ids [B, T] or embeddings [B, T, E], `positions` [B, T] → hidden [B, T, E]."""
+        """ids [B, T] or embeddings [B, T, C], `positions` [B, T] → hidden [B, T, C]."""
         spec, names = self.spec, self.spec.names
         x = at(self, names.embed)(input_ids) if inputs_embeds is None else inputs_embeds
         longest = max(layout.lengths) if layout.lengths else layout.past + x.shape[1]
-        if spec.outer != spec.hidden:
-            x = self.project_in(x)
+        if spec.inner != spec.hidden:
+            x = at(self, names.project_in)(x)
         if spec.learned is not None:
             if longest > spec.context and int(positions.max()) >= spec.context:
                 raise ConfigError(
@@ -325,29 +329,65 @@ class Gpt(nn.Module):
                 x = block(x, tables, terms, layout, cache)
         if spec.final_norm:
             x = at(self, names.norm)(x)
-        return self.project_out(x) if spec.outer != spec.hidden else x
+        return at(self, names.project_out)(x) if spec.inner != spec.hidden else x
 
 
 class CausalGpt(CausalModel):
     """A `Gpt` under its name on the Hub and its `lm_head`."""
 
-    def __init__(self, config: Any, spec: GptSpec) -> None:
+    def __init__(self, config: Config, spec: GptSpec) -> None:
         super().__init__(config)
-        names = spec.names
-        self.names = names
-        place(self, names.trunk, Gpt(spec))
-        self.lm_head = nn.Linear(spec.outer, spec.vocab, bias=spec.head_bias)
-        embedding = f"{names.trunk}.{names.embed}.weight"
+        self.home = spec.names.trunk
+        self.add_module(self.home, Gpt(spec))
+        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=spec.head_bias)
+        self.table = table_of(spec)
+        embedding = f"{self.home}.{spec.names.embed}.weight"
         self.tied = {"lm_head.weight": embedding} if spec.tied else {}
         self.tie_weights()
 
     @property
     def trunk(self) -> Gpt:
-        return at(self, self.names.trunk)
+        return getattr(self, self.home)
 
     @property
     def layer_count(self) -> int:
-        return len(self.trunk.spec.layers)
+        return self.trunk.layer_count
 
-    def get_input_embeddings(self) -> nn.Module:
-        return at(self.trunk, self.names.embed)
+
+LM_HEAD, LABELS = r"^(lm_head|embed_out)\.", r"^(score|classifier)\."
+# Masks and angles that old files carry along.
+BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
+
+
+def table_of(spec: GptSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:
+    """Names on disk: the trunk's may be absent."""
+    prefix = f"{spec.names.trunk}."
+    return Table(spec.renames, drop=(BUFFERS, *drop), prefix=prefix, fresh=fresh)
+
+
+def bare(config: Config, spec: GptSpec) -> BareModel:
+    """The trunk without a head."""
+    return BareModel(config, Gpt(spec), table=table_of(spec, drop=(LM_HEAD, LABELS)))
+
+
+def sequence_classifier(config: Config, spec: GptSpec) -> SequenceClassifier:
+    """The trunk with `score` over each text's last token."""
+    table = table_of(spec, drop=(LM_HEAD,), fresh=(LABELS,))
+    return SequenceClassifier(config, Gpt(spec), table=table, home=spec.names.trunk)
+
+
+def token_classifier(config: Config, spec: GptSpec) -> TokenClassifier:
+    """The trunk with `classifier` over each token."""
+    table = table_of(spec, drop=(LM_HEAD,), fresh=(LABELS,))
+    return TokenClassifier(
+        config, Gpt(spec), table=table, home=spec.names.trunk, head="classifier", bias=True
+    )
+
+
+# Task name → the model, made of its configuration and spec.
+GPT_MODELS: dict[str, Callable[[Config, GptSpec], Model]] = {
+    "base": bare,
+    "causal-lm": CausalGpt,
+    "sequence-classification": sequence_classifier,
+    "token-classification": token_classifier,
+}

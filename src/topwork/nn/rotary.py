@@ -18,7 +18,8 @@ class RotarySpec:
     """Which angles turn the heads.
 
     `dim` is the rotated width, `theta` the base, `context` the model's max_position_embeddings
-    and `original` the length of pre-training where a scaling stretches it.
+    and `original` the length of pre-training where a scaling stretches it. `interleaved`:
+    neighbouring dimensions turn together, else those half the width apart.
     """
 
     dim: int
@@ -35,6 +36,7 @@ class RotarySpec:
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True
+    interleaved: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:

@@ -1,4 +1,4 @@
-"""Rotary position embedding, the "rotate half" layout (arXiv:2104.09864)."""
+"""Rotary position embedding (arXiv:2104.09864), by halves or by neighbours."""
 
 from __future__ import annotations
 
@@ -11,26 +11,43 @@ from topwork.ops.dispatch import Op
 
 
 @Op
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn `x` [B, T, H, D] by the angles whose `cos` and `sin` [B, T, D/2] are given."""
-    first, second = x.chunk(2, dim=-1)
-    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [B, T, 1, D/2]
-    return torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+    """Turn the first R dimensions of `x` [B, T, H, D] by angles given as cos, sin [B, T, R/2].
+
+    Dimension i turns with i + R/2, or, if `interleaved`, 2i with 2i + 1; those from R on stay.
+    """
+    width = 2 * cos.shape[-1]
+    c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [B, T, 1, R/2]
+    turning = x[..., :width]
+    if interleaved:
+        first, second = turning[..., 0::2], turning[..., 1::2]
+        turned = torch.stack((first * c - second * s, second * c + first * s), -1).flatten(-2)
+    else:
+        first, second = turning.chunk(2, dim=-1)
+        turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 
-@rotary.variant("recompute", when=lambda x, cos, sin: torch.is_grad_enabled() and x.requires_grad)
-def linear_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def _wants_grad(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> bool:
+    return torch.is_grad_enabled() and x.requires_grad
+
+
+@rotary.variant("recompute", when=_wants_grad)
+def linear_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """A rotation's gradient is the opposite rotation: nothing of `x` is saved."""
-    return _Rotary.apply(x, cos, sin)
+    return _Rotary.apply(x, cos, sin, interleaved)
 
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+    ) -> Tensor:
         ctx.save_for_backward(cos, sin)
-        return rotary.reference(x, cos, sin)
+        ctx.interleaved = interleaved
+        return rotary.reference(x, cos, sin, interleaved)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return rotary.reference(dy, cos, -sin), None, None
+        return rotary.reference(dy, cos, -sin, ctx.interleaved), None, None, None

@@ -11,17 +11,27 @@ from topwork.nn.layers import AttentionSpec, MlpSpec
 from topwork.nn.rotary import RotarySpec
 
 
-def read_rotary(read: ConfigReader, head_dim: int) -> RotarySpec:
-    """Rotary options of both config generations: rope_theta + rope_scaling, or rope_parameters."""
+def read_rotary(
+    read: ConfigReader, head_dim: int, *, theta: float = 10000.0, share: float | None = None
+) -> RotarySpec:
+    """Rotary options of both config generations: rope_theta + rope_scaling, or rope_parameters.
+
+    `share`: the default of partial_rotary_factor, None where the family has no such option.
+    """
     context = read("max_position_embeddings", 2048)
-    theta = read("rope_theta", 10000.0)
+    theta = read("rope_theta", theta)
     options: dict[str, Any] = dict(read("rope_scaling", {})) or {}
     options = {**options, **read("rope_parameters", {})}
     kind = options.pop("rope_type", options.pop("type", "default"))
     options.pop("type", None)
     theta = options.pop("rope_theta", theta)
-    if options.pop("partial_rotary_factor", 1.0) not in (1.0, None):
-        raise ConfigError("partial_rotary_factor is not part of this family")
+    chosen_share = options.pop("partial_rotary_factor", None)
+    if share is None:
+        if chosen_share not in (1.0, None):
+            raise ConfigError("partial_rotary_factor is not part of this family")
+    else:
+        named = read("partial_rotary_factor", share)
+        head_dim = int(head_dim * (named if chosen_share is None else chosen_share))
     original = options.pop("original_max_position_embeddings", None) or context
     original = read("original_max_position_embeddings", original)
     factor = options.pop("factor", None)

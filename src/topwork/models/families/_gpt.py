@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
-from topwork.models.gpt import CausalGpt, GptSpec
+from topwork.models.gpt import GPT_MODELS, GptSpec
+
+Tasks = dict[str, Callable[[Config, ConfigReader], Model]]
 
 # Options of GPT-2's summary head, which no model here has, and of the peer's own execution.
 WITHOUT_EFFECT = (
@@ -17,14 +20,17 @@ WITHOUT_EFFECT = (
 )  # fmt: skip
 
 
-def models(spec: Callable[[ConfigReader], GptSpec]) -> dict[str, Callable[..., Any]]:
-    """The `MODELS` of a family whose configuration `spec` reads."""
+def models(spec: Callable[[ConfigReader], GptSpec], without: tuple[str, ...] = ()) -> Tasks:
+    """The `MODELS` of a family whose configuration `spec` reads; `without` the tasks it has not."""
 
-    def causal(config: Config, read: ConfigReader) -> CausalGpt:
-        read.ignore(*WITHOUT_EFFECT)
-        return CausalGpt(config, spec(read))
+    def made(make: Callable[[Config, GptSpec], Model]) -> Callable[[Config, ConfigReader], Model]:
+        def model(config: Config, read: ConfigReader) -> Model:
+            read.ignore(*WITHOUT_EFFECT)
+            return make(config, spec(read))
 
-    return {"causal-lm": causal}
+        return model
+
+    return {task: made(make) for task, make in GPT_MODELS.items() if task not in without}
 
 
 def either(read: ConfigReader, *keys: str) -> Any:

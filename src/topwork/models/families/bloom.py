@@ -42,6 +42,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         names=NAMES,
         vocab=read.need("vocab_size"),
         hidden=hidden,
+        inner=hidden,
         context=2048,
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=(layer,) * either(read, "n_layer", "num_hidden_layers"),

@@ -77,6 +77,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         names=names,
         vocab=read.need("vocab_size"),
         hidden=hidden,
+        inner=hidden,
         context=read("max_position_embeddings", 2048),
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=(layer,) * either(read, "num_hidden_layers", "n_layer"),

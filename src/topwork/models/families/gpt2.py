@@ -29,6 +29,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         names=NAMES,
         vocab=read.need("vocab_size"),
         hidden=hidden,
+        inner=hidden,
         context=read("n_positions", 1024),
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=tuple(

@@ -36,6 +36,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         names=gpt2.NAMES,
         vocab=read.need("vocab_size"),
         hidden=hidden,
+        inner=hidden,
         context=read("n_positions", 1024),
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=(layer,) * read.need("n_layer"),

@@ -67,6 +67,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         names=NAMES,
         vocab=read.need("vocab_size"),
         hidden=hidden,
+        inner=hidden,
         context=read("max_seq_len", 2048),
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=(layer,) * read.need("n_layers"),

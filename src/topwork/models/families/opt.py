@@ -18,8 +18,9 @@ CASES = [
 ]
 
 NAMES = Names(
-    trunk="model.decoder", embed="embed_tokens", positions="embed_positions", layers="layers",
-    norm="final_layer_norm", norm_1="self_attn_layer_norm",
+    trunk="model", embed="decoder.embed_tokens", positions="decoder.embed_positions",
+    project_in="decoder.project_in", project_out="decoder.project_out", layers="decoder.layers",
+    norm="decoder.final_layer_norm", norm_1="self_attn_layer_norm",
     qkv=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), out="self_attn.out_proj",
     norm_2="final_layer_norm", up="fc1", down="fc2",
 )  # fmt: skip
@@ -40,7 +41,8 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     return GptSpec(
         names=NAMES,
         vocab=read.need("vocab_size"),
-        hidden=hidden,
+        hidden=read("word_embed_proj_dim", hidden),
+        inner=hidden,
         context=read("max_position_embeddings", 2048),
         norm_eps=1e-5,
         layers=(layer,) * read.need("num_hidden_layers"),
@@ -48,8 +50,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         norm_affine=read("layer_norm_elementwise_affine", True),
         final_norm=before and not removed,
         learned=2,
-        embed_width=read("word_embed_proj_dim", hidden),
     )
 
 
-MODELS = models(gpt_spec)
+MODELS = models(gpt_spec, without=("token-classification",))
