@@ -14,25 +14,7 @@ import topwork
 
 SOURCE = Path(topwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
-PUBLIC = [
-    "AutoConfig",
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "AutoTokenizer",
-    "Config",
-    "GenerationConfig",
-    "IA3Config",
-    "LoraConfig",
-    "PeftConfig",
-    "PeftModel",
-    "TaskType",
-    "Tokenizer",
-    "__version__",
-    "describe",
-    "get_peft_model",
-]
+PUBLIC = sorted((Path(__file__).parent / "public_names.txt").read_text().split())
 
 
 def test_import_is_quick_and_loads_no_torch():

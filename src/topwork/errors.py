@@ -26,6 +26,10 @@ class TopworkWarning(UserWarning):
     """Something that works, but perhaps not as meant."""
 
 
+class TrainingError(TopworkError, RuntimeError):
+    """A run that cannot go on: a loss that is no number, a step without a trained token."""
+
+
 def nearest(name: str, choices: Iterable[str], count: int = 1) -> str:
     """`"; nearest: 'q_proj'"` for the closest of `choices`, or `""` when none is close."""
     close = difflib.get_close_matches(name, list(choices), n=count, cutoff=0.5)

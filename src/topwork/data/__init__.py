@@ -1,0 +1,1 @@
+"""Rows: read, recognise, render, mask, pack."""

@@ -1,0 +1,25 @@
+"""Public name → its module; one line each."""
+
+HOMES = {
+    "AutoConfig": "topwork.models",
+    "AutoModel": "topwork.models",
+    "AutoModelForCausalLM": "topwork.models",
+    "AutoModelForSequenceClassification": "topwork.models",
+    "AutoModelForTokenClassification": "topwork.models",
+    "AutoTokenizer": "topwork.text",
+    "Config": "topwork.models",
+    "EarlyStoppingCallback": "topwork.training",
+    "GenerationConfig": "topwork.generation",
+    "IA3Config": "topwork.peft",
+    "LoraConfig": "topwork.peft",
+    "PeftConfig": "topwork.peft",
+    "PeftModel": "topwork.peft",
+    "SFTConfig": "topwork.objectives",
+    "SFTTrainer": "topwork.objectives",
+    "TaskType": "topwork.peft",
+    "Tokenizer": "topwork.text",
+    "TrainerCallback": "topwork.training",
+    "TrainingArguments": "topwork.training",
+    "describe": "topwork.models",
+    "get_peft_model": "topwork.peft",
+}

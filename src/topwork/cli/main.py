@@ -1,0 +1,157 @@
+"""`topwork`: the commands and their options. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from topwork._version import __version__
+from topwork.errors import TopworkError
+
+app = typer.Typer(
+    name="topwork",
+    help="Load open language models, adapt them, talk to the result.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+Extra = {"ignore_unknown_options": True}
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[CONFIG.yaml] [--FIELD VALUE]…", help="YAML file, then fields."),
+]
+Model = Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file, or an adapter's folder.")]
+Adapter = Annotated[str | None, typer.Option(help="Folder or Hub id of an adapter to switch on.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+NewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this joint share.")]
+Seed = Annotated[int | None, typer.Option(help="Makes the draws repeatable.")]
+
+
+@app.callback(invoke_without_command=True)
+def common(version: Annotated[bool, typer.Option("--version", help="Print it.")] = False) -> None:
+    if version:
+        print(f"topwork {__version__}")
+        raise typer.Exit
+
+
+@app.command(context_settings=Extra)
+def train(words: Words = None) -> None:
+    """Train by a YAML file; every field can be given as --field value too.
+
+    The file needs `model` and `data`; `eval_data`, `lora` (its fields, or false) and `resume` are
+    read beside the fields of SFTConfig: output_dir, learning_rate, num_train_epochs, max_length …
+
+        topwork train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl
+    """
+    from topwork.cli.train import train
+
+    print(train(*_config(words)))
+
+
+@app.command(context_settings=Extra)
+def preview(
+    words: Words = None,
+    rows: Annotated[int, typer.Option(help="Rows to show.")] = 3,
+) -> None:
+    """Show what `topwork train` would train on: counts, and rows with trained tokens coloured."""
+    from topwork.cli.train import preview
+
+    preview(*_config(words), rows)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Argument(help="The text, or - to read it from stdin.")],
+    adapter: Adapter = None,
+    dtype: Dtype = "auto",
+    raw: Annotated[
+        bool, typer.Option(help="Go on with the text itself, no chat template.")
+    ] = False,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    seed: Seed = None,
+) -> None:
+    """Print the answer to one prompt, as it comes."""
+    from topwork.cli import talk
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    talk.generate(
+        model, text, adapter, dtype, raw, _draws(max_new_tokens, temperature, top_p, seed)
+    )
+
+
+@app.command()
+def chat(
+    model: Model,
+    adapter: Adapter = None,
+    system: Annotated[str | None, typer.Option(help="The system message.")] = None,
+    dtype: Dtype = "auto",
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.2,
+    top_p: TopP = 0.9,
+    seed: Seed = None,
+) -> None:
+    """Talk to a model in the terminal."""
+    from topwork.cli import talk
+
+    talk.chat(model, adapter, dtype, system, _draws(max_new_tokens, temperature, top_p, seed))
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(help="The base.")],
+    adapter: Annotated[str, typer.Argument(help="The adapter's folder or Hub id.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Write the base with the adapter in its weights, as a model of its own."""
+    from topwork.cli import talk
+
+    talk.merge(model, adapter, output, dtype)
+    print(output)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("demo"),
+    model: Annotated[str | None, typer.Option(help="Another model than SmolLM2.")] = None,
+) -> None:
+    """Tune SmolLM2-135M on a small real task and show what it gained. Some minutes on 2 cores."""
+    from topwork.cli.demo import demo
+
+    demo(output, model)
+
+
+def _config(words: list[str] | None) -> tuple[Path | None, list[str]]:
+    """The file in front, if one is there, and the fields."""
+    words = words or []
+    if words and not words[0].startswith("--"):
+        return Path(words[0]), words[1:]
+    return None, words
+
+
+def _draws(new: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:
+    if temperature == 0:
+        return {"max_new_tokens": new, "do_sample": False}
+    return {
+        "max_new_tokens": new, "do_sample": True, "temperature": temperature, "top_p": top_p,
+        "seed": seed,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """The entry point: errors that Topwork means come as one line, with exit status 2."""
+    try:
+        app()
+    except TopworkError as error:
+        print(f"topwork: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None

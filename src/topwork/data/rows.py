@@ -1,0 +1,131 @@
+"""Reading rows: lists, iterables, JSON, JSONL, CSV and parquet files, `datasets.Dataset`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from topwork.errors import DataError, nearest
+
+Row = Mapping[str, Any]
+SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
+
+
+def read_rows(source: Any) -> list[Row]:
+    """All rows of `source`: a file, several files, a list, an iterable, or a `datasets.Dataset`.
+
+    Raises DataError naming the file and the line of what cannot be read, and for no row at all.
+    """
+    if isinstance(source, (str, Path)):
+        rows = _read_file(Path(source).expanduser())
+    elif isinstance(source, Mapping):
+        rows = _from_columns(source)
+    elif isinstance(source, Sequence) and source and all(_is_file(s) for s in source):
+        rows = [row for file in source for row in read_rows(file)]
+    elif isinstance(source, Iterable):
+        rows = list(source)
+    else:
+        raise DataError(
+            f"rows come from a file, a list of dicts or a datasets.Dataset, not from "
+            f"{type(source).__name__}"
+        )
+    if not rows:
+        raise DataError(f"there is no row in {_name(source)}")
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise DataError(
+                f"{_name(source)}: row {number} is {type(row).__name__}, not a mapping of columns"
+            )
+    return rows
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, (str, Path))
+
+
+def _name(source: Any) -> str:
+    return str(source) if _is_file(source) else f"the given {type(source).__name__}"
+
+
+def _from_columns(columns: Mapping[str, Any]) -> list[Row]:
+    """Rows from {"column": [values …]}; a single row is such a mapping too, but of no lists."""
+    sizes = {name: len(v) if isinstance(v, Sequence) else -1 for name, v in columns.items()}
+    if len(set(sizes.values())) != 1 or any(isinstance(v, str) for v in columns.values()):
+        raise DataError(
+            f"a mapping must hold columns of one length, these are {sizes}; for one row pass [row]"
+        )
+    return [dict(zip(columns, values)) for values in zip(*columns.values())]
+
+
+def _read_file(path: Path) -> list[Row]:
+    if not path.is_file():
+        hint = "" if path.suffix else "; a dataset of the Hub: pass datasets.load_dataset(…)"
+        near = nearest(path.name, (p.name for p in path.parent.glob("*")))
+        raise DataError(f"{path}: no such file{near}{hint}")
+    suffix = path.suffix.lower()
+    if suffix in (".jsonl", ".ndjson"):
+        return _json_lines(path)
+    if suffix == ".json":
+        return _json(path)
+    if suffix in (".csv", ".tsv"):
+        return _csv(path, "\t" if suffix == ".tsv" else ",")
+    if suffix == ".parquet":
+        return _parquet(path)
+    raise DataError(f"{path}: cannot read {suffix or 'a file without suffix'}; one of {SUFFIXES}")
+
+
+def _json_lines(path: Path) -> list[Row]:
+    rows = []
+    with path.open(encoding="utf-8-sig") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError as error:
+                    raise DataError(f"{path}:{number}: no JSON: {error}") from error
+    return rows
+
+
+def _json(path: Path) -> list[Row]:
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        if "Extra data" in str(error):
+            return _json_lines(path)  # one object a line under the name .json
+        raise DataError(f"{path}: no JSON: {error}") from error
+    if isinstance(value, list):
+        return value
+    if isinstance(value, dict):
+        lists = [v for v in value.values() if isinstance(v, list) and v and isinstance(v[0], dict)]
+        return lists[0] if len(lists) == 1 else _from_columns(value)
+    raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
+
+
+def _csv(path: Path, delimiter: str) -> list[Row]:
+    csv.field_size_limit(1 << 30)
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+        rows: list[Row] = []
+        try:
+            for row in reader:
+                if "" in row or None in row.values():
+                    raise DataError(
+                        f"{path}:{reader.line_num}: does not have the "
+                        f"{len(reader.fieldnames or [])} columns of the header"
+                    )
+                rows.append(row)
+        except csv.Error as error:
+            raise DataError(f"{path}:{reader.line_num}: {error}") from error
+    return rows
+
+
+def _parquet(path: Path) -> list[Row]:
+    try:
+        from pyarrow import parquet  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
+    return parquet.read_table(path).to_pylist()

@@ -1,0 +1,250 @@
+"""Supervised fine-tuning: the log-likelihood of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
+from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
+from topwork.data.rows import read_rows
+from topwork.errors import ConfigError, nearest
+from topwork.models import AutoModelForCausalLM
+from topwork.objectives.logprobs import token_logprobs
+from topwork.peft import LoraConfig, PeftModel, get_peft_model
+from topwork.text import AutoTokenizer, Tokenizer
+from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments
+
+LOSSES = ("nll", "dft")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(TrainingArguments):
+    """A run of supervised fine-tuning."""
+
+    learning_rate: float = 2e-5
+    max_length: int | None = 1024
+    """Tokens kept of a row, from its start; rows that are cut are counted and told. None: all."""
+    packing: bool = False
+    """Rows fill packs of `max_length` tokens, which then count as the samples of a batch. Without
+    it a batch holds whole rows; neither computes padding."""
+    packing_strategy: str = "bfd"
+    """"bfd": best fit, whole rows that do not see one another; "wrapped": one cut stream."""
+    eval_packing: bool | None = None
+    """None: as `packing`."""
+    assistant_only_loss: bool | None = None
+    """Train the assistant's turns alone; None: wherever rows have roles."""
+    completion_only_loss: bool | None = None
+    """Train the completion alone; None: wherever rows have a prompt."""
+    dataset_text_field: str = "text"
+    eos_token: str | None = None
+    """Ends plain texts and completions; None: the tokenizer's."""
+    chat_template: str | None = None
+    """Replaces the tokenizer's template."""
+    loss_type: str = "nll"
+    """"nll", or "dft": each token weighted by its own probability (arXiv:2508.05629)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.loss_type not in LOSSES:
+            raise ConfigError(
+                f"loss_type={self.loss_type!r}{nearest(self.loss_type, LOSSES)}; one of {LOSSES}"
+            )
+        if self.packing_strategy not in STRATEGIES:
+            raise ConfigError(
+                f"packing_strategy={self.packing_strategy!r}"
+                f"{nearest(self.packing_strategy, STRATEGIES)}; one of {STRATEGIES}"
+            )
+        if self.max_length is not None and self.max_length < 2:
+            raise ConfigError(f"max_length={self.max_length} must be at least 2")
+        if self.packing and self.max_length is None:
+            raise ConfigError("packing needs max_length, the tokens of a pack")
+
+
+@dataclass(frozen=True)
+class SFT:
+    """The objective: -Σ log p(token) over the trained tokens."""
+
+    loss_type: str = "nll"
+
+    def assemble(self, model: nn.Module, groups: Sequence[Sequence[Any]]) -> list[Batch]:
+        device = next(model.parameters()).device
+        return [collate(_flat(group)).to(device) for group in groups]
+
+    def size(self, sample: Sample | Pack) -> int:
+        return sum(len(s) for s in _flat([sample]))
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch.targets)
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.tokens
+
+    def rows(self, batch: Batch) -> Sequence[int]:
+        return batch.rows
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        logprobs = token_logprobs(model, batch)
+        if self.loss_type == "dft":
+            return Loss(-(logprobs * logprobs.detach().exp()).sum())
+        return Loss(-logprobs.sum())
+
+
+def _flat(group: Sequence[Any]) -> list[Sample]:
+    return [s for item in group for s in (item if isinstance(item, tuple) else (item,))]
+
+
+class SFTTrainer(Trainer):
+    """The trainer with the SFT objective, from rows as people have them.
+
+    `model`: a model, or the name of one to load. Rows are messages, prompt and completion, text,
+    alpaca or sharegpt, in lists, files or a `datasets.Dataset`; their format is recognised.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        args: SFTConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Tokenizer | None = None,
+        peft_config: LoraConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        formatting_func: Callable[[Any], str] | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        args = args or SFTConfig()
+        model, tokenizer = load_pair(model, processing_class, args.bf16)
+        if args.chat_template is not None:
+            tokenizer.chat_template = args.chat_template
+        marking = marking_of(args, tokenizer)
+        if train_dataset is None:
+            raise ConfigError("SFTTrainer needs train_dataset")
+        train = _read(train_dataset, tokenizer, marking, formatting_func)
+        named = eval_dataset if _is_named(eval_dataset) else {"": eval_dataset}
+        evals = {
+            name: _read(rows, tokenizer, marking, formatting_func)
+            for name, rows in named.items()
+            if rows is not None
+        }
+        eval_packing = args.packing if args.eval_packing is None else args.eval_packing
+        self.prepared, self.prepared_eval = train, evals
+        super().__init__(
+            adapted(model, peft_config, args.bf16),
+            args,
+            SFT(args.loss_type),
+            samples_of(train, args, args.packing),
+            {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
+            tokenizer=tokenizer,
+            callbacks=callbacks,
+            optimizer=optimizer,
+            data_fingerprint=train.fingerprint,
+            notes=report(train, tokenizer, evals),
+        )
+
+
+def _is_named(given: Any) -> bool:
+    """Whether `given` is several data sets by name rather than columns of one."""
+    if not isinstance(given, Mapping):
+        return False
+    lists = [v for v in given.values() if isinstance(v, list)]
+    return len(lists) < len(given) or all(v and isinstance(v[0], Mapping) for v in lists)
+
+
+def load_pair(
+    model: nn.Module | str | Path, tokenizer: Tokenizer | None, bf16: bool | None
+) -> tuple[nn.Module, Tokenizer]:
+    """The model, loaded if it is a name, and its tokenizer."""
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        dtype = {True: "bfloat16", False: "float32", None: "auto"}[bf16]
+        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), tokenizer
+    if tokenizer is None:
+        raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
+    return model, tokenizer
+
+
+def adapted(model: nn.Module, config: LoraConfig | None, bf16: bool | None) -> nn.Module:
+    """`model` with the adapter of `config`, if there is one."""
+    if config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ConfigError("the model has an adapter already; leave peft_config out")
+    return get_peft_model(model, config)
+
+
+def marking_of(args: SFTConfig, tokenizer: Tokenizer) -> Marking:
+    """What `args` and the tokenizer say of which tokens are trained."""
+    end = tokenizer.eos_token_id
+    if args.eos_token is not None:
+        end = tokenizer.get_vocab().get(args.eos_token)
+        if end is None:
+            near = nearest(args.eos_token, tokenizer.get_vocab())
+            raise ConfigError(f"eos_token={args.eos_token!r} is no token of the tokenizer{near}")
+    return Marking(
+        assistant_only=args.assistant_only_loss is not False,
+        completion_only=args.completion_only_loss is not False,
+        max_length=None if args.packing and args.packing_strategy == "wrapped" else args.max_length,
+        text_field=args.dataset_text_field,
+        end_token=end,
+    )
+
+
+def _read(
+    rows: Any, tokenizer: Tokenizer, marking: Marking, formatting: Callable[[Any], str] | None
+) -> Prepared:
+    found = read_rows(rows)
+    if formatting is not None:
+        found = [{marking.text_field: formatting(row)} for row in found]
+    return prepare(found, tokenizer, marking)
+
+
+def samples_of(prepared: Prepared, args: SFTConfig, packing: bool) -> Sequence[Sample | Pack]:
+    """The samples of a run: rows, or packs of them."""
+    if not packing or args.max_length is None:
+        return prepared.samples
+    return pack(prepared.samples, args.max_length, args.packing_strategy)
+
+
+def report(
+    train: Prepared, tokenizer: Tokenizer, evals: Mapping[str, Prepared] | None = None
+) -> list[str]:
+    """What the run trains on: format, counts, losses, and one row with its trained tokens marked.
+
+    ConfigError when no end-of-turn token is trained at all in rows that were not cut: such a
+    model would never stop.
+    """
+    kept = len(train)
+    lines = [
+        f"data: {train.format} format; {kept:,} of {train.rows:,} rows kept, {train.tokens:,} "
+        f"tokens, {train.supervised:,} of them trained "
+        f"({100 * train.supervised / max(1, train.tokens):.0f} %)",
+        *describe_losses(train),
+    ]
+    for name, prepared in (evals or {}).items():
+        named = f"evaluation{' ' + name if name else ''}"
+        lines.append(f"{named}: {len(prepared):,} of {prepared.rows:,} rows kept")
+        lines += [f"{named}: {line}" for line in describe_losses(prepared)]
+    ended = kept - train.unterminated
+    if ended == kept:
+        lines.append("end of turn: trained in every row")
+    else:
+        lines.append(
+            f"WARNING: end of turn trained in {ended:,} of {kept:,} rows only"
+            + (": the model will not learn to stop" if not ended else "")
+        )
+    sample = train.samples[0]
+    lines.append(f"row {sample.row}, trained tokens in ⟦ ⟧:")
+    text = "".join(
+        f"⟦{part}⟧" if trained else part for part, trained in marked_text(sample, tokenizer)
+    )
+    lines.append("  " + text[:1500].replace("\n", "\n  ") + (" …" if len(text) > 1500 else ""))
+    return lines
+
+
+__all__ = ["SFT", "SFTConfig", "SFTTrainer"]

@@ -1,0 +1,165 @@
+"""`TrainingArguments`: what a run may set, under the names that people know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+from topwork.errors import ConfigError, nearest
+from topwork.training.optim import OPTIMISERS
+from topwork.training.schedule import SCHEDULES
+
+# Familiar fields that have no meaning here: why, and what to use instead.
+REFUSED = {
+    "fp16": "there is no loss scaling here; use bf16=True",
+    "deepspeed": "use torchrun, which shards or replicates by itself",
+    "fsdp": "use torchrun, which shards or replicates by itself",
+    "auto_find_batch_size": "the run says before it starts which batch fits",
+    "torch_compile": "the hot functions are fused already",
+    "use_liger_kernel": "the loss never holds all logits, so nothing is to be gained",
+    "padding_free": "batches never hold padding",
+    "remove_unused_columns": "columns that are not used never reach the model",
+    "push_to_hub": "upload the output folder with huggingface_hub",
+    "group_by_length": "batches never hold padding, so there is nothing to group for",
+    "tf32": "set torch.backends.cuda.matmul.allow_tf32",
+    "half_precision_backend": "use bf16=True",
+    "ddp_find_unused_parameters": "unused parameters do no harm here",
+    "eval_accumulation_steps": "evaluation keeps no logits",
+    "evaluation_strategy": "it is called eval_strategy",
+    "per_gpu_train_batch_size": "it is called per_device_train_batch_size",
+    "no_cuda": "it is called use_cpu",
+    "logging_nan_inf_filter": "a loss that is no number stops the run instead of being hidden",
+    "logging_dir": "the log is log.jsonl in output_dir",
+    "dataset_num_proc": "rows are tokenized in parallel by the tokenizer itself",
+    "average_tokens_across_devices": "losses are always normalised over all devices",
+}
+STRATEGIES = ("no", "steps", "epoch")
+
+
+@dataclass(kw_only=True)
+class TrainingArguments:
+    """One run. Unknown names are refused with the nearest known one."""
+
+    output_dir: str = "trainer_output"
+    num_train_epochs: float = 3.0
+    max_steps: int = -1
+    """Optimiser steps; above 0 it comes before `num_train_epochs`."""
+    per_device_train_batch_size: int = 8
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimiser step. The loss is normalised over all of them together."""
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    """On matrices alone: biases and norms are never decayed."""
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm; 0 leaves them."""
+    optim: str = "adamw_torch_fused"
+    lr_scheduler_type: str = "linear"
+    lr_scheduler_kwargs: dict[str, Any] = field(default_factory=dict)
+    warmup_steps: float = 0
+    """Steps over which the learning rate rises; below 1 a share of all steps."""
+    warmup_ratio: float = 0.0
+    """The same as a share of all steps; `warmup_steps` comes first."""
+    bf16: bool | None = None
+    """True: compute in bfloat16, with fp32 masters of what is trained; False: all in fp32; None:
+    as the model was loaded."""
+    gradient_checkpointing: bool = False
+    """Keep only each block's input for the backward pass: less memory, a third more time."""
+    seed: int = 42
+    data_seed: int | None = None
+    """Seed of the order of the rows; None: `seed`."""
+    shuffle: bool = True
+    logging_steps: int = 10
+    logging_first_step: bool = False
+    eval_strategy: str = "no"
+    """When to evaluate: "no", "steps" or "epoch"."""
+    eval_steps: int | None = None
+    """None: as `logging_steps`."""
+    eval_on_start: bool = False
+    save_strategy: str = "steps"
+    save_steps: int = 500
+    save_total_limit: int | None = None
+    """Checkpoints to keep; older ones go once the newest is verified."""
+    load_best_model_at_end: bool = False
+    metric_for_best_model: str = "eval_loss"
+    greater_is_better: bool = False
+    report_to: str | list[str] = "none"
+    run_name: str | None = None
+    disable_tqdm: bool = False
+    """No progress bar."""
+    use_cpu: bool = False
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.eval_steps is None:
+            self.eval_steps = self.logging_steps
+        at_least_one = (
+            "per_device_train_batch_size", "per_device_eval_batch_size",
+            "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps",
+        )  # fmt: skip
+        for name in at_least_one:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)} must be a number from 0 on")
+        if self.max_steps <= 0 and not self.num_train_epochs > 0:
+            raise ConfigError("num_train_epochs must be positive when max_steps is not given")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1]")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ConfigError(f"save_total_limit={self.save_total_limit} must be at least 1")
+        _one_of("eval_strategy", self.eval_strategy, STRATEGIES)
+        _one_of("save_strategy", self.save_strategy, STRATEGIES)
+        _one_of("optim", self.optim, OPTIMISERS)
+        _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
+        if self.report_to not in ("none", [], ["none"]):
+            raise ConfigError(
+                f"report_to={self.report_to!r}: the log is log.jsonl in output_dir; for a tracker "
+                "pass a callback with on_log"
+            )
+        if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
+            raise ConfigError("load_best_model_at_end needs eval_strategy and save_strategy")
+
+    @classmethod
+    def of(cls, values: dict[str, Any]) -> Self:
+        """From a mapping (a YAML file, the command line)."""
+        known = {f.name for f in fields(cls)}
+        for name in values:
+            check_name(name, known, cls.__name__)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def save(self, path: Path) -> None:
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        path.write_text(text, encoding="utf-8")
+
+    def warmup(self, steps: int) -> int:
+        """Steps of warm-up out of `steps`."""
+        if self.warmup_steps:
+            share = self.warmup_steps < 1
+            return round(self.warmup_steps * steps) if share else int(self.warmup_steps)
+        return round(self.warmup_ratio * steps)
+
+
+def check_name(name: str, known: set[str], owner: str) -> None:
+    """ConfigError when `name` is no field of `owner`: with the reason, or the nearest name."""
+    if name in known:
+        return
+    if name in REFUSED:
+        raise ConfigError(f"{name} has no meaning here: {REFUSED[name]}")
+    raise ConfigError(f"{owner} has no field {name!r}{nearest(name, known)}")
+
+
+def _one_of(name: str, value: str, choices: Any) -> None:
+    if value not in choices:
+        raise ConfigError(
+            f"{name}={value!r}{nearest(str(value), choices)}; one of {', '.join(choices)}"
+        )

@@ -1,0 +1,86 @@
+"""Learning-rate schedules: the factor at a step as a plain function, so nothing needs saving."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from topwork.errors import ConfigError
+
+Schedule = Callable[[int], float]
+
+
+def _linear(progress: float, steps: int) -> float:
+    return 1 - progress
+
+
+def _cosine(progress: float, steps: int, num_cycles: float = 0.5) -> float:
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * 2 * num_cycles * progress)))
+
+
+def _restarts(progress: float, steps: int, num_cycles: int = 1) -> float:
+    if progress >= 1:
+        return 0.0
+    return max(0.0, 0.5 * (1 + math.cos(math.pi * ((num_cycles * progress) % 1.0))))
+
+
+def _min_cosine(
+    progress: float, steps: int, min_lr_rate: float = 0.1, num_cycles: float = 0.5
+) -> float:
+    wave = 0.5 * (1 + math.cos(math.pi * 2 * num_cycles * progress))
+    return max(0.0, wave * (1 - min_lr_rate) + min_lr_rate)
+
+
+def _polynomial(progress: float, steps: int, power: float = 1.0, lr_end: float = 0.0) -> float:
+    """`lr_end` is a share of the learning rate."""
+    return lr_end + (1 - lr_end) * (1 - progress) ** power
+
+
+def _constant(progress: float, steps: int) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[..., float]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _restarts,
+    "cosine_with_min_lr": _min_cosine,
+    "polynomial": _polynomial,
+    "constant": _constant,
+    "constant_with_warmup": _constant,
+    "inverse_sqrt": _constant,
+    "warmup_stable_decay": _constant,
+}
+
+
+def schedule(kind: str, steps: int, warmup: int, **options: Any) -> Schedule:
+    """step (from 0) → factor on the learning rate: a linear rise over `warmup`, then `kind`."""
+    shape = SCHEDULES[kind]
+
+    def factor(step: int) -> float:
+        if kind != "constant" and step < warmup:
+            return step / max(1, warmup)
+        if kind == "inverse_sqrt":
+            scale = options.get("timescale") or warmup or 10_000
+            return 1 / math.sqrt((step - warmup + scale) / scale)
+        if kind == "warmup_stable_decay":
+            return _stable_decay(step, steps, **options)
+        progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+        return shape(progress, steps, **options)
+
+    try:
+        factor(warmup)
+    except TypeError as error:
+        raise ConfigError(f"lr_scheduler_kwargs={options} do not fit {kind!r}: {error}") from error
+    return factor
+
+
+def _stable_decay(
+    step: int, steps: int, num_decay_steps: int | None = None, min_lr_ratio: float = 0.0
+) -> float:
+    """Constant, then a cosine fall over the last `num_decay_steps` (a tenth of all)."""
+    falling = num_decay_steps if num_decay_steps is not None else max(1, steps // 10)
+    progress = min(1.0, max(0, step - (steps - falling)) / max(1, falling))
+    wave = 0.5 * (1 + math.cos(math.pi * progress))
+    return (1 - min_lr_ratio) * wave + min_lr_ratio

@@ -1,0 +1,473 @@
+"""The one trainer: it owns the loop, the optimiser, precision, checkpoints, logs and callbacks."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from topwork.errors import CheckpointError, ConfigError, TrainingError
+from topwork.training import checkpoint as checkpoints
+from topwork.training import distributed, files
+from topwork.training.arguments import TrainingArguments
+from topwork.training.callbacks import TrainerCallback, TrainerControl
+from topwork.training.interrupt import StopRequest
+from topwork.training.objective import Objective
+from topwork.training.optim import Optimiser, clip
+from topwork.training.plan import Plan, make_plan, resident_memory
+from topwork.training.plot import plot_losses
+from topwork.training.precision import cast
+from topwork.training.progress import Show
+from topwork.training.sampler import Sampler
+from topwork.training.schedule import Schedule, schedule
+from topwork.training.state import TrainerState, load_rng, save_rng
+
+OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
+LOG, PLOT = "log.jsonl", "loss.svg"
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    """What `train` returns."""
+
+    global_step: int
+    training_loss: float
+    metrics: dict[str, float]
+
+
+class Trainer:
+    """Trains `model` towards `objective` on prepared samples.
+
+    `train_data` and `eval_data` are sequences of the objective's samples; `eval_data` may be
+    several by name. `notes` are lines about the data that the report before the run shows.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: Objective,
+        train_data: Sequence[Any] = (),
+        eval_data: Sequence[Any] | dict[str, Sequence[Any]] | None = None,
+        *,
+        tokenizer: Any = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+        data_fingerprint: str = "",
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.world = distributed.join()
+        self.args, self.objective, self.tokenizer = args, objective, tokenizer
+        self.train_data, self.notes = train_data, list(notes)
+        named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
+        self.eval_data = {name: data for name, data in named.items() if len(data)}
+        self.callbacks = list(callbacks)
+        self.device = _device(args)
+        if args.bf16 is not None:
+            cast(model, args.bf16)
+        self.model = model.to(self.device)
+        if args.gradient_checkpointing:
+            model.gradient_checkpointing_enable()  # type: ignore[operator]
+        self.state = TrainerState(data=data_fingerprint)
+        self.control = TrainerControl()
+        self._given_optimizer = optimizer
+        self.optimiser: Optimiser
+        self.schedule: Schedule
+        if args.eval_strategy != "no" and not self.eval_data:
+            raise ConfigError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
+        self._home = Path(args.output_dir)
+        self._tokens, self._since = 0, 0.0
+
+    # -- the run ---------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
+        """Run to the end; resume from the newest whole checkpoint (True) or a given one.
+
+        Raises TrainingError, before the optimiser's step, for a loss or gradient that is no
+        number. Ctrl-C and SIGTERM save a checkpoint, mid-accumulation if need be, and stop.
+        """
+        self._prepare()
+        folder = self._found(resume_from_checkpoint)
+        if folder is not None:
+            self._resume(folder)
+        state, args = self.state, self.args
+        with Show(state.max_steps, state.global_step, self._quiet) as self.show, \
+                StopRequest() as stop:  # fmt: skip
+            if self.world.is_main:
+                self.show.lines([*self.notes, *self.plan().lines(), *self._steps_lines()])
+            self._write_log()
+            self._fire("on_train_begin")
+            if args.eval_on_start and state.global_step == 0:
+                self.evaluate()
+            self._since, self._tokens = time.perf_counter(), 0
+            while state.global_step < state.max_steps and not self.control.should_training_stop:
+                if state.global_step % self.sampler.steps_per_epoch == 0 and not state.micro_step:
+                    self._fire("on_epoch_begin")
+                self._step(stop)
+                self._after_step()
+            self._finish()
+        losses = [e["loss"] for e in state.log_history if "loss" in e]
+        last = losses[-1] if losses else float("nan")
+        metrics = {k: v for e in state.log_history[-2:] for k, v in e.items() if k != "step"}
+        return TrainOutput(state.global_step, last, metrics)
+
+    def _prepare(self) -> None:
+        args = self.args
+        if not len(self.train_data):
+            raise ConfigError("there is no training data")
+        self.optimiser = Optimiser(self.model, args, self._given_optimizer)
+        if not self.optimiser.named:
+            raise ConfigError("no parameter of the model is trainable: add an adapter")
+        self.sampler = Sampler(
+            len(self.train_data), args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            args.seed if args.data_seed is None else args.data_seed,
+            args.shuffle, self.world.rank, self.world.size,
+        )  # fmt: skip
+        steps = args.max_steps
+        if steps <= 0:
+            steps = math.ceil(args.num_train_epochs * self.sampler.steps_per_epoch)
+        self.state = TrainerState(max_steps=steps, data=self.state.data)
+        self.control = TrainerControl()
+        self.schedule = schedule(
+            args.lr_scheduler_type, steps, args.warmup(steps), **args.lr_scheduler_kwargs
+        )
+        torch.manual_seed(args.seed + self.world.rank)
+        self.model.train()
+
+    def _step(self, stop: StopRequest) -> None:
+        """One optimiser step over all its micro-batches."""
+        state, args = self.state, self.args
+        self._fire("on_step_begin")
+        groups = self.sampler.groups(state.global_step)
+        batches = self.objective.assemble(
+            self.model, [[self.train_data[i] for i in group] for group in groups]
+        )
+        own = sum(self.objective.weight(b) for b in batches)
+        (weight,) = self.world.total(own)
+        if weight == 0:
+            raise TrainingError(
+                f"step {state.global_step}: its rows {self._rows(batches)} have nothing to train"
+            )
+        for batch in batches[state.micro_step :]:
+            self._micro_step(batch, weight)
+            self._fire("on_substep_end")
+            if stop.signal is not None:
+                folder = self.save_checkpoint()
+                self.show.lines([f"stopped; resume from {folder}"])
+                stop.end(f"saved as {folder}")
+        tensors = self.optimiser.parameters
+        self.world.add_gradients(tensors)
+        norm = clip(tensors, args.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingError(
+                f"step {state.global_step}: the gradient's norm is {norm}; its rows are "
+                f"{self._rows(batches)}. No step was taken"
+            )
+        self._fire("on_pre_optimizer_step")
+        rate = self.optimiser.set_factor(self.schedule(state.global_step))
+        self.optimiser.step()
+        state.global_step += 1
+        state.micro_step = 0
+        state.epoch = state.global_step / self.sampler.steps_per_epoch
+        pending = state.pending
+        pending["steps"] = pending.get("steps", 0) + 1
+        pending["grad_norm"], pending["learning_rate"] = norm, rate
+
+    def _micro_step(self, batch: Any, weight: float) -> None:
+        """Forward and backward of one micro-batch, its loss a share of the whole step's."""
+        loss = self.objective.loss(self.model, batch)
+        part = loss.total / weight
+        value = float(part.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"step {self.state.global_step}: the loss is {value} on the rows "
+                f"{list(self.objective.rows(batch))}. No step was taken; the last checkpoint is "
+                "untouched"
+            )
+        part.backward()
+        state = self.state
+        state.micro_step += 1
+        tokens = self.objective.tokens(batch)
+        state.num_input_tokens_seen += tokens
+        self._tokens += tokens
+        state.pending["loss"] = state.pending.get("loss", 0.0) + value
+        for name, (total, count) in loss.metrics.items():
+            old = state.pending.get(f"m/{name}", [0.0, 0.0])
+            state.pending[f"m/{name}"] = [old[0] + total, old[1] + count]
+
+    def _after_step(self) -> None:
+        state, args, control = self.state, self.args, self.control
+        step, last = state.global_step, state.global_step == state.max_steps
+        epoch_over = step % self.sampler.steps_per_epoch == 0
+        rate = self._tokens / max(1e-9, time.perf_counter() - self._since)
+        mean = state.pending["loss"] / max(1, state.pending["steps"])
+        self.show.step(step, mean, rate)
+        self._fire("on_step_end")
+        if epoch_over:
+            self._fire("on_epoch_end")
+        first = args.logging_first_step and step == 1
+        if control.should_log or first or last or step % args.logging_steps == 0:
+            self._log_training()
+        if control.should_evaluate or _due(args.eval_strategy, args.eval_steps, step, epoch_over):
+            self.evaluate()
+        if control.should_save or _due(args.save_strategy, args.save_steps, step, epoch_over):
+            self.save_checkpoint()
+        control.should_log = control.should_evaluate = control.should_save = False
+
+    def _finish(self) -> None:
+        args, state = self.args, self.state
+        newest = checkpoints.checkpoints(self._home)
+        if args.save_strategy != "no" and (not newest or newest[-1][0] != state.global_step):
+            self.save_checkpoint()
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            checkpoints.verify(Path(state.best_model_checkpoint))
+            files.load_trained(self.model, Path(state.best_model_checkpoint))
+        if self.world.is_main and state.log_history:
+            plot_losses(state.log_history, self._home / PLOT, args.run_name or "loss")
+        self.model.eval()
+        self._fire("on_train_end")
+
+    # -- evaluation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(
+        self, eval_data: Sequence[Any] | dict[str, Sequence[Any]] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:  # fmt: skip
+        """Mean loss and metrics over the evaluation samples, logged under `eval_…`."""
+        given = eval_data if isinstance(eval_data, dict) else {"": eval_data}
+        chosen = self.eval_data if eval_data is None else given
+        if not chosen:
+            raise ConfigError("there is no eval_dataset")
+        was_training = self.model.training
+        self.model.eval()
+        paused = time.perf_counter()
+        found: dict[str, float] = {}
+        for name, data in chosen.items():
+            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+            found |= {prefix + k: v for k, v in self._means(data or ()).items()}
+        self.model.train(was_training)
+        self._since += time.perf_counter() - paused
+        self._log(found)
+        self._note_best(found)
+        self._fire("on_evaluate", metrics=found)
+        return found
+
+    def _means(self, data: Sequence[Any]) -> dict[str, float]:
+        size = self.args.per_device_eval_batch_size
+        started = time.perf_counter()
+        sums: dict[str, list[float]] = {"loss": [0.0, 0.0]}
+        mine = range(self.world.rank, len(data), self.world.size)
+        groups = [[data[i] for i in mine[at : at + size]] for at in range(0, len(mine), size)]
+        for group in groups:
+            (batch,) = self.objective.assemble(self.model, [group])
+            loss = self.objective.loss(self.model, batch)
+            parts = {"loss": (float(loss.total), self.objective.weight(batch)), **loss.metrics}
+            for name, (total, count) in parts.items():
+                old = sums.setdefault(name, [0.0, 0.0])
+                sums[name] = [old[0] + total, old[1] + count]
+        names = sorted(sums)
+        flat = self.world.total(*(v for n in names for v in sums[n]))
+        means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-12) for i, n in enumerate(names)}
+        return {**means, "runtime": time.perf_counter() - started}
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        name, state = self.args.metric_for_best_model, self.state
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        value = metrics.get(name)
+        if value is None:
+            if self.args.load_best_model_at_end:
+                raise ConfigError(
+                    f"metric_for_best_model={name!r} is not among the metrics {sorted(metrics)}"
+                )
+            return
+        sign = 1 if self.args.greater_is_better else -1
+        if state.best_metric is None or sign * (value - state.best_metric) > 0:
+            state.best_metric = value
+            if self.args.load_best_model_at_end and hasattr(self, "optimiser"):
+                state.best_model_checkpoint = str(self._home / f"checkpoint-{state.global_step}")
+                self.control.should_save = True
+
+    # -- logs ------------------------------------------------------------------------------------
+
+    def _log_training(self) -> None:
+        state, pending = self.state, self.state.pending
+        if not pending.get("steps"):
+            return
+        names = sorted(n for n in pending if n.startswith("m/"))
+        flat = self.world.total(pending["loss"], *(v for n in names for v in pending[n]))
+        seconds = time.perf_counter() - self._since
+        entry = {
+            "loss": flat[0] / pending["steps"],
+            "grad_norm": pending["grad_norm"],
+            "learning_rate": pending["learning_rate"],
+            **{
+                n.removeprefix("m/"): flat[1 + 2 * i] / max(flat[2 + 2 * i], 1e-12)
+                for i, n in enumerate(names)
+            },
+            "num_tokens": state.num_input_tokens_seen,
+            "tokens_per_second": round(self._tokens / max(seconds, 1e-9), 1),
+            "memory": resident_memory(),
+        }
+        state.pending = {}
+        self._tokens, self._since = 0, time.perf_counter()
+        self._log(entry)
+
+    def _log(self, entry: dict[str, Any]) -> None:
+        state = self.state
+        whole = {**entry, "epoch": round(state.epoch, 6), "step": state.global_step}
+        state.log_history.append(whole)
+        if self.world.is_main and hasattr(self, "show"):
+            self.show.log({k: v for k, v in whole.items() if k != "memory"})
+            with (self._home / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(whole) + "\n")
+        self._fire("on_log", logs=whole)
+
+    def _write_log(self) -> None:
+        """The log file says what the state says, also after resuming from an earlier point."""
+        if self.world.is_main:
+            self._home.mkdir(parents=True, exist_ok=True)
+            text = "".join(json.dumps(entry) + "\n" for entry in self.state.log_history)
+            (self._home / LOG).write_text(text, encoding="utf-8")
+
+    @property
+    def _quiet(self) -> bool:
+        return self.args.disable_tqdm or not self.world.is_main
+
+    def _steps_lines(self) -> list[str]:
+        args, sampler, state = self.args, self.sampler, self.state
+        batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+        devices = f" on each of {self.world.size} devices" if self.world.size > 1 else ""
+        done = f", {state.global_step} done" if state.global_step else ""
+        return [
+            f"{state.max_steps} steps of {batch} samples{devices}, {sampler.steps_per_epoch} an "
+            f"epoch{done}; {self.device}, {_dtype(self.model)}"
+        ]
+
+    def plan(self) -> Plan:
+        """What the run will need, from a trial on a sample of middling size."""
+        data, micro = self.train_data, self.args.per_device_train_batch_size
+        sizes = sorted((self.objective.size(data[i]), i) for i in range(len(data)))
+        largest = sum(n for n, _ in sizes[-micro:])
+        middle = sizes[len(sizes) // 2][1]
+
+        def probe() -> tuple[Tensor, int]:
+            (batch,) = self.objective.assemble(self.model, [[data[middle]]])
+            return self.objective.loss(self.model, batch).total, self.objective.tokens(batch)
+
+        trained = sum(p.numel() for p in self.optimiser.parameters)
+        per = 16 if self.optimiser.masters else 12  # gradient and two moments, in fp32
+        return make_plan(self.model, per * trained, probe, largest, self.device)
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> Path:
+        """A whole, verified checkpoint of this moment, gradients of an open step included."""
+        state = self.state
+        folder = self._home / f"checkpoint-{state.global_step}"
+        if self.world.is_main:
+            folder = checkpoints.write_checkpoint(self._home, state.global_step, self._write)
+            if self.args.save_total_limit is not None:
+                best = state.best_model_checkpoint
+                checkpoints.prune(
+                    self._home, self.args.save_total_limit, None if best is None else Path(best)
+                )
+        self.world.wait()
+        self._fire("on_save")
+        return folder
+
+    def _write(self, folder: Path) -> None:
+        files.save_model(self.model, folder, self.tokenizer)
+        files.save_trained(self.model, folder)
+        save_file(
+            {k: v.contiguous() for k, v in self.optimiser.state().items()}, folder / OPTIMISER
+        )
+        if gradients := self.optimiser.gradients():
+            save_file({k: v.contiguous() for k, v in gradients.items()}, folder / GRADIENTS)
+        save_rng(folder)
+        self.args.save(folder / "training_args.json")
+        kept = {
+            f"{i}.{type(c).__name__}": c.state_dict()  # type: ignore[attr-defined]
+            for i, c in enumerate(self.callbacks)
+            if hasattr(c, "state_dict")
+        }
+        TrainerState(**{**asdict(self.state), "callbacks": kept}).save(folder)
+
+    def _found(self, given: bool | str | Path | None) -> Path | None:
+        if given is None or given is False:
+            return None
+        if given is True:
+            folder = checkpoints.latest(self._home)
+            if folder is None:
+                raise CheckpointError(f"{self._home}: there is no checkpoint to resume from")
+            return folder
+        checkpoints.verify(Path(given))
+        return Path(given)
+
+    def _resume(self, folder: Path) -> None:
+        saved = TrainerState.load(folder)
+        if saved.data != self.state.data:
+            raise CheckpointError(
+                f"{folder}: was trained on other data (or other settings of it) than given now; "
+                "to go on with new data start a run from its model"
+            )
+        saved.max_steps = self.state.max_steps
+        self.state = saved
+        files.load_trained(self.model, folder)
+        self.optimiser.load(load_file(folder / OPTIMISER))
+        if (folder / GRADIENTS).exists():
+            self.optimiser.set_gradients(load_file(folder / GRADIENTS))
+        for i, callback in enumerate(self.callbacks):
+            kept = saved.callbacks.get(f"{i}.{type(callback).__name__}")
+            if kept is not None:
+                callback.load_state_dict(kept)  # type: ignore[attr-defined]
+        load_rng(folder)
+
+    def save_model(self, output_dir: str | Path | None = None) -> None:
+        """The model (or its adapters) and the tokenizer, ready to use."""
+        folder = Path(output_dir or self._home)
+        if self.world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            files.save_model(self.model, folder, self.tokenizer)
+        self.world.wait()
+
+    # -- small things ----------------------------------------------------------------------------
+
+    def _fire(self, event: str, **more: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(
+                self.args, self.state, self.control, model=self.model,
+                processing_class=self.tokenizer, trainer=self, **more,
+            )  # fmt: skip
+
+    def _rows(self, batches: Sequence[Any]) -> list[int]:
+        return [row for batch in batches for row in self.objective.rows(batch)]
+
+
+def _due(strategy: str, every: int | None, step: int, epoch_over: bool) -> bool:
+    if strategy == "epoch":
+        return epoch_over
+    return strategy == "steps" and every is not None and step % every == 0
+
+
+def _device(args: TrainingArguments) -> torch.device:
+    if args.device is not None:
+        return torch.device(args.device)
+    return torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
+
+
+def _dtype(model: nn.Module) -> str:
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return max(sizes, key=lambda name: sizes[name])

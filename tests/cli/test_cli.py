@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import tiny
+import torch
+from typer.testing import CliRunner
+
+from topwork import AutoModelForCausalLM, PeftModel
+from topwork.cli.main import app
+from topwork.cli.settings import parse, read_settings
+from topwork.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("base")
+    tiny.model().save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in tiny.chats(8)))
+    return path
+
+
+def run(*words, **more):
+    result = CliRunner().invoke(app, [str(w) for w in words], **more)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def test_a_run_from_a_file_with_fields_on_the_command_line(base, data, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"model: {base}\ndata: {data}\nlearning_rate: 2e-3\nlora:\n  r: 4\n"
+        "  target_modules: all-linear\nmax_steps: 9\n"
+    )
+    out = tmp_path / "out"
+    run("train", config, "--output_dir", out, "--max-steps", 2, "--lora.lora_alpha=6",
+        "--disable_tqdm")  # fmt: skip
+    saved = json.loads((out / "adapter_config.json").read_text())
+    assert (saved["r"], saved["lora_alpha"]) == (4, 6)
+    args = json.loads((out / "checkpoint-2" / "training_args.json").read_text())
+    assert (args["max_steps"], args["learning_rate"]) == (2, 2e-3)
+    assert (out / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--lerning_rate", "1"], "nearest: 'learning_rate'"),
+        (["--modle", "x"], "nearest: 'model'"),
+        (["--objective", "stf"], "nearest: 'sft'"),
+        (["--lora.rr", "3"], "nearest: 'r'"),
+        (["--learning_rate", "fast"], "learning_rate"),
+        (["learning_rate", "1"], "expected --field value"),
+    ],
+)
+def test_a_wrong_word_names_the_nearest(base, data, words, error):
+    with pytest.raises(ConfigError, match=error):
+        run("train", "--model", base, "--data", data, *words)
+
+
+def test_a_run_without_model_or_data_says_so(base):
+    with pytest.raises(ConfigError, match="lacks 'data'"):
+        run("train", "--model", base)
+    with pytest.raises(ConfigError, match=r"absent\.yaml"):
+        run("train", "absent.yaml")
+
+
+def test_errors_come_as_one_line_with_status_two(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from topwork.cli.main import main; main()", "train", "--model", "x"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith("topwork: the run lacks 'data'")
+
+
+def test_preview_shows_rows_with_their_trained_tokens(base, data):
+    text = run("preview", "--model", base, "--data", data, "--rows", 2).output
+    assert "messages format; 8 of 8 rows kept" in text
+    assert "row 0: " in text
+    assert "row 1: " in text
+    assert "row 2: " not in text
+
+
+def test_generate_prints_the_answer_and_merge_keeps_it(base, data, tmp_path):
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    run("train", "--model", base, "--data", data, "--output_dir", out, "--max_steps", 3,
+        "--learning_rate", "1e-2", "--disable_tqdm", "true")  # fmt: skip
+    said = run("generate", base, "say 1", "--adapter", out, "--max-new-tokens", 8).output
+    assert said == run("generate", out, "say 1", "--max-new-tokens", 8).output
+    run("merge", base, out, merged)
+    assert run("generate", merged, "say 1", "--max-new-tokens", 8).output == said
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+        again = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chat_remembers_what_was_said(base, monkeypatch):
+    text = run(
+        "chat", base, "--max-new-tokens", 3, "--temperature", 0, "--system", "s",
+        input="hello\nmore\n/new\nhello\n/quit\n",
+    ).output  # fmt: skip
+    answers = [part.split("\n")[0] for part in text.split("› ")[1:4]]
+    assert answers[0] == answers[2]
+
+
+def test_help_reads_well():
+    text = run("--help").output
+    for name in ("train", "preview", "generate", "chat", "merge", "demo"):
+        assert name in text
+    assert "topwork" in run("--version").output
+
+
+def test_settings_are_typed():
+    assert [parse(t) for t in ("2e-4", "3", "true", "a b", "[1, 2]")] == [
+        2e-4, 3, True, "a b", [1, 2],
+    ]  # fmt: skip
+    assert read_settings(None, ["--a.b", "1", "--a.c", "--d=x"]) == {
+        "a": {"b": 1, "c": True}, "d": "x",
+    }  # fmt: skip
