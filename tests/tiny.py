@@ -52,4 +52,6 @@ def chat(*turns: str) -> dict:
 
 def chats(count: int) -> list[dict]:
     """Different short chats of different lengths."""
-    return [chat(f"say {i}", "ab" * (1 + i % 5), "and?", f"{i} {'c' * (i % 3)}") for i in range(count)]
+    return [
+        chat(f"say {i}", "ab" * (1 + i % 5), "and?", f"{i} {'c' * (i % 3)}") for i in range(count)
+    ]

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 
+import tiny
 from topwork.data.packing import collate, pack
 from topwork.data.prepare import Marking, marked_text, prepare
 from topwork.errors import DataError

@@ -108,5 +108,4 @@ def test_tool_calls_and_results_keep_their_roles():
 )
 def test_rows_that_cannot_be_meant_are_named(rows, words):
     with pytest.raises(DataError, match=words):
-        found = recognise(rows)
-        found.read(rows[0])
+        recognise(rows).read(rows[0])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import tiny
 import torch
 import transformers
 import trl
 from datasets import Dataset
-from peft import PeftModel as TheirModel
 
+import tiny
+from peft import PeftModel as TheirModel
 from topwork import LoraConfig, PeftModel, SFTConfig, SFTTrainer
 from topwork.peft import get_peft_model
 

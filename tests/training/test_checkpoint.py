@@ -125,7 +125,10 @@ def test_nothing_is_pruned_for_a_damaged_newest(tmp_path):
 def test_no_whole_checkpoint_at_all_is_an_error(tmp_path):
     folder = write_checkpoint(tmp_path, 1, fill("a"))
     (folder / "manifest.json").unlink()
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="none of its 1"):
+    with (
+        pytest.warns(UserWarning, match="passed over"),
+        pytest.raises(CheckpointError, match="none of its 1"),
+    ):
         latest(tmp_path)
     assert latest(Path(tmp_path / "absent")) is None
 

@@ -6,10 +6,10 @@ import os
 import signal
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 
+import tiny
 from topwork import (
     EarlyStoppingCallback,
     LoraConfig,
@@ -201,10 +201,8 @@ def test_bf16_keeps_fp32_masters_of_what_is_trained(tmp_path):
 
 
 def test_checkpointed_activations_change_nothing(tmp_path):
-    plain, kept = (
-        trainer(tmp_path, gradient_checkpointing=on, lora=LoraConfig(r=4, target_modules="all-linear"))
-        for on in (False, True)
-    )  # fmt: skip
+    lora = LoraConfig(r=4, target_modules="all-linear")
+    plain, kept = (trainer(tmp_path, gradient_checkpointing=on, lora=lora) for on in (False, True))
     plain.train()
     kept.train()
     assert losses(kept) == pytest.approx(losses(plain), rel=1e-6)

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from topwork.errors import ConfigError, nearest
+from topwork.errors import ConfigError
 
 SECTIONS = ("lora",)
 

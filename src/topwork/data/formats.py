@@ -119,8 +119,8 @@ def formats(text_field: str = "text") -> tuple[Format, ...]:
             lambda r: _either(r.get("prompt")) and _either(r.get("completion")),
             _prompt_completion,
         ),
-        Format("messages", "messages (role, content)", lambda r: _chat_column(r, "role") is not None, _chat),
-        Format("sharegpt", "conversations (from, value)", lambda r: _chat_column(r, "from") is not None, _chat),
+        Format("messages", "messages (role, content)", lambda r: _has_chat(r, "role"), _chat),
+        Format("sharegpt", "conversations (from, value)", lambda r: _has_chat(r, "from"), _chat),
         Format(
             "alpaca",
             "instruction (+ input) + output",
@@ -160,6 +160,10 @@ def _parsed(value: Any) -> Any:
 
 def _chat_column(row: Row, key: str) -> str | None:
     return next((c for c in CHAT_COLUMNS if _is_messages(row.get(c), key)), None)
+
+
+def _has_chat(row: Row, key: str) -> bool:
+    return _chat_column(row, key) is not None
 
 
 def message(given: Mapping[str, Any]) -> Message:

@@ -142,7 +142,7 @@ class AutoModelForTokenClassification(_Auto):
     task = "token-classification"
 
 
-def initialise(model: torch.nn.Module, names: Iterable[str]) -> None:
+def initialise(model: Any, names: Iterable[str]) -> None:
     """Fresh values: matrices normal with `initializer_range`, biases zero, norms as they are."""
     std = model.config.get("initializer_range", 0.02)
     for name in names:

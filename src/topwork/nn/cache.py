@@ -15,8 +15,10 @@ from torch import Tensor
 class Store(Protocol):
     """Keys and values of one layer."""
 
-    length: int
-    """Tokens seen, padding included, be they still held or not."""
+    @property
+    def length(self) -> int:
+        """Tokens seen, padding included, be they still held or not."""
+        ...
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v [B, T, K, D]; returns those that the new tokens may look at, [B, S, K, D]."""

@@ -195,8 +195,8 @@ def tiled_attention(
 ) -> Tensor:
     """bf16 tiles of the CPU: every document alone, in one call for all of them."""
     lengths = layout.lengths or (q.shape[1],) * q.shape[0]
-    flat = [t.flatten(0, 1) for t in (q, k, v)]
-    out = packed_attention(*flat, lengths, rule.scale, rule.causal, rule.window)
+    flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
+    out = packed_attention(flat_q, flat_k, flat_v, lengths, rule.scale, rule.causal, rule.window)
     return out.view(q.shape)
 
 
