@@ -225,9 +225,11 @@ class GptBlock(nn.Module):
 
         def attend(seen: Tensor) -> Tensor:
             q, k, v = self._heads(seen, tables)
+            held = layout
             if cache is not None:
                 k, v = cache.update(self.index, k, v)
-            y = ops.attention(q, k, v, layout, self.rule, terms)
+                held = layout.tail(q.shape[1], k.shape[1])
+            y = ops.attention(q, k, v, held, self.rule, terms)
             return linears(y.flatten(2), (at(self, names.out),))[0]
 
         names = self.names
@@ -352,6 +354,10 @@ class CausalGpt(CausalModel):
     @property
     def layer_count(self) -> int:
         return self.trunk.layer_count
+
+    @property
+    def windows(self) -> list[int | None]:
+        return [layer.attention.window for layer in self.trunk.spec.layers]
 
 
 LM_HEAD, LABELS = r"^(lm_head|embed_out)\.", r"^(score|classifier)\."
