@@ -85,12 +85,12 @@ class PeftModel(nn.Module):
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's call. `adapter_names`: one adapter for each row of the batch (or
         each packed document of `lengths`), "__base__" for none."""
-        with self._by_row(adapter_names, kwargs):
+        with self.rows_by_adapter(adapter_names, kwargs):
             return self.base_model.model(*args, **kwargs)
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `generate`; `adapter_names` as in `forward`."""
-        with self._by_row(adapter_names, {}):
+        with self.rows_by_adapter(adapter_names):
             return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
 
     def get_base_model(self) -> nn.Module:
@@ -179,8 +179,10 @@ class PeftModel(nn.Module):
         return inject.disabled(self.get_base_model())
 
     @contextmanager
-    def _by_row(self, names: list[str] | None, call: dict[str, Any]) -> Iterator[None]:
-        """Within it each row of a batch goes through its own adapter."""
+    def rows_by_adapter(
+        self, names: list[str] | None, call: dict[str, Any] | None = None
+    ) -> Iterator[None]:
+        """Within it each row of a batch goes through its own adapter ("__base__": none)."""
         if names is None:
             yield
             return
@@ -189,6 +191,7 @@ class PeftModel(nn.Module):
                 self._known(name)
         if self.training:
             raise ConfigError("adapter_names is for inference; call eval() first")
+        call = call or {}
         rows = Rows(names, call.get("attention_mask"), call.get("lengths"))
         for layer in self._layers():
             layer.rows = rows

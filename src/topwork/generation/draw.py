@@ -1,0 +1,83 @@
+"""Choosing the next token of many independent rows, each with its own options and generator.
+
+A row's token depends on its own scores, options and generator alone, never on its company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from topwork.generation.config import GenerationConfig
+from topwork.generation.processors import NEVER
+
+PLAIN_CUTS = frozenset({"temperature", "top_k", "top_p", "min_p"})
+
+
+def is_plain(config: GenerationConfig) -> bool:
+    """Whether at most temperature, top-k, top-p and min-p shape the scores."""
+    c = config
+    return not (
+        c.top_h is not None or c.typical_p < 1 or c.epsilon_cutoff or c.eta_cutoff
+        or c.renormalize_logits
+    )  # fmt: skip
+
+
+def draw(
+    scores: Tensor, configs: Sequence[GenerationConfig], generators: Sequence[torch.Generator]
+) -> Tensor:
+    """One id [N] per row of scores [N, V] for configurations of which `is_plain` holds.
+
+    Rows are grouped by the width they need, so that even ties fall as they would alone.
+    """
+    vocab = scores.shape[1]
+    groups: dict[int | None, list[int]] = {}
+    for row, c in enumerate(configs):
+        whole = not c.top_k and c.top_p == 1 and not c.min_p
+        width = None if whole else min(c.top_k or vocab, vocab)
+        groups.setdefault(width, []).append(row)
+    found = torch.empty(len(configs), dtype=torch.long)
+    for width, rows in groups.items():
+        picked = scores if len(rows) == len(configs) else scores[rows]
+        found[rows] = _draw(
+            picked, width, [configs[r] for r in rows], [generators[r] for r in rows]
+        )
+    return found
+
+
+def _draw(
+    scores: Tensor,
+    width: int | None,
+    configs: Sequence[GenerationConfig],
+    generators: Sequence[torch.Generator],
+) -> Tensor:
+    """The cuts are made among the best `width` only, in descending order; None: there are none."""
+    heat = torch.tensor([c.temperature for c in configs])[:, None]
+    if width is None:
+        return _lookup(scores / heat, None, generators)
+    values, ids = scores.topk(width)
+    values = values / heat
+    chances = values.softmax(-1)
+    before = chances.cumsum(-1) - chances
+    keep = before < torch.tensor([c.top_p for c in configs])[:, None]
+    keep &= chances >= torch.tensor([c.min_p or 0.0 for c in configs])[:, None] * chances[:, :1]
+    keep[:, 0] = True
+    return _lookup(values.masked_fill(~keep, NEVER), ids, generators)
+
+
+def draw_row(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """One id [1] from scores [1, V] that are shaped already."""
+    return _lookup(scores, None, [generator])
+
+
+def _lookup(values: Tensor, ids: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
+    """One uniform number per row, looked up in the cumulated chances."""
+    reached = values.softmax(-1).cumsum(-1)
+    point = torch.stack([torch.rand(1, generator=g) for g in generators]) * reached[:, -1:]
+    # The first place that is above the point, and has a chance at all.
+    place = torch.searchsorted(reached, point, right=True)
+    last = (values > NEVER).long().cumsum(-1).argmax(-1, keepdim=True)
+    place = torch.minimum(place, last)
+    return (place if ids is None else ids.gather(1, place))[:, 0]

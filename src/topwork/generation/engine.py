@@ -1,0 +1,314 @@
+"""Continuous batching: requests of any length join and leave at every step (arXiv:2309.06180).
+
+    engine = Engine(model)
+    handles = [engine.submit(ids, config, adapter=name) for ids, name in ...]
+    for event in engine.run(): ...                  # or handle.ids once handle.done
+    async for token in engine.stream(ids, config): ...
+
+Each request may use another adapter, or none. What a request gets does not depend on its company:
+its draws come from its own generator, and its prompt is read in pieces of fixed size.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topwork.errors import ConfigError, TopworkError, nearest
+from topwork.generation import draw
+from topwork.generation.config import GenerationConfig
+from topwork.generation.generate import budget, resolve_config
+from topwork.generation.loop import Criterion
+from topwork.generation.processors import Processor
+from topwork.generation.request import ACTIVE, Event, Request
+from topwork.generation.runner import ModuleRunner, Piece, Runner
+from topwork.nn.paged import PagePool
+
+
+class Engine:
+    """Decodes many requests at once over a pool of `cache_tokens` cached tokens.
+
+    `max_rows` requests run at a time, of which a step computes at most `step_tokens` new tokens;
+    `piece` is how much of a prompt is read at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        max_rows: int = 64,
+        step_tokens: int = 256,
+        piece: int = 128,
+        cache_tokens: int = 32768,
+        page_size: int = 16,
+        runner: Runner | None = None,
+    ) -> None:
+        if piece > step_tokens or min(max_rows, piece, page_size) < 1:
+            raise ConfigError(f"piece={piece} must be within step_tokens={step_tokens}")
+        self.model = model
+        self.max_rows = max_rows
+        self.step_tokens = step_tokens
+        self.piece = piece
+        self.pool = PagePool(model.layer_count, -(-cache_tokens // page_size), page_size)
+        self.runner = runner or ModuleRunner(model, self.pool)
+        self._waiting: list[Request] = []
+        self._running: list[Request] = []
+        self._arrived: deque[Request] = deque()  # appended to by any thread
+        self._lock = threading.Lock()
+        self._weights: tuple[int, ...] = ()
+        self._driver: asyncio.Task[None] | None = None
+        self._queues: dict[Request, asyncio.Queue[Event]] = {}
+        self._thread = ThreadPoolExecutor(1, "topwork-engine")
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def submit(
+        self,
+        ids: Sequence[int] | Tensor,
+        config: GenerationConfig | None = None,
+        *,
+        adapter: str | None = ACTIVE,
+        logits_processor: Sequence[Processor] = (),
+        stopping_criteria: Sequence[Criterion] = (),
+        **options: Any,
+    ) -> Request:
+        """Queue one prompt [T]. `adapter`: a name, None for none, by default the active one.
+
+        Raises ConfigError for what cannot be meant; the other requests are not touched.
+        """
+        settled = resolve_config(self.model, config, options)
+        prompt = torch.as_tensor(ids, dtype=torch.long).reshape(1, -1)
+        new = budget(self.model, prompt, None, settled)
+        refused = {
+            "num_beams": settled.num_beams > 1,
+            "num_return_sequences": settled.num_return_sequences > 1,
+            "penalty_alpha": settled.contrastive,
+            "guidance_scale": settled.guidance_scale not in (None, 1),
+            "prompt_lookup_num_tokens": bool(settled.prompt_lookup_num_tokens),
+            "stop_strings (pass stopping_criteria)": bool(settled.stop_strings),
+        }
+        for name, given in refused.items():
+            if given:
+                raise ConfigError(f"the engine does not offer {name}; submit plain requests")
+        if prompt.shape[1] + new > self.pool.pages * self.pool.size:
+            raise ConfigError(
+                f"{prompt.shape[1]} + {new} tokens do not fit into cache_tokens="
+                f"{self.pool.pages * self.pool.size}"
+            )
+        request = Request(
+            prompt[0].tolist(), settled, new, self._adapter(adapter),
+            self.model.config.vocab_size, logits_processor, stopping_criteria,
+        )  # fmt: skip
+        self._arrived.append(request)
+        return request
+
+    def _adapter(self, name: str | None) -> str | None:
+        known = getattr(self.model, "peft_config", None) or {}
+        if name == ACTIVE:
+            active = list(getattr(self.model, "active_adapters", ())) if known else []
+            if len(active) > 1:
+                raise ConfigError(f"adapters {active} are active: name one, or None")
+            return active[0] if active else None
+        if name is not None and name not in known:
+            raise ConfigError(f"there is no adapter {name!r}{nearest(name, known)}")
+        return name
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._arrived or self._waiting or self._running)
+
+    # -- the synchronous face --------------------------------------------------------------------
+
+    def run(self) -> Iterator[Event]:
+        """Step until every request has ended; those submitted meanwhile too."""
+        while self.busy:
+            yield from self.step()
+
+    @torch.inference_mode()
+    def step(self) -> list[Event]:
+        """Compute one round and return what it brought."""
+        with self._lock:
+            while self._arrived:
+                self._waiting.append(self._arrived.popleft())
+            events = self._swept()
+            self._admit()
+            work = self._work()
+            if not work:
+                if self._waiting and not self._running:
+                    raise TopworkError("no request can start: the pool has too few pages")
+                return events
+            try:
+                logits = self._computed([piece for _, piece in work])
+            except Exception as error:
+                return events + [self._end(request, "error", error) for request, _ in work]
+            ready = []
+            for i, (request, piece) in enumerate(work):
+                request.held += len(piece.ids)
+                request.name_pages(self.pool)
+                if request.held == len(request.ids):
+                    ready.append((request, logits[i : i + 1]))
+            return events + self._choose(ready)
+
+    def _computed(self, pieces: list[Piece]) -> Tensor:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return self.runner.run(pieces)
+        finally:
+            self.model.train(was_training)
+
+    def _swept(self) -> list[Event]:
+        """End what was cancelled or is overdue."""
+        events = []
+        for request in [*self._running, *self._waiting]:
+            if request.cancelled:
+                events.append(self._end(request, "cancelled"))
+            elif request.overdue:
+                events.append(self._end(request, "time"))
+            elif not request.new:
+                events.append(self._end(request, "length"))
+        return events
+
+    def _admit(self) -> None:
+        """Let waiting requests in while there are rows and pages, in order."""
+        if not self._waiting or len(self._running) >= self.max_rows:
+            return
+        state = tuple(p._version for p in self.model.parameters() if not p.is_inference())
+        if state != self._weights:
+            self.pool.forget()
+            self._weights = state
+        promised = {name for request in self._running for name in request.promised()}
+        for request in list(self._waiting):
+            # Where another request is about to write the same beginning, wait and share it.
+            if promised and not promised.isdisjoint(request.names_of_prompt(self.pool)):
+                continue
+            if len(self._running) >= self.max_rows or not request.start(self.pool):
+                return
+            promised.update(request.promised())
+            self._waiting.remove(request)
+            self._running.append(request)
+
+    def _work(self) -> list[tuple[Request, Piece]]:
+        """The pieces of this round: every row that decodes, then prompts as far as they fit."""
+        work: list[tuple[Request, Piece]] = []
+        left = self.step_tokens
+        order = sorted(self._running, key=lambda r: r.made == 0)
+        for request in order:
+            if request not in self._running:  # put back meanwhile
+                continue
+            count = request.next_count(self.piece)
+            if count > left:
+                continue
+            if not self._room(request, count):
+                continue
+            left -= count
+            new = request.ids[request.held : request.held + count]
+            work.append((request, Piece(new, request.held, request.pages, request.adapter)))
+        return [(r, p) for r, p in work if r in self._running]
+
+    def _room(self, request: Request, count: int) -> bool:
+        """Give `request` pages for `count` more tokens; the youngest others make way."""
+        wanted = request.pages_for(request.held + count, self.pool.size)
+        while wanted > self.pool.spare:
+            youngest = self._running[-1]
+            youngest.stop(self.pool)
+            self._running.remove(youngest)
+            self._waiting.insert(0, youngest)
+            if youngest is request:
+                return False
+        request.pages += self.pool.take(wanted)
+        return True
+
+    # -- choosing --------------------------------------------------------------------------------
+
+    def _choose(self, ready: list[tuple[Request, Tensor]]) -> list[Event]:
+        events: list[Event] = []
+        together: list[tuple[Request, Tensor]] = []
+        for request, logits in ready:
+            try:
+                if bool(logits.amax().isnan()):
+                    raise TopworkError(
+                        f"the logits are not numbers at token {request.held}: "
+                        "the weights (or the adapter's) are damaged"
+                    )
+                scores = request.shaped(logits)
+                if request.config.do_sample and draw.is_plain(request.config):
+                    together.append((request, scores))
+                    continue
+                chosen = request.choose(scores)
+            except Exception as error:
+                events.append(self._end(request, "error", error))
+                continue
+            events.append(self._give(request, int(chosen)))
+        if together:
+            rows = [request for request, _ in together]
+            found = draw.draw(
+                torch.cat([scores for _, scores in together]),
+                [r.config for r in rows],
+                [r.generator for r in rows],
+            )
+            events += [self._give(r, token) for r, token in zip(rows, found.tolist())]
+        return events
+
+    def _give(self, request: Request, token: int) -> Event:
+        reason = request.give(token)
+        return Event(request, token) if reason is None else self._end(request, reason, None, token)
+
+    def _end(
+        self,
+        request: Request,
+        reason: str,
+        error: Exception | None = None,
+        token: int | None = None,
+    ) -> Event:
+        request.stop(self.pool)
+        request.finish_reason, request.error = reason, error
+        for home in (self._running, self._waiting):
+            if request in home:
+                home.remove(request)
+        return Event(request, token)
+
+    # -- the asynchronous face -------------------------------------------------------------------
+
+    async def stream(
+        self, ids: Sequence[int] | Tensor, config: GenerationConfig | None = None, **options: Any
+    ) -> AsyncIterator[int]:
+        """The tokens of one request as they come; leaving the loop early cancels it.
+
+        All streams of one event loop share the steps, which run in a thread of their own.
+        """
+        request = self.submit(ids, config, **options)
+        queue: asyncio.Queue[Event] = asyncio.Queue()
+        self._queues[request] = queue
+        if self._driver is None or self._driver.done():
+            self._driver = asyncio.get_running_loop().create_task(self._drive())
+        try:
+            while True:
+                event = await queue.get()
+                if event.token is not None:
+                    yield event.token
+                if event.request.done:
+                    if request.error is not None:
+                        raise request.error
+                    return
+        finally:
+            self._queues.pop(request, None)
+            request.cancel()
+
+    async def _drive(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self.busy:
+            try:
+                events = await loop.run_in_executor(self._thread, self.step)
+            except Exception as error:  # nothing can go on: every stream is told
+                events = [self._end(request, "error", error) for request in self._queues]
+            for event in events:
+                if event.request in self._queues:
+                    self._queues[event.request].put_nowait(event)
