@@ -21,21 +21,43 @@ def peak_mib() -> float:
     return int(status.partition("VmHWM:")[2].split()[0]) / 1024
 
 
-def loop(
-    parameters: list[Any], batches: list[list[Row]], loss_of: Callable[[list[Row]], torch.Tensor]
-) -> dict:
-    """The plain training loop: loss, backward, AdamW."""
+Step = Callable[[list[Row]], float]
+
+
+def step_of(parameters: list[Any], loss_of: Callable[[list[Row]], torch.Tensor]) -> Step:
+    """The plain training step: loss, backward, AdamW."""
     optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0, fused=True)
-    losses, seconds = [], []
-    for batch in batches:
-        start = time.perf_counter()
+
+    def step(batch: list[Row]) -> float:
         loss = loss_of(batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(loss.item())
+        return loss.item()
+
+    return step
+
+
+def loop(step: Step, batches: list[list[Row]]) -> dict:
+    losses, seconds = [], []
+    for batch in batches:
+        start = time.perf_counter()
+        losses.append(step(batch))
         seconds.append(time.perf_counter() - start)
     return {"losses": losses, "seconds": seconds}
+
+
+def plain_step(model: Any) -> Step:
+    """Our step without a trainer: packed rows, only the trained tokens in the head."""
+
+    def loss_of(batch: list[Row]) -> torch.Tensor:
+        ids = torch.tensor([i for row in batch for i in row.ids])
+        trained = torch.tensor([t for row in batch for t in [*row.trained[1:], False]])
+        hidden = model.backbone(ids[None], lengths=tuple(len(row.ids) for row in batch))
+        at = trained.nonzero()[:, 0]
+        return -model.token_logprobs(hidden[0, at], ids[at + 1]).mean()
+
+    return step_of([p for p in model.parameters() if p.requires_grad], loss_of)
 
 
 def ours(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
@@ -45,15 +67,7 @@ def ours(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: 
     if side == "ours-checkpointing":
         model.gradient_checkpointing_enable()
     model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
-
-    def loss_of(batch: list[Row]) -> torch.Tensor:
-        ids = torch.tensor([i for row in batch for i in row.ids])
-        trained = torch.tensor([t for row in batch for t in [*row.trained[1:], False]])
-        hidden = model.backbone(ids[None], lengths=tuple(len(row.ids) for row in batch))
-        at = trained.nonzero()[:, 0]
-        return -model.token_logprobs(hidden[0, at], ids[at + 1]).mean()
-
-    return loop([p for p in model.parameters() if p.requires_grad], batches, loss_of)
+    return loop(plain_step(model), batches)
 
 
 def peft(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
@@ -75,7 +89,7 @@ def peft(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: 
         labels = ids.masked_fill(~torch.tensor(marks), -100)
         return model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
 
-    return loop([p for p in model.parameters() if p.requires_grad], batches, loss_of)
+    return loop(step_of([p for p in model.parameters() if p.requires_grad], loss_of), batches)
 
 
 def trl(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
