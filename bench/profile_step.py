@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 import torch
+
 from rows import Row
 from sft import prepare, useful_flops
 from sides import peak_mib, plain_step
-
 from topwork import AutoModelForCausalLM, PeftModel
 
 FOLDER = Path(tempfile.gettempdir()) / "topwork-bench"

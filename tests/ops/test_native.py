@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from topwork.ops import Layout, Rule, attention, native
+from topwork.ops import Layout, Rule, attention, native, rms_norm, rotary, swiglu, token_logprobs
 from topwork.ops.attention import tiled_attention
+from topwork.ops.dropout import drop
+from topwork.ops.native import elementwise
 from topwork.ops.native.attention import has_amx
 
+needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
 needs_amx = pytest.mark.skipif(not has_amx(), reason="no bf16 tiles on this machine")
 
 
@@ -101,6 +105,76 @@ def test_bf16_attention_takes_the_tiles_and_other_cases_do_not():
     assert not tiles.when(q.float(), q.float(), q.float(), Layout(), Rule(1.0))
 
 
+DTYPES = [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)]
+
+
+@needs_gcc
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (2, 5, 576), (1, 300, 64)])
+def test_kernels_of_a_block_equal_the_references(shape, dtype, tolerance):
+    torch.manual_seed(0)
+    x, y = (3 * torch.randn(shape)).to(dtype), torch.randn(shape).to(dtype)
+    w = (1 + torch.randn(shape[-1])).to(dtype)
+    assert elementwise.serves(x, y, w)
+    ours = grads_of(swiglu, [x, y])
+    close(ours, grads_of(swiglu.reference, [x.float(), y.float()]), tolerance)
+    ours = grads_of(lambda x: rms_norm(x, w, 0.1), [x])
+    wide = w.float()
+    close(ours, grads_of(lambda x: rms_norm.reference(x, wide, 0.1), [x.float()]), tolerance)
+
+
+@needs_gcc
+@pytest.mark.parametrize(("dtype", "tolerance"), DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("size", [32, 40])
+def test_the_rotary_kernel_equals_the_reference(size, interleaved, dtype, tolerance):
+    torch.manual_seed(0)
+    angle = torch.rand(2, 7, 16) * 6
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    x = torch.randn(2, 7, 3, size).to(dtype)
+    assert elementwise.serves(x, cos, sin)
+    ours = grads_of(lambda x: rotary(x, cos, sin, interleaved), [x])
+    wide = cos.float(), sin.float(), interleaved
+    close(ours, grads_of(lambda x: rotary.reference(x, *wide), [x.float()]), tolerance)
+
+
+@needs_gcc
+@pytest.mark.parametrize("count", [1, 511, 512, 4097, 70001])
+def test_the_dropout_kernel_draws_the_mask_of_the_torch_form(count, monkeypatch):
+    x, onto = torch.randn(count), torch.randn(count)
+    for seed in (0, 7, 2**62 - 1, 0x9E3779B1F0000001):
+        kernel, added = drop(x, 0.3, seed), drop(x, 0.3, seed, onto.clone())
+        with monkeypatch.context() as patch:
+            patch.setattr(elementwise, "serves", lambda *tensors: False)
+            torch.testing.assert_close(kernel, drop(x, 0.3, seed), rtol=1e-6, atol=0)
+            torch.testing.assert_close(added, drop(x, 0.3, seed, onto.clone()))
+
+
+@needs_gcc
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+def test_token_logprobs_with_the_kernel_equal_log_softmax(dtype, tolerance):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(600, 40).to(dtype), torch.randn(333, 40).to(dtype)
+    targets = torch.randint(333, (600,))
+
+    def formula(h):
+        return (h @ weight.float().t()).log_softmax(-1).gather(1, targets[:, None])[:, 0]
+
+    ours = grads_of(lambda h: token_logprobs(h, weight, targets), [hidden])
+    close(ours, grads_of(formula, [hidden.float()]), tolerance)
+
+
+@needs_gcc
+def test_kernels_pass_nan_on():
+    x = torch.randn(3, 64).bfloat16()
+    x[1, 3] = float("nan")
+    assert swiglu(x.requires_grad_(), x)[1, 3].isnan()
+    assert rms_norm(x, torch.ones(64).bfloat16(), 1e-5)[1].isnan().all()
+    w = torch.randn(50, 64).bfloat16()
+    found = token_logprobs(x, w, torch.tensor([1, 2, 3]))
+    assert found.isnan().tolist() == [False, True, False]
+
+
 def test_without_a_compiler_torch_computes_and_the_reason_is_told(tmp_path):
     code = (
         "from topwork.ops import native; import torch\n"
@@ -125,7 +199,12 @@ def test_without_a_compiler_torch_computes_and_the_reason_is_told(tmp_path):
         assert "no such flag" in done.stdout if tool else "no C compiler" in done.stdout
 
 
-@pytest.mark.skipif(not native.available(), reason="no C compiler")
+@needs_gcc
+def test_the_kernels_compile():
+    assert native.available(), native.why_not()
+
+
+@needs_gcc
 def test_the_library_is_built_once_and_a_damaged_folder_is_no_error(tmp_path):
     code = "from topwork.ops import native; print(native.available(), native.why_not())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.dispatch import Op
+from topwork.ops.native import elementwise as native
 
 
 @Op
@@ -27,11 +28,13 @@ class _SwiGlu(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:  # type: ignore[override]
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        return native.swiglu(gate, up) if native.serves(gate, up) else F.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         gate, up = ctx.saved_tensors
+        if native.serves(dy, gate, up):
+            return native.swiglu_backward(dy, gate, up)
         dup = F.silu(gate).mul_(dy)
         dgate = torch.ops.aten.silu_backward(dy * up, gate)
         return dgate, dup

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from topwork.ops.native import elementwise as native
+
 CHUNK = 128  # rows of logits in memory at once; measured best of 64 … 512 on CPU
+WIDE_CHUNK = 512  # where one kernel makes the logits their own gradient in place
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -45,9 +48,16 @@ class _FrozenHead(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         rows_grad = torch.empty_like(hidden) if wants_grad else None
-        for at in range(0, len(targets), CHUNK):
-            part = slice(at, at + CHUNK)
-            logits = (hidden[part] @ weight.t()).float()
+        chunk = WIDE_CHUNK if native.serves(hidden, weight) else CHUNK
+        for at in range(0, len(targets), chunk):
+            part = slice(at, at + chunk)
+            logits = hidden[part] @ weight.t()
+            if native.serves(logits, hidden):
+                found[part] = native.softmax_rows(logits, targets[part], wants_grad)
+                if rows_grad is not None:
+                    torch.mm(logits, weight, out=rows_grad[part])
+                continue
+            logits = logits.float()
             wanted = targets[part, None]
             chosen = logits.gather(1, wanted)
             top = logits.amax(1, keepdim=True)

@@ -137,7 +137,7 @@ class _FusedLinears(torch.autograd.Function):
         da = da_all.split([a.shape[0] for part in ctx.parts for a in (t.a for t in part.terms)])
         if dx is not None:
             if ctx.rate:
-                dx += drop(ups @ stacked, ctx.rate, ctx.seed)
+                drop(ups @ stacked, ctx.rate, ctx.seed, onto=dx)
             else:
                 dx.addmm_(ups, stacked)
         pairs: list[Tensor | None] = []

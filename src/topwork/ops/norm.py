@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.dispatch import Op
+from topwork.ops.native import elementwise as native
 
 
 @Op
@@ -31,6 +32,10 @@ def recomputing_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        if native.serves(x, weight):
+            y, inverse = native.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, inverse)
+            return y
         wide = x.float()
         inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, inverse)
@@ -39,6 +44,9 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
+        if native.serves(dy, x, weight):
+            return native.rms_norm_backward(dy, x, weight, inverse), None, None
+        inverse = inverse.view(*x.shape[:-1], 1)
         unit = x.float().mul_(inverse)
         dunit = (dy * weight).float()
         along = (dunit * unit).mean(-1, keepdim=True)

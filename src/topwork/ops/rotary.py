@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from topwork.ops.dispatch import Op
+from topwork.ops.native import elementwise as native
 
 
 @Op
@@ -45,9 +46,15 @@ class _Rotary(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(cos, sin)
         ctx.interleaved = interleaved
-        return rotary.reference(x, cos, sin, interleaved)
+        return _turn(x, cos, sin, interleaved, back=False)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
-        return rotary.reference(dy, cos, -sin, ctx.interleaved), None, None, None
+        return _turn(dy, cos, sin, ctx.interleaved, back=True), None, None, None
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, back: bool) -> Tensor:
+    if native.serves(x, cos, sin) and x.dim() == 4 and cos.shape[:2] == x.shape[:2]:
+        return native.rotary(x, cos, sin, interleaved, back)
+    return rotary.reference(x, cos, -sin if back else sin, interleaved)

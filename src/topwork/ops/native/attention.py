@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topwork.ops.native.build import library
+from topwork.ops.native.build import call, library
 
 STEP = 32  # rows to which a document is padded inside the kernel
 
@@ -49,10 +49,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if whole else x.contiguous()
 
 
-def _at(x: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(x.data_ptr())
-
-
 class _Packed(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
@@ -68,19 +64,16 @@ class _Packed(torch.autograd.Function):
         q, k, v = _rows(q), _rows(k), _rows(v)
         tokens, heads, head = q.shape
         starts = torch.tensor([0, *lengths]).cumsum(0)
-        call = _Call(
+        shape = _Call(
             len(lengths), heads, k.shape[1], head, q.stride(0), k.stride(0), v.stride(0),
             causal, window or 0, scale,
         )  # fmt: skip
         out = torch.empty(tokens, heads, head, dtype=q.dtype)
         lse = torch.empty(heads, tokens)
         packs = torch.empty(2 * (tokens + STEP * len(lengths)) * k.shape[1] * head, dtype=q.dtype)
-        where = [_at(t) for t in (starts, q, k, v, out, lse, packs)]
-        kernels = library()
-        assert kernels is not None
-        kernels.topwork_attention_forward(ctypes.byref(call), *where)
+        call("topwork_attention_forward", shape, starts, q, k, v, out, lse, packs)
         ctx.save_for_backward(starts, q, k, v, out, lse)
-        ctx.call = call
+        ctx.shape = shape
         return out
 
     @staticmethod
@@ -88,8 +81,6 @@ class _Packed(torch.autograd.Function):
         starts, q, k, v, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
         found = [torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v)]
-        where = [_at(t) for t in (starts, q, k, v, out, lse, grad, *found)]
-        kernels = library()
-        assert kernels is not None
-        kernels.topwork_attention_backward(ctypes.byref(ctx.call), *where)
+        saved = (starts, q, k, v, out, lse)
+        call("topwork_attention_backward", ctx.shape, *saved, grad, *found)
         return (*found, None, None, None, None)

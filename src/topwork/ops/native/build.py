@@ -16,8 +16,12 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import Any
 
-SOURCES = tuple(sorted(Path(__file__).parent.glob("*.c")))
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SOURCES = tuple(sorted(HERE.glob("*.c")))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
 _reasons: list[str] = []
 
@@ -42,17 +46,34 @@ def library() -> ctypes.CDLL | None:
     try:
         return ctypes.CDLL(str(_built(compiler)))
     except subprocess.CalledProcessError as error:
-        _reasons.append(f"{compiler}: {error.stderr.strip().splitlines()[0]}")
+        lines = error.stderr.strip().splitlines() or [f"exit status {error.returncode}"]
+        said = next((line for line in lines if "error" in line), lines[0])
+        _reasons.append(f"{compiler}: {said}")
     except OSError as error:
         _reasons.append(str(error))
     return None
+
+
+def call(name: str, *args: Tensor | ctypes.Structure | int | float) -> None:
+    """Call a kernel: tensors and structures by address, integers as int64, floats as float."""
+    kernels = library()
+    assert kernels is not None
+    getattr(kernels, name)(*map(_as_c, args))
+
+
+def _as_c(value: Tensor | ctypes.Structure | int | float) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, ctypes.Structure):
+        return ctypes.byref(value)
+    return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 
 
 def _built(compiler: str) -> Path:
     """The path of the library for these sources, this compiler and this processor."""
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     mark = hashlib.sha256(f"{FLAGS} {version.stdout} {_processor()}".encode())
-    for source in SOURCES:
+    for source in (*SOURCES, *sorted(HERE.glob("*.h"))):
         mark.update(source.read_bytes())
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "topwork" / "native"
     wanted = home / f"{mark.hexdigest()[:32]}.so"
