@@ -60,9 +60,20 @@ class Tokenizer:
         return side
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Tokenizer:
-        """The tokenizer of a folder or a Hub id; it must have a tokenizer.json."""
+    def from_pretrained(
+        cls, name_or_path: str | Path, *, gguf_file: str | None = None, **where: Any
+    ) -> Tokenizer:
+        """The tokenizer of a folder, a Hub id or a .gguf file.
+
+        `gguf_file` names such a file in the folder `name_or_path`.
+        """
+        if gguf_file is not None:
+            name_or_path = Path(name_or_path) / gguf_file
         checkpoint = hub.resolve(name_or_path, want=("tokenizer",), **where)
+        if checkpoint.format == "gguf":
+            from topwork.text.gguf import tokenizer_of_gguf
+
+            return cls(*tokenizer_of_gguf(checkpoint.weight_files[0]))
         if "tokenizer.json" not in checkpoint.files:
             there = ", ".join(checkpoint.files) or "no tokenizer file"
             raise CheckpointError(f"{name_or_path}: there is no tokenizer.json, only {there}")

@@ -1,0 +1,28 @@
+"""Short texts of many scripts, code and blanks, to compare tokenizers on."""
+
+TEXTS = [
+    "",
+    " ",
+    "\n",
+    "a",
+    "Hello, world! It's 2026; don't panic -- we'll see.",
+    "  leading and trailing  ",
+    "runs   of    blanks\t\ttabs\n\n\nlines \r\n windows",
+    "12345 1,234.56 3.14e-10 007 ½ ² ٣٤٥ Ⅷ",
+    "def f(x: int) -> list[str]:\n    return [str(i) for i in range(x)]  # it's\n\n\n\tpass",
+    'for (int i=0;i<n;++i){ a[i] = "s\\n"; } /* done */ #include <stdio.h>',
+    "https://example.org/a_b-c?d=e&f=%20#g user@mail.com $HOME `ls -la` {{x}} <b>&amp;</b>",
+    "Zürich, naïve café, Ångström, ﬁne, Ｆｕｌｌ, e\u0301 vs é",
+    "Съешь же ещё этих мягких французских булок",
+    "Ξεσκεπάζω την ψυχοφθόρα βδελυγμία",
+    "العربية: مرحبا بالعالم، ١٢٣",
+    "עברית: שלום עולם",
+    "हिन्दी: नमस्ते दुनिया। ਪੰਜਾਬੀ தமிழ் ไทยภาษา",
+    "中文：你好，世界。日本語：こんにちは、カタカナ。 한국어: 안녕하세요 세계",
+    "emoji 🙂🙃 👩‍👩‍👧‍👦 🇨🇭 ❤️ ✨ and 𝕞𝕒𝕥𝕙 ∑∫√ → ⇒",
+    "zero\u200bwidth\u200djoin\ufeffbom\u00a0nbsp\u2028line \x00nul \x7fdel \u0085nel",
+    "CamelCaseWORDS ALLCAPS'S I'M snake_case kebab-case don’t “quotes” … —",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa ............ ------------ !!!???",
+    "tô̂́ͤi z̸͎͒a̷l̴g̵o",
+    "\ud7ff\ue000\U0010ffff private",
+]
