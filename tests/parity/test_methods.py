@@ -6,6 +6,7 @@ A method's file without a row here fails `test_every_method_has_a_row`.
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field
 
 import pytest
@@ -30,6 +31,7 @@ class Row:
     base: str = "qwen2"
     merges: bool = True
     same_count: bool = True
+    peer_gradient_is_wrong: bool = False
 
     def __str__(self) -> str:
         shown = ",".join(f"{k}={v}" for k, v in self.options.items() if k != "target_modules")
@@ -41,9 +43,9 @@ MIX = ["q_proj", "k_proj", "down_proj"]
 CONVS = ["one", "two", "three", "head"]
 
 
-def row(config, base="qwen2", merges=True, same_count=True, **options):
+def row(config, base="qwen2", merges=True, same_count=True, wrong=False, **options):
     targets = {"qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS}[base]
-    return Row(config, {"target_modules": targets, **options}, base, merges, same_count)
+    return Row(config, {"target_modules": targets, **options}, base, merges, same_count, wrong)
 
 
 ROWS = [
@@ -60,6 +62,51 @@ ROWS = [
     row("IA3Config", "gpt2", feedforward_modules=["c_fc"]),
     row("IA3Config", "convs", target_modules=["two", "three", "head"], feedforward_modules=[]),
     row("IA3Config", "convs", target_modules=["two", "grouped"], feedforward_modules=["two"]),
+    row("LoHaConfig", r=3, alpha=6, rank_pattern={"q_proj": 2}),
+    row("LoHaConfig", "convs", r=3, use_effective_conv2d=True, target_modules=["one", "two"],
+        wrong=True),
+    row("LoHaConfig", "convs", r=3, target_modules=["one", "grouped", "head"]),
+    row("LoKrConfig", r=2, alpha=6),
+    row("LoKrConfig", r=2, decompose_both=True, decompose_factor=4),
+    row("LoKrConfig", r=64),
+    row("LoKrConfig", "convs", r=1, use_effective_conv2d=True, target_modules=["two"]),
+    row("LoKrConfig", "convs", r=1, target_modules=["one", "grouped", "head"]),
+    row("VeraConfig", r=5),
+    row("VeraConfig", r=5, save_projection=False, projection_prng_key=3),
+    row("VeraConfig", "gpt2", r=5, fan_in_fan_out=True),
+    row("RandLoraConfig", r=5, randlora_alpha=8),
+    row("RandLoraConfig", "gpt2", r=4, sparse=True, save_projection=False, fan_in_fan_out=True,
+        randlora_alpha=8),
+    row("RandLoraConfig", r=4, very_sparse=True, randlora_alpha=8),
+    row("VBLoRAConfig", r=3, vector_length=4, num_vectors=9),
+    row("HRAConfig", r=4),
+    row("HRAConfig", r=3, apply_GS=True),
+    row("HRAConfig", "convs", r=4, target_modules=["square"]),
+    row("FourierFTConfig", n_frequency=30, n_frequency_pattern={"q_proj": 11}),
+    row("FourierFTConfig", "gpt2", n_frequency=30, fan_in_fan_out=True),
+    row("OFTConfig", oft_block_size=4),
+    row("OFTConfig", oft_block_size=4, use_cayley_neumann=False, block_share=True),
+    row("OFTConfig", oft_block_size=0, r=4, num_cayley_neumann_terms=2),
+    row("OFTConfig", oft_block_size=7, num_cayley_neumann_terms=3, coft=True, eps=0.5),
+    row("BOFTConfig", boft_block_size=4),
+    row("BOFTConfig", boft_block_size=0, boft_block_num=2),
+    row("BOFTConfig", "convs", boft_block_size=3, target_modules=["square"]),
+    row("LNTuningConfig", target_modules=None),
+    row("LNTuningConfig", "gpt2", target_modules=["ln_1", "ln_f"]),
+    row("ShiraConfig", r=2, random_seed=5),
+    row("BeftConfig", target_modules=None),
+    row("BeftConfig", target_modules=["down_proj"], merges=False),
+    row("MissConfig", r=6),
+    row("MissConfig", r=7, init_weights=False),
+    row("MissConfig", r=4, init_weights="bat"),
+    row("MissConfig", r=4, mini_r=3, init_weights="mini"),
+    row("RoadConfig", group_size=4),
+    row("RoadConfig", group_size=6, variant="road_2"),
+    row("RoadConfig", group_size=12, variant="road_4"),
+    row("C3AConfig", wrong=True, block_size=4, block_size_pattern={"q_proj": 8}),
+    row("DeloraConfig", r=3),
+    row("HiraConfig", r=3),
+    row("HiraConfig", "gpt2", r=3, fan_in_fan_out=True),
 ]  # fmt: skip
 each = pytest.mark.parametrize("row", ROWS, ids=str)
 
@@ -73,13 +120,15 @@ class Convs(nn.Module):
         self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1)
         self.three = nn.Conv3d(2, 4, (1, 3, 2), bias=False)
         self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.square = nn.Conv2d(3, 4, 3)
         self.head = nn.Linear(6, 5)
 
     def forward(self, x):
         one = self.one(x[:, :32].view(-1, 4, 8)).mean(2)
         two = self.grouped(self.two(x[:, :192].view(-1, 3, 8, 8))).mean((1, 2, 3))
         three = self.three(x[:, :96].view(-1, 2, 4, 4, 3)).mean((1, 2, 3, 4))
-        return self.head(one) + (two + three)[:, None]
+        square = self.square(x[:, :192].view(-1, 3, 8, 8)).mean((1, 2, 3))
+        return self.head(one) + (two + three + square)[:, None]
 
 
 def base(kind):
@@ -137,6 +186,11 @@ def close(found, wanted, **tolerance):
     torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 1e-5, **tolerance})
 
 
+def shared(name):
+    """The peer shows what layers share below its first layer."""
+    return re.sub(r"^.*\.(vblora_vector_bank)", r"\1", name)
+
+
 @each
 def test_peers_adapter_gives_equal_outputs_gradients_and_counts(row, tmp_path):
     theirs = peers(row)
@@ -150,12 +204,32 @@ def test_peers_adapter_gives_equal_outputs_gradients_and_counts(row, tmp_path):
     weight = torch.linspace(-1, 1, wanted.numel()).view_as(wanted)
     (wanted * weight).sum().backward()
     (found * weight).sum().backward()
-    grads = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
-    own = {n: p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    grads = {shared(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    own = {shared(n): p.grad for n, p in ours.named_parameters() if p.requires_grad}
     assert set(own) == set(grads)
+    if row.peer_gradient_is_wrong:
+        assert any(not torch.allclose(own[n], grads[n], rtol=1e-3) for n in own)
+        check_slope(ours, row.base, weight)
+        return
     for name, grad in own.items():
         scale = 1 + grads[name].abs().max().item()
         close(grad, grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@torch.no_grad()
+def check_slope(model, kind, weight, step=2e-3):
+    """The gradients against a difference quotient along themselves."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    slope = sum(p.grad.square().sum() for p in trained).sqrt()
+    ways = [p.grad / slope for p in trained]
+    values = []
+    for sign in (1, -2):
+        for parameter, way in zip(trained, ways):
+            parameter.add_(way, alpha=sign * step)
+        values.append((outputs(model, kind).double() * weight).sum())
+    torch.testing.assert_close(
+        (values[0] - values[1]) / 2 / step, slope.double(), rtol=1e-2, atol=0
+    )
 
 
 @each

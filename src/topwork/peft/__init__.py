@@ -1,8 +1,49 @@
 """Adapters on any torch module."""
 
 from topwork.peft.config import PeftConfig, TaskType
+from topwork.peft.methods.beft import BeftConfig
+from topwork.peft.methods.boft import BOFTConfig
+from topwork.peft.methods.c3a import C3AConfig
+from topwork.peft.methods.delora import DeloraConfig
+from topwork.peft.methods.fourierft import FourierFTConfig
+from topwork.peft.methods.hira import HiraConfig
+from topwork.peft.methods.hra import HRAConfig
 from topwork.peft.methods.ia3 import IA3Config
+from topwork.peft.methods.ln_tuning import LNTuningConfig
+from topwork.peft.methods.loha import LoHaConfig
+from topwork.peft.methods.lokr import LoKrConfig
 from topwork.peft.methods.lora import LoraConfig
+from topwork.peft.methods.miss import MissConfig
+from topwork.peft.methods.oft import OFTConfig
+from topwork.peft.methods.randlora import RandLoraConfig
+from topwork.peft.methods.road import RoadConfig
+from topwork.peft.methods.shira import ShiraConfig
+from topwork.peft.methods.vblora import VBLoRAConfig
+from topwork.peft.methods.vera import VeraConfig
 from topwork.peft.model import PeftModel, get_peft_model
 
-__all__ = ["IA3Config", "LoraConfig", "PeftConfig", "PeftModel", "TaskType", "get_peft_model"]
+__all__ = [
+    "BOFTConfig",
+    "BeftConfig",
+    "C3AConfig",
+    "DeloraConfig",
+    "FourierFTConfig",
+    "HRAConfig",
+    "HiraConfig",
+    "IA3Config",
+    "LNTuningConfig",
+    "LoHaConfig",
+    "LoKrConfig",
+    "LoraConfig",
+    "MissConfig",
+    "OFTConfig",
+    "PeftConfig",
+    "PeftModel",
+    "RandLoraConfig",
+    "RoadConfig",
+    "ShiraConfig",
+    "TaskType",
+    "VBLoRAConfig",
+    "VeraConfig",
+    "get_peft_model",
+]

@@ -12,8 +12,9 @@ from torch import nn
 from topwork.errors import ConfigError, nearest
 from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
-from topwork.peft.layer import AdaptedLayer, SavedModule
-from topwork.peft.targets import ends, is_wrapper, target_names, walk
+from topwork.peft.layer import AdaptedLayer, SavedModule, Shared, Tensors
+from topwork.peft.sites import site_of
+from topwork.peft.targets import base_of, ends, is_wrapper, target_names, walk
 
 
 def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
@@ -24,17 +25,26 @@ def saved_of(model: nn.Module) -> Iterator[SavedModule]:
     return (m for m in model.modules() if isinstance(m, SavedModule))
 
 
-def inject(model: nn.Module, name: str, config: LayerConfig) -> LayerConfig:
+def inject(
+    model: nn.Module, name: str, config: LayerConfig, home: nn.Module | None = None
+) -> LayerConfig:
     """Put adapter `name` on the layers of `model` that `config` targets; it is not active yet.
 
-    Returns the configuration with what it left open decided.
+    What a method shares between layers goes to `home` (default: `model`). Returns the
+    configuration with what it left open decided.
     """
+    home = model if home is None else home
     graft = methods.method(config.peft_type).GRAFT
     config = graft.settle(config, model)
     paths = target_names(model, config, graft.KINDS)
     for path in paths_to_save(model, config):
         _save_whole(model, path, name)
-    shared = graft.share(config, {p: model.get_submodule(p) for p in paths}, None)
+    found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
+    for key, tensor in graft.share(config, found).items():
+        if not hasattr(home, key):
+            home.add_module(key, Tensors())
+        getattr(home, key)[name] = tensor
+    shared = Shared(home, name)
     for path in paths:
         layer = model.get_submodule(path)
         if not isinstance(layer, AdaptedLayer):
@@ -80,8 +90,18 @@ def put(model: nn.Module, path: str, module: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, module)
 
 
-def activate(model: nn.Module, names: tuple[str, ...], train: bool = True) -> None:
+def banks_of(home: nn.Module) -> Iterator[tuple[str, Tensors]]:
+    """What methods share between layers."""
+    return ((key, m) for key, m in home.named_children() if isinstance(m, Tensors))
+
+
+def activate(
+    model: nn.Module, names: tuple[str, ...], train: bool = True, home: nn.Module | None = None
+) -> None:
     """Let the adapters `names` compute, and (`train`) be the ones that are trained."""
+    for _, bank in banks_of(model if home is None else home):
+        for name, tensor in bank.named_parameters():
+            tensor.requires_grad_(train and name in names)
     for layer in layers_of(model):
         layer.active = names
         for name, graft in layer.grafts.items():
@@ -92,8 +112,11 @@ def activate(model: nn.Module, names: tuple[str, ...], train: bool = True) -> No
             trained.requires_grad_(train and name in names)
 
 
-def remove(model: nn.Module, name: str) -> None:
+def remove(model: nn.Module, name: str, home: nn.Module | None = None) -> None:
     """Take adapter `name` out; layers that then carry none are as before."""
+    for _, bank in banks_of(model if home is None else home):
+        if name in bank:
+            del bank[name]
     for path, module in wrappers(model):
         if isinstance(module, AdaptedLayer):
             module.remove(name)

@@ -33,6 +33,39 @@ class Bare(Matrix):
     """A leaf whose `weight` stands in files under the leaf's own name."""
 
 
+class Tensors(nn.Module):
+    """A dictionary of tensors: parameters stay parameters, others are buffers."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, name)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def keys(self) -> list[str]:
+        return [*self._parameters, *self._buffers]
+
+
+class Shared:
+    """What a method keeps once for all layers of an adapter, in `Tensors` of the whole model."""
+
+    def __init__(self, home: nn.Module, name: str) -> None:
+        self.home = home
+        self.name = name
+
+    def __getitem__(self, key: str) -> Tensor:
+        return getattr(self.home, key)[self.name]
+
+
 class Graft:
     """One adapter on one layer. A method's file overrides what it does differently.
 
@@ -53,7 +86,7 @@ class Graft:
         return config
 
     def __init__(
-        self, layer: AdaptedLayer, name: str, config: Any, path: str, shared: Any = None
+        self, layer: AdaptedLayer, name: str, config: Any, path: str, shared: Shared
     ) -> None:
         self.layer = layer
         self.name = name
@@ -87,12 +120,18 @@ class Graft:
         """The whole of it as one low-rank term, where it is one: then the fast path is taken."""
         return None
 
-    @classmethod
-    def share(cls, config: Any, layers: dict[str, nn.Module], given: Any) -> Any:
-        """What the method keeps once for all the `layers` (by path) of an adapter; None: nothing.
+    def instead(self, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """What computes in place of the layer below."""
+        return base
 
-        `given` is what an earlier adapter of the method keeps.
-        """
+    @classmethod
+    def share(cls, config: Any, layers: list[tuple[str, sites.Site]]) -> dict[str, Tensor]:
+        """What the method keeps once for all layers of an adapter, by the names in files."""
+        return {}
+
+    @classmethod
+    def penalty(cls, config: Any, grafts: list[Any]) -> Tensor | None:
+        """What is added to the loss while an adapter is trained."""
         return None
 
     # -- what a method may use -------------------------------------------------------------------
@@ -113,6 +152,13 @@ class Graft:
     @property
     def site(self) -> sites.Site:
         return self.layer.site
+
+    @property
+    def weight(self) -> Tensor:
+        """The base's frozen weight [out, in, *kernel], fp32."""
+        original = self.layer.original
+        weight = sites.read_weight(self.base) if original is None else original[0]
+        return weight.detach().float()
 
     def over(self, vector: Tensor, y: Tensor) -> Tensor:
         """`vector` [out] shaped to stand over the layer's output `y`."""
@@ -150,7 +196,7 @@ class AdaptedLayer(nn.Module):
         self.merged: list[str] = []
         self.disabled = False
         self.rows: Rows | None = None
-        self._original: tuple[Tensor, Tensor | None] | None = None
+        self.original: tuple[Tensor, Tensor | None] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -180,8 +226,8 @@ class AdaptedLayer(nn.Module):
         self.grafts[name] = graft
         for home, made in graft.create().items():
             if home not in self._modules:
-                leafs = nn.ModuleDict() if isinstance(made, nn.Module) else nn.ParameterDict()
-                self.add_module(home, leafs)
+                leafs = nn.ModuleDict() if isinstance(made, nn.Module) else Tensors()
+                self.add_module(home, leafs.train(self.training))
             getattr(self, home)[name] = made
 
     def remove(self, name: str) -> None:
@@ -192,12 +238,12 @@ class AdaptedLayer(nn.Module):
         self.active = tuple(n for n in self.active if n != name)
 
     def _homes(self) -> list[Any]:
-        return [m for m in self.children() if isinstance(m, (nn.ModuleDict, nn.ParameterDict))]
+        return [m for m in self.children() if isinstance(m, (nn.ModuleDict, Tensors))]
 
     def held(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The parameters of adapter `name`, each under its name in files."""
         for home, leafs in self.named_children():
-            if not isinstance(leafs, (nn.ModuleDict, nn.ParameterDict)) or name not in leafs:
+            if not isinstance(leafs, (nn.ModuleDict, Tensors)) or name not in leafs:
                 continue
             leaf = leafs[name]
             if isinstance(leaf, Bare):
@@ -241,7 +287,7 @@ class AdaptedLayer(nn.Module):
         inside = [g for g in using if type(g) is not type(outermost)]
         seen = x
         for graft in side_by_side:
-            seen = graft.before(seen)
+            seen, base = graft.before(seen), graft.instead(base)
         y = self._through(seen, inside, base)
         for graft in side_by_side:
             y = graft.after(x, y)
@@ -281,8 +327,8 @@ class AdaptedLayer(nn.Module):
                 f"merging {names} into {chosen[0].path} gives values that are not finite; "
                 "this layer is as it was"
             )
-        if keep and self._original is None:
-            self._original = (before.clone(), None if held is None else held.clone())
+        if keep and self.original is None:
+            self.original = (before.clone(), None if held is None else held.clone())
         sites.write_weight(base, weight)
         if bias is not None and held is not None:
             held.copy_(bias)
@@ -291,13 +337,13 @@ class AdaptedLayer(nn.Module):
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the original weight back, exactly."""
-        if self._original is None:
+        if self.original is None:
             return
-        weight, bias = self._original
+        weight, bias = self.original
         sites.write_weight(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
-        self.merged, self._original = [], None
+        self.merged, self.original = [], None
 
 
 class Rows:

@@ -130,12 +130,12 @@ class PeftModel(nn.Module):
         model = self.get_base_model()
         if not isinstance(peft_config, LayerConfig):
             raise ConfigError(f"{type(peft_config).__name__} names no method")
-        peft_config = inject.inject(model, adapter_name, peft_config)
-        if not autocast_adapter_dtype:
-            self._as_base(adapter_name)
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
         named = peft_config.base_model_name_or_path or origin
-        self.peft_config[adapter_name] = replace(peft_config, base_model_name_or_path=named)
+        config = replace(peft_config, base_model_name_or_path=named)
+        self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
+        if not autocast_adapter_dtype:
+            self._as_base(adapter_name)
 
     def _as_base(self, name: str) -> None:
         for layer in self._layers():
@@ -151,8 +151,8 @@ class PeftModel(nn.Module):
             raise ConfigError("set_adapter needs a name; disable_adapter() computes without any")
         for name in wanted:
             self._known(name)
-        inject.activate(self.base_model.model, wanted, not inference_mode)
-        for _, parameter in state.bias_parameters(self.get_base_model(), self._known(wanted[0])):
+        inject.activate(self.get_base_model(), wanted, not inference_mode, self.base_model)
+        for _, parameter in state.bias_parameters(self.base_model, self._known(wanted[0])):
             parameter.requires_grad_(not inference_mode)
         self._active = wanted
 
@@ -168,7 +168,7 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 f"{adapter_name!r} is the only adapter; use unload() for the bare model"
             )
-        inject.remove(self.get_base_model(), adapter_name)
+        inject.remove(self.get_base_model(), adapter_name, self.base_model)
         del self.peft_config[adapter_name]
         left = tuple(n for n in self._active if n != adapter_name)
         if left != self._active:
@@ -256,7 +256,7 @@ class PeftModel(nn.Module):
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
-        found = state.tensors_of(self.get_base_model(), self._known(name), name)
+        found = state.tensors_of(self.base_model, self._known(name), name)
         return {state.PREFIX + key: tensor for key, tensor in found.items()}
 
     def save_pretrained(

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
 from topwork.peft.config import PeftConfig
-from topwork.peft.inject import layers_of
+from topwork.peft.inject import banks_of, layers_of
 from topwork.peft.layer import AdaptedLayer, SavedModule
 
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
+PREFIX = "base_model."
 
 
 def bias_parameters(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Parameter]]:
@@ -44,21 +44,26 @@ def _within_adapter(model: nn.Module, name: str) -> bool:
     return False
 
 
-def tensors_of(model: nn.Module, config: PeftConfig, name: str) -> dict[str, Tensor]:
-    """The adapter's tensors of a bare `model`, by their names in files less `PREFIX`."""
+def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tensor]:
+    """The adapter's tensors by their names below `home`; in files `PREFIX` stands before them."""
     state: dict[str, Tensor] = {}
-    for path, module in model.named_modules():
+    if getattr(config, "save_projection", True):
+        state = {key: bank[name] for key, bank in banks_of(home) if name in bank}
+    for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
             state |= {f"{path}.{key}": tensor for key, tensor in module.held(name)}
         elif isinstance(module, SavedModule) and name in module.modules_to_save:
             trained = module.modules_to_save[name].state_dict(keep_vars=True)
             state |= {f"{path}.{key}": tensor for key, tensor in trained.items()}
-    return state | dict(bias_parameters(model, config))
+    return state | dict(bias_parameters(home, config))
 
 
 @torch.no_grad()
 def fill(wanted: dict[str, Tensor], given: dict[str, Tensor], source: str) -> None:
     """Copy `given` into `wanted`, which must have the same names and shapes."""
+    shared = {key.rpartition(".")[2] for key in wanted if key.count(".") == 1}
+    # peft repeats in each layer what the layers share.
+    given = {k: v for k, v in given.items() if k in wanted or k.rpartition(".")[2] not in shared}
     missing, unexpected = sorted(set(wanted) - set(given)), sorted(set(given) - set(wanted))
     wrong = [
         f"{k} {list(given[k].shape)} in the file, {list(wanted[k].shape)} here"
