@@ -136,3 +136,44 @@ def test_describe_tells_the_stack():
 
 def test_each_family_has_cases():
     assert all(len(family(name).CASES) >= 3 for name in NAMES)
+
+
+def test_the_gelu_of_gemmas_first_files_is_its_tanh_form():
+    models = [
+        build(model_type="gemma", head_dim=8, num_key_value_heads=1, hidden_act=act)
+        for act in ("gelu", "gelu_pytorch_tanh")
+    ]
+    ids = torch.arange(9)[None]
+    assert torch.equal(*(model(ids).logits for model in models))
+
+
+def test_an_option_without_meaning_here_is_refused():
+    with pytest.raises(ConfigError, match="use_bidirectional_attention=True is not supported"):
+        build(model_type="gemma", head_dim=8, use_bidirectional_attention=True)
+
+
+@pytest.mark.parametrize("rate", ["resid_pdrop", "embd_pdrop"])
+def test_dropout_acts_in_training_alone(rate):
+    model = build(model_type="phi", **{rate: 0.5})
+    ids = torch.arange(9)[None]
+    assert not torch.equal(model.train()(ids).logits, model(ids).logits)
+    assert torch.equal(model.eval()(ids).logits, model(ids).logits)
+
+
+def test_token_logprobs_pass_the_heads_scale_and_softcap():
+    model = build(model_type="gemma2", head_dim=8, final_logit_softcapping=0.1)
+    ids = torch.randint(0, 31, (1, 9))
+    found = model.token_logprobs(model.backbone(ids)[0, :-1], ids[0, 1:])
+    torch.testing.assert_close(-found.mean(), model(ids, labels=ids).loss)
+
+
+def test_checkpointed_blocks_of_every_placing_of_norms_give_the_same_gradients():
+    for kind in ("gemma2", "olmo2", "cohere"):
+        model = build(model_type=kind, head_dim=8).train()
+        ids = torch.randint(0, 31, (1, 9))
+        model(ids, labels=ids).loss.backward()
+        wanted = [p.grad.clone() for p in model.parameters()]
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        model(ids, labels=ids).loss.backward()
+        assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted))

@@ -6,10 +6,10 @@ from topwork.models.auto import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    describe,
 )
 from topwork.models.base import CausalLMOutput, CausalModel, Model
 from topwork.models.config import Config
+from topwork.models.describe import describe
 
 __all__ = [
     "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",

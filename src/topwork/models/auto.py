@@ -1,10 +1,9 @@
-"""From a configuration to its model: the Auto classes and `describe`."""
+"""From a configuration to its model: the Auto classes."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,9 +12,9 @@ import torch
 from topwork import hub, weights
 from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.models import families
-from topwork.models.base import CausalModel
+from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
-from topwork.models.decoder import DECODER_MODELS, DecoderSpec
+from topwork.models.decoder import DECODER_MODELS
 
 
 class AutoConfig:
@@ -153,9 +152,7 @@ def initialise(model: Any, names: Iterable[str]) -> None:
             torch.nn.init.zeros_(parameter)
 
 
-def _start_fresh(
-    model: torch.nn.Module, report: weights.LoadReport, device: str | torch.device
-) -> None:
+def _start_fresh(model: Model, report: weights.LoadReport, device: str | torch.device) -> None:
     dtype = model.get_parameter(report.loaded[0]).dtype if report.loaded else None
     for name in report.fresh:
         path, _, leaf = name.rpartition(".")
@@ -175,18 +172,3 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
         names = ("auto", "float32", "bfloat16", "float16")
         raise ConfigError(f"dtype={dtype!r} is not known{nearest(str(dtype), names)}")
     return found
-
-
-def describe(model: CausalModel) -> str:
-    """The resolved stack in a few lines: sizes, and each run of equal layers once."""
-    spec: DecoderSpec = model.trunk.spec
-    lines = [
-        f"{model.config.model_type}: {model.num_parameters():,} parameters, {model.dtype}",
-        f"embedding {spec.vocab} x {spec.hidden}{', tied to the head' if spec.tied else ''}",
-    ]
-    at = 0
-    for layer, run in groupby(spec.layers):
-        count = len(list(run))
-        lines.append(f"layers {at}-{at + count - 1}: {layer.attention}; {layer.mlp}")
-        at += count
-    return "\n".join([*lines, f"RmsNorm eps={spec.norm_eps}; context {spec.context}"])

@@ -184,6 +184,10 @@ class ConfigReader:
         self._read.add(key)
         return key in self._values
 
+    def get(self, key: str, default: Any) -> Any:
+        """The value of `key`; `default` only when it is absent: null is a value here."""
+        return self(key) if self.has(key) else default
+
     def need(self, key: str) -> Any:
         """The value of `key`, which must be there."""
         value = self(key)
@@ -193,6 +197,15 @@ class ConfigReader:
                 f"{nearest(key, self._values)}"
             )
         return value
+
+    def only(self, key: str, *values: Any) -> None:
+        """Read `key`, which must be absent, null or one of `values`."""
+        value = self(key)
+        if value is not None and value not in values:
+            raise ConfigError(
+                f"{key}={value!r} is not supported for model_type {self.model_type!r}, only "
+                + ", ".join(repr(v) for v in values)
+            )
 
     def ignore(self, *keys: str) -> None:
         """Count `keys` as read: in this family they have no effect here."""

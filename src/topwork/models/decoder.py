@@ -3,15 +3,19 @@
 x = embed(ids)
 for each layer:   x = x + attention(norm(x));   x = x + mlp(norm(x))
 logits = head(norm(x))
+
+Where norms stand (before a branch, behind it, both), and which attention and MLP a layer has, is
+the spec's to say.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,47 +24,119 @@ from topwork.models.base import CausalModel, Model
 from topwork.models.config import Config
 from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
 from topwork.nn.cache import KVCache
-from topwork.nn.layers import Attention, AttentionSpec, Mlp, MlpSpec, RmsNorm
-from topwork.nn.rotary import rotary_table
+from topwork.nn.layers import AttentionSpec, ScaledEmbedding
+from topwork.nn.norms import NormSpec
 from topwork.weights import PLAIN, Table
+
+
+class FeedForward(Protocol):
+    """The spec of what stands behind attention in a block."""
+
+    def build(self, hidden: int) -> nn.Module: ...
+
+
+@dataclass(frozen=True)
+class BlockNorms:
+    """Under which names a block's norms stand around its two branches; None: no norm there."""
+
+    attention_in: str | None = "input_layernorm"
+    attention_out: str | None = None
+    mlp_in: str | None = "post_attention_layernorm"
+    mlp_out: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        places = (self.attention_in, self.attention_out, self.mlp_in, self.mlp_out)
+        return tuple(name for name in places if name is not None)
+
+
+PRE_NORMS = BlockNorms()
+ONE_NORM = BlockNorms(mlp_in=None)  # of a parallel block
+POST_NORMS = BlockNorms(None, "post_attention_layernorm", None, "post_feedforward_layernorm")
+SANDWICH_NORMS = BlockNorms(
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """What one block is made of."""
+    """What one block is made of.
+
+    `parallel`: the MLP reads what attention reads. `residual` multiplies each branch before it is
+    added; `dropout`: the rates on the two branches, in training. `mlp_name`: the MLP's name in the
+    checkpoint.
+    """
 
     attention: AttentionSpec
-    mlp: MlpSpec
+    mlp: FeedForward
+    norms: BlockNorms = PRE_NORMS
+    parallel: bool = False
+    residual: float = 1.0
+    dropout: tuple[float, float] = (0.0, 0.0)
+    mlp_name: str = "mlp"
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """logits = softcap(scale · (W x + b))."""
+
+    bias: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
 
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """A whole decoder: sizes and one spec per layer."""
+    """A whole decoder: sizes and one spec per layer.
+
+    `embedding_scale` belongs to the embedding (rounded to its dtype), `input_scale` multiplies
+    whatever enters, given embeddings too; `embedding_dropout` acts on it in training.
+    """
 
     vocab: int
     hidden: int
     context: int
-    norm_eps: float
+    norm: NormSpec
     layers: tuple[LayerSpec, ...]
     tied: bool = False
+    embedding_scale: float = 1.0
+    input_scale: float = 1.0
+    embedding_dropout: float = 0.0
+    head: HeadSpec = HeadSpec()
     table: Table = PLAIN
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each behind a norm and added to the stream."""
+    """One layer: attention, then the MLP, each between its norms and added to the stream."""
 
-    def __init__(self, spec: LayerSpec, hidden: int, eps: float, index: int) -> None:
+    def __init__(self, spec: LayerSpec, hidden: int, norm: NormSpec, index: int) -> None:
         super().__init__()
-        self.self_attn = Attention(spec.attention, hidden, eps, index)
-        self.mlp = Mlp(spec.mlp, hidden)
-        self.input_layernorm = RmsNorm(hidden, eps)
-        self.post_attention_layernorm = RmsNorm(hidden, eps)
+        self.spec = spec
+        self.self_attn = spec.attention.build(hidden, index)
+        self.add_module(spec.mlp_name, spec.mlp.build(hidden))
+        for name in spec.norms.names():
+            self.add_module(name, norm.build(hidden))
 
     def forward(
         self, x: Tensor, tables: dict[Any, Any], layout: ops.Layout, cache: KVCache | None
     ) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), tables, layout, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        norms, mlp = self.spec.norms, getattr(self, self.spec.mlp_name)
+        seen = self._norm(norms.attention_in, x)
+        branch = self._norm(norms.attention_out, self.self_attn(seen, tables, layout, cache))
+        after = self._added(x, branch, self.spec.dropout[0])
+        if not self.spec.parallel:
+            seen = self._norm(norms.mlp_in, after)
+        return self._added(after, self._norm(norms.mlp_out, mlp(seen)), self.spec.dropout[1])
+
+    def _norm(self, name: str | None, x: Tensor) -> Tensor:
+        return x if name is None else getattr(self, name)(x)
+
+    def _added(self, x: Tensor, branch: Tensor, dropout: float) -> Tensor:
+        if dropout and self.training:
+            branch = F.dropout(branch, dropout)
+        return x + branch if self.spec.residual == 1 else x + branch * self.spec.residual
 
 
 class Decoder(nn.Module):
@@ -71,11 +147,15 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
-        self.layers = nn.ModuleList(
-            Block(layer, spec.hidden, spec.norm_eps, i) for i, layer in enumerate(spec.layers)
+        self.embed_tokens = (
+            nn.Embedding(spec.vocab, spec.hidden)
+            if spec.embedding_scale == 1
+            else ScaledEmbedding(spec.vocab, spec.hidden, spec.embedding_scale)
         )
-        self.norm = RmsNorm(spec.hidden, spec.norm_eps)
+        self.layers = nn.ModuleList(
+            Block(layer, spec.hidden, spec.norm, i) for i, layer in enumerate(spec.layers)
+        )
+        self.norm = spec.norm.build(spec.hidden)
         self.checkpointing = False
 
     @property
@@ -93,8 +173,12 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """ids [B, T] or embeddings [B, T, C], `positions` [B, T] → hidden [B, T, C]."""
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        kinds = {layer.attention.rotary for layer in self.spec.layers}
-        tables = {kind: rotary_table(kind, positions, x.dtype) for kind in kinds}
+        if self.spec.input_scale != 1:
+            x = x * self.spec.input_scale
+        if self.spec.embedding_dropout and self.training:
+            x = F.dropout(x, self.spec.embedding_dropout)
+        parts = {part for layer in self.spec.layers for part in layer.attention.positional()}
+        tables = {part: part.table(positions, x.dtype) for part in parts}
         for block in self.layers:
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, tables, layout, cache, use_reentrant=False)
@@ -109,7 +193,7 @@ class CausalDecoder(CausalModel):
     def __init__(self, config: Config, spec: DecoderSpec) -> None:
         super().__init__(config)
         self.model = Decoder(spec)
-        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False)
+        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=spec.head.bias)
         self.table = table_of(spec)
         self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {}
         self.tie_weights()
@@ -125,6 +209,21 @@ class CausalDecoder(CausalModel):
     @property
     def windows(self) -> list[int | None]:
         return [layer.attention.window for layer in self.model.spec.layers]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., C]."""
+        spec, logits = self.model.spec.head, self.lm_head(hidden)
+        if spec.scale != 1:
+            logits = logits * spec.scale
+        if spec.softcap is not None:
+            logits = spec.softcap * torch.tanh(logits / spec.softcap)
+        return logits
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""
+        if self.model.spec.head == HeadSpec():
+            return super().token_logprobs(hidden, targets)
+        return ops.token_logprobs_of(self.head, hidden, targets)
 
 
 def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:

@@ -1,4 +1,4 @@
-"""Rotary position tables: default, linear, dynamic NTK, llama3 and yarn scaling."""
+"""Rotary position tables: default, linear, dynamic NTK, llama3, yarn, longrope, proportional."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topwork.errors import ConfigError, nearest
 
-SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn")
+SCALINGS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,9 @@ class RotarySpec:
 
     `dim` is the rotated width, `theta` the base, `context` the model's max_position_embeddings
     and `original` the length of pre-training where a scaling stretches it. `interleaved`:
-    neighbouring dimensions turn together, else those half the width apart.
+    neighbouring dimensions turn together, else those half the width apart. `wide`: cos and sin stay
+    fp32, and so does the turn. longrope divides the angles by `short_factor`, beyond the original
+    length by `long_factor`; proportional turns only the first `share` of them.
     """
 
     dim: int
@@ -37,6 +39,10 @@ class RotarySpec:
     mscale_all_dim: float | None = None
     truncate: bool = True
     interleaved: bool = False
+    wide: bool = False
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:
@@ -46,10 +52,20 @@ class RotarySpec:
             )
         if self.dim % 2 or self.dim <= 0:
             raise ConfigError(f"rotary width {self.dim} must be even and positive")
+        for name in ("short_factor", "long_factor"):
+            if self.kind == "longrope" and len(getattr(self, name)) != self.dim // 2:
+                raise ConfigError(
+                    f"longrope needs {self.dim // 2} numbers in {name}, got "
+                    f"{len(getattr(self, name))}"
+                )
+
+    def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """cos and sin for integer `positions` [B, T]; see `rotary_table`."""
+        return rotary_table(self, positions, dtype)
 
 
 def inverse_frequencies(spec: RotarySpec, length: int) -> Tensor:
-    """Angles per position [dim/2], fp32. `length`: tokens in sight (only "dynamic" looks at it)."""
+    """Angles per position [dim/2], fp32. `length`: tokens in sight ("dynamic", "longrope")."""
     steps = torch.arange(0, spec.dim, 2, dtype=torch.int64).float() / spec.dim
     if spec.kind == "dynamic":
         length = max(length, spec.context)
@@ -62,6 +78,12 @@ def inverse_frequencies(spec: RotarySpec, length: int) -> Tensor:
         return _llama3(spec, plain)
     if spec.kind == "yarn":
         return _yarn(spec, plain)
+    if spec.kind == "longrope":
+        factors = spec.long_factor if length > spec.original else spec.short_factor
+        return plain / torch.tensor(factors)
+    if spec.kind == "proportional":
+        turning = int(spec.share * spec.dim // 2)
+        return plain / spec.factor * (torch.arange(spec.dim // 2) < turning)
     return plain
 
 
@@ -91,11 +113,14 @@ def _yarn(spec: RotarySpec, plain: Tensor) -> Tensor:
 
 
 def attention_factor(spec: RotarySpec) -> float:
-    """By what cos and sin are multiplied (yarn's temperature)."""
-    if spec.kind != "yarn":
+    """By what cos and sin are multiplied (the temperature of yarn and longrope)."""
+    if spec.kind not in ("yarn", "longrope"):
         return 1.0
     if spec.attention_factor is not None:
         return spec.attention_factor
+    if spec.kind == "longrope":
+        stretched = spec.factor > 1
+        return math.sqrt(1 + math.log(spec.factor) / math.log(spec.original)) if stretched else 1.0
 
     def temperature(weight: float) -> float:
         return 1.0 if spec.factor <= 1 else 0.1 * weight * math.log(spec.factor) + 1.0
@@ -106,8 +131,10 @@ def attention_factor(spec: RotarySpec) -> float:
 
 
 def rotary_table(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, dim/2] in `dtype` for integer `positions` [B, T]; computed in fp32."""
-    length = int(positions.max()) + 1 if spec.kind == "dynamic" and positions.numel() else 0
+    """cos and sin [B, T, dim/2] in `dtype` for integer `positions` [B, T]; formed in fp32."""
+    moving = spec.kind in ("dynamic", "longrope") and positions.numel()
+    length = int(positions.max()) + 1 if moving else 0
+    dtype = torch.float32 if spec.wide else dtype
     angles = positions[..., None].float() * inverse_frequencies(spec, length).to(positions.device)
     factor = attention_factor(spec)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -12,42 +12,49 @@ from topwork.ops.native import elementwise as native
 
 
 @Op
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`weight` · x / √(mean(x²) + eps) over the last axis; computed in fp32, `x`'s dtype out."""
-    wide = x.float()
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    return weight * wide.to(x.dtype)
+def rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool = False) -> Tensor:
+    """`weight` · x / √(mean(x²) + eps) over the last axis; computed in fp32, `x`'s dtype out.
+
+    The quotient is rounded to `x`'s dtype before the weight multiplies it, or, if `wide`, after.
+    """
+    unit = x.float()
+    unit = unit * torch.rsqrt(unit.pow(2).mean(-1, keepdim=True) + eps)
+    return (weight * unit).to(x.dtype) if wide else weight * unit.to(x.dtype)
 
 
-def _frozen_weight(x: Tensor, weight: Tensor, eps: float) -> bool:
+def _frozen_weight(x: Tensor, weight: Tensor, eps: float, wide: bool = False) -> bool:
     return x.requires_grad and torch.is_grad_enabled() and not weight.requires_grad
 
 
 @rms_norm.variant("recompute", when=_frozen_weight)
-def recomputing_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def recomputing_rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool = False) -> Tensor:
     """Saves `x` and one number per row; no gradient for the frozen weight."""
-    return _RmsNorm.apply(x, weight, eps)
+    return _RmsNorm.apply(x, weight, eps, wide)
 
 
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # type: ignore[override]
-        if native.serves(x, weight):
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, eps: float, wide: bool
+    ) -> Tensor:
+        if (not wide or x.dtype == torch.float32) and native.serves(x, weight):
             y, inverse = native.rms_norm(x, weight, eps)
             ctx.save_for_backward(x, weight, inverse)
             return y
-        wide = x.float()
-        inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-        ctx.save_for_backward(x, weight, inverse)
-        return (wide * inverse).to(x.dtype).mul_(weight)
+        unit = x.float()
+        inverse = torch.rsqrt(unit.pow(2).mean(-1, keepdim=True) + eps)
+        ctx.save_for_backward(x, weight, inverse.flatten())
+        if wide:
+            return (unit * inverse).mul_(weight).to(x.dtype)
+        return (unit * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         x, weight, inverse = ctx.saved_tensors
         if native.serves(dy, x, weight):
-            return native.rms_norm_backward(dy, x, weight, inverse), None, None
+            return native.rms_norm_backward(dy, x, weight, inverse), None, None, None
         inverse = inverse.view(*x.shape[:-1], 1)
         unit = x.float().mul_(inverse)
         dunit = (dy * weight).float()
         along = (dunit * unit).mean(-1, keepdim=True)
-        return dunit.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None
+        return dunit.addcmul_(unit, along, value=-1).mul_(inverse).to(x.dtype), None, None, None

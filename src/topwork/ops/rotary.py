@@ -16,6 +16,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     """Turn the first R dimensions of `x` [B, T, H, D] by angles given as cos, sin [B, T, R/2].
 
     Dimension i turns with i + R/2, or, if `interleaved`, 2i with 2i + 1; those from R on stay.
+    With fp32 tables the turn is computed in fp32.
     """
     width = 2 * cos.shape[-1]
     c, s = cos.unsqueeze(-2), sin.unsqueeze(-2)  # [B, T, 1, R/2]
@@ -26,6 +27,7 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Te
     else:
         first, second = turning.chunk(2, dim=-1)
         turned = torch.cat((first * c - second * s, second * c + first * s), dim=-1)
+    turned = turned.to(x.dtype)
     return turned if width == x.shape[-1] else torch.cat((turned, x[..., width:]), dim=-1)
 
 

@@ -8,7 +8,7 @@ from topwork.models.gpt import GptAttentionSpec, GptLayerSpec, GptMlpSpec, GptSp
 TINY = gpt2.TINY
 CASES = [
     {},
-    {"multi_query": False, "activation_function": "gelu_new"},
+    {"multi_query": False, "activation_function": "relu"},
     {"scale_attn_weights": False, "layer_norm_epsilon": 0.1},
     {"tie_word_embeddings": True, "n_inner": None, "activation_function": "gelu"},
 ]

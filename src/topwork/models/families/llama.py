@@ -2,7 +2,7 @@
 
 from topwork.models.config import ConfigReader
 from topwork.models.decoder import DecoderSpec
-from topwork.models.families._common import llama_like
+from topwork.models.families._common import gated, llama_like
 
 CASES = [
     {},
@@ -29,9 +29,13 @@ CASES = [
             "mscale_all_dim": 0.4, "truncate": False, "original_max_position_embeddings": 32,
         },
     },
+    {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1000.0, "factor": 2.0,
+                         "partial_rotary_factor": 0.5}},
 ]  # fmt: skip
 
 
 def spec(read: ConfigReader) -> DecoderSpec:
     bias = read("attention_bias", False)
-    return llama_like(read, qkv_bias=bias, out_bias=bias, mlp_bias=read("mlp_bias", False))
+    return llama_like(
+        read, qkv_bias=bias, out_bias=bias, mlp=gated(read, bias=read("mlp_bias", False))
+    )

@@ -2,7 +2,8 @@
 
 from topwork.models.config import ConfigReader
 from topwork.models.decoder import DecoderSpec
-from topwork.models.families._common import llama_like, windows_by_layer
+from topwork.models.families._common import llama_like, rms, windows_by_layer
+from topwork.nn.layers import QkNorm
 
 CASES = [
     {"head_dim": 24},
@@ -19,6 +20,6 @@ def spec(read: ConfigReader) -> DecoderSpec:
         windows=windows_by_layer(read),
         qkv_bias=bias,
         out_bias=bias,
-        qk_norm=True,
+        qk_norm=QkNorm(rms(read)),
         head_dim=128,
     )
