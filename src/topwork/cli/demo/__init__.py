@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import importlib.util
+import re
 import time
 from collections.abc import Sequence
 from importlib import resources
@@ -104,7 +105,7 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]]) -> list[
             prompts[at : at + 50], padding=True, return_tensors="pt", add_special_tokens=False
         )
         out = model.generate(
-            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=8
+            batch["input_ids"], attention_mask=batch["attention_mask"], max_new_tokens=12
         )
         new = out[:, batch["input_ids"].shape[1] :]
         said += tokenizer.batch_decode(new, skip_special_tokens=True)
@@ -112,9 +113,14 @@ def answers(model: Any, tokenizer: Any, rows: Sequence[dict[str, str]]) -> list[
 
 
 def accuracy(said: Sequence[str], rows: Sequence[dict[str, str]]) -> float:
-    """Share of answers that are the category (case and a final stop aside)."""
-    right = [a.strip().rstrip(".").lower() == row["category"] for a, row in zip(said, rows)]
-    return sum(right) / len(right)
+    """Share of answers that name the right category, anywhere in them, before any other."""
+    return sum(named(text) == row["category"] for text, row in zip(said, rows)) / len(rows)
+
+
+def named(text: str) -> str | None:
+    """The first category that `text` names."""
+    words = re.findall(r"[a-z]+", text.lower())
+    return next((word for word in words if word in CATEGORIES), None)
 
 
 def _short(text: str) -> str:
