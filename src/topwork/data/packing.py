@@ -20,13 +20,14 @@ STRATEGIES = ("bfd", "wrapped")
 class Batch:
     """Documents one after the other in a single row; no padding.
 
-    `input_ids` [1, T] with their `lengths`; hidden state `positions` [N] predicts `targets` [N];
-    `rows` are the numbers of the rows inside, and `owners` [N] says which document (by its place
-    in `lengths`) each target belongs to.
+    `input_ids` [1, T] with their `lengths`, in which (P, n, m …) is a prompt of P tokens shared by
+    answers of n, m … tokens; hidden state `positions` [N] predicts `targets` [N]; `rows` are the
+    numbers of the rows inside, and `owners` [N] says which document (answers count one by one)
+    each target belongs to.
     """
 
     input_ids: Tensor
-    lengths: tuple[int, ...]
+    lengths: tuple[int | tuple[int, ...], ...]
     positions: Tensor
     targets: Tensor
     owners: Tensor

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork import ops, weights
 from topwork.errors import ConfigError
 from topwork.models.config import Config
-from topwork.models.packing import Padding, check_lengths, packed_positions
+from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
 from topwork.nn.cache import KVCache
 
 
@@ -113,7 +113,7 @@ def backbone(
     *,
     inputs_embeds: Tensor | None = None,
     positions: Tensor | None = None,
-    lengths: tuple[int, ...] | None = None,
+    lengths: ops.Lengths | None = None,
     attention_mask: Tensor | None = None,
     cache: KVCache | None = None,
 ) -> Tensor:
@@ -192,7 +192,7 @@ class CausalModel(Model):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool = False,
-        lengths: tuple[int, ...] | None = None,
+        lengths: ops.Lengths | None = None,
         logits_to_keep: int = 0,
     ) -> CausalLMOutput:
         """The familiar call. `labels` [B, T] are not shifted; -100 marks tokens without loss."""
@@ -212,7 +212,9 @@ class CausalModel(Model):
         if labels is not None:
             following = F.pad(labels, (0, 1), value=-100)[:, 1:]
             if lengths is not None:
-                ends = torch.tensor(lengths).cumsum(0) - 1
+                if any(isinstance(n, tuple) for n in lengths):
+                    raise ConfigError("labels need plain lengths; for branches use token_logprobs")
+                ends = document_ends(lengths, following.device)
                 following = following.clone()
                 following[0, ends.to(following.device)] = -100
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
@@ -229,7 +231,7 @@ class CausalModel(Model):
 
 
 def _positions(
-    given: Tensor, lengths: tuple[int, ...] | None, keep: Tensor | None, past: int
+    given: Tensor, lengths: ops.Lengths | None, keep: Tensor | None, past: int
 ) -> Tensor:
     batch, tokens = given.shape[:2]
     if lengths is not None:

@@ -310,7 +310,7 @@ class Gpt(nn.Module):
         """ids [B, T] or embeddings [B, T, C], `positions` [B, T] → hidden [B, T, C]."""
         spec, names = self.spec, self.spec.names
         x = at(self, names.embed)(input_ids) if inputs_embeds is None else inputs_embeds
-        longest = max(layout.lengths) if layout.lengths else layout.past + x.shape[1]
+        longest = layout.longest if layout.lengths else layout.past + x.shape[1]
         if spec.inner != spec.hidden:
             x = at(self, names.project_in)(x)
         if spec.learned is not None:

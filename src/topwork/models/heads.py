@@ -9,9 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topwork import ops
 from topwork.errors import ConfigError, nearest
 from topwork.models.base import Model, backbone
 from topwork.models.config import Config
+from topwork.models.packing import document_ends
 from topwork.nn.cache import KVCache
 from topwork.weights import Table
 
@@ -67,12 +69,12 @@ def last_tokens(
     *,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
-    lengths: tuple[int, ...] | None,
+    lengths: ops.Lengths | None,
     pad: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Row and column of each text's last token that is no padding."""
     if lengths is not None:
-        ends = torch.tensor(lengths).cumsum(0) - 1
+        ends = document_ends(lengths, torch.device("cpu"))
         return torch.zeros_like(ends), ends
     rows = torch.arange(batch)
     if attention_mask is not None:
@@ -133,7 +135,7 @@ class SequenceClassifier(_OneTrunk):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None,
+        lengths: ops.Lengths | None = None,
     ) -> ClassifierOutput:
         """`labels`: [B] of classes, or of values (regression), or [B, labels] of yes and no."""
         hidden = self.backbone(
@@ -166,7 +168,7 @@ class TokenClassifier(_OneTrunk):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        lengths: tuple[int, ...] | None = None,
+        lengths: ops.Lengths | None = None,
     ) -> ClassifierOutput:
         """`labels` [B, T] of classes; -100 marks tokens without loss."""
         hidden = self.backbone(
@@ -219,7 +221,7 @@ class BareModel(Model):
         past_key_values: KVCache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
-        lengths: tuple[int, ...] | None = None,
+        lengths: ops.Lengths | None = None,
     ) -> BaseOutput:
         cache = past_key_values
         if cache is None and use_cache:

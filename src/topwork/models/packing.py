@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
+from topwork.ops import Lengths
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,32 @@ class Padding:
         return rows.masked_scatter(self.keep[..., None], packed[0])
 
 
-def check_lengths(lengths: tuple[int, ...], batch: int, tokens: int) -> None:
+def check_lengths(lengths: Lengths, batch: int, tokens: int) -> None:
     """ConfigError unless the documents fill the single row that they are packed in."""
-    if batch != 1 or sum(lengths) != tokens:
+    total = sum(sum(n) if isinstance(n, tuple) else n for n in lengths)
+    if batch != 1 or total != tokens:
         raise ConfigError(
             f"lengths={lengths} must sum to the {tokens} tokens of a single row, got batch {batch}"
         )
 
 
-def packed_positions(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """Each token's place in its own document, [1, N]."""
-    return torch.cat([torch.arange(n, device=device) for n in lengths])[None]
+def packed_positions(lengths: Lengths, device: torch.device) -> Tensor:
+    """Each token's place in its own document, [1, N]; branches go on from their beginning."""
+    pieces = []
+    for entry in lengths:
+        first, *branches = entry if isinstance(entry, tuple) else (entry,)
+        pieces.append(torch.arange(first, device=device))
+        pieces += [torch.arange(first, first + n, device=device) for n in branches]
+    return torch.cat(pieces)[None]
+
+
+def document_ends(lengths: Lengths, device: torch.device) -> Tensor:
+    """The place of each document's last token in the row, a branch counting as a document: [N]."""
+    at, ends = 0, []
+    for entry in lengths:
+        first, *branches = entry if isinstance(entry, tuple) else (0, entry)
+        at += first
+        for size in branches:
+            at += size
+            ends.append(at - 1)
+    return torch.tensor(ends, device=device)

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from topwork import ops
 from topwork.data.packing import Batch
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
     """log p(target) [N] fp32 for each supervised position of `batch`.
 
-    A model with Topwork's contract (`backbone`, `token_logprobs`) computes no padding, and logits
-    for these positions alone; any other gets padded rows and the familiar call.
+    A model with Topwork's contract (`backbone`, `token_logprobs`) computes no padding, shared
+    prompts once, and logits for these positions alone; any other gets padded rows and the familiar
+    call.
     """
     any_model: Any = model
     if callable(getattr(model, "token_logprobs", None)):
@@ -26,9 +28,11 @@ def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
 
 def _padded_logits(model: Any, batch: Batch) -> Tensor:
     """Logits [T, V] of the flat row through right-padded rows."""
-    ids, width = batch.input_ids[0], max(batch.lengths)
-    rows = ids.new_zeros(len(batch.lengths), width)
+    plain = ops.unshared(batch.lengths, batch.input_ids.device)
+    ids, width = batch.input_ids[0, plain.take], max(plain.lengths)
+    rows = ids.new_zeros(len(plain.lengths), width)
     keep = torch.zeros_like(rows)
-    for i, part in enumerate(ids.split(batch.lengths)):
+    for i, part in enumerate(ids.split(plain.lengths)):
         rows[i, : len(part)], keep[i, : len(part)] = part, 1
-    return model(input_ids=rows, attention_mask=keep).logits[keep.bool()]
+    logits = model(input_ids=rows, attention_mask=keep).logits[keep.bool()]
+    return logits[plain.back]

@@ -1,7 +1,7 @@
 """The hot functions: each has one plain torch reference and faster variants beside it."""
 
 from topwork.ops.activation import swiglu
-from topwork.ops.attention import Layout, Rule, ScoreTerms, attention
+from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, attention, unshared
 from topwork.ops.logprobs import token_logprobs, token_logprobs_of
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
@@ -9,6 +9,7 @@ from topwork.ops.rotary import rotary
 
 __all__ = [
     "Layout",
+    "Lengths",
     "LinearParts",
     "LoraTerm",
     "Rule",
@@ -21,4 +22,5 @@ __all__ = [
     "swiglu",
     "token_logprobs",
     "token_logprobs_of",
+    "unshared",
 ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import groupby
 
 import torch
@@ -16,19 +17,71 @@ from torch import Tensor
 from topwork.ops.dispatch import Op
 from topwork.ops.native.attention import has_amx, packed_attention
 
+Lengths = tuple[int | tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Unshared:
+    """Branched documents with each beginning repeated: `lengths` of the plain documents, the rows
+    to `take` for them, and where each row comes `back` from."""
+
+    lengths: tuple[int, ...]
+    take: Tensor
+    back: Tensor
+
+
+def is_branched(lengths: Lengths | None) -> bool:
+    """Whether documents share beginnings."""
+    return lengths is not None and any(isinstance(n, tuple) for n in lengths)
+
+
+@lru_cache(maxsize=8)
+def unshared(lengths: Lengths, device: torch.device) -> Unshared:
+    """How branched documents become plain ones and back; a beginning comes from its first copy."""
+    sizes: list[int] = []
+    take: list[range] = []
+    back: list[range] = []
+    at = out = 0
+    for entry in lengths:
+        first, *branches = entry if isinstance(entry, tuple) else (0, entry)
+        begin = range(at, at + first)
+        back.append(range(out, out + first))
+        at += first
+        for size in branches:
+            take += [begin, range(at, at + size)]
+            back.append(range(out + first, out + first + size))
+            sizes.append(first + size)
+            at, out = at + size, out + first + size
+    rows, places = (torch.tensor([i for r in part for i in r]) for part in (take, back))
+    return Unshared(tuple(sizes), rows.to(device), places.to(device))
+
 
 @dataclass(frozen=True)
 class Layout:
     """Where the rows' tokens lie.
 
     `lengths`: the documents that lie one after the other in a single row (then B is 1 and there is
-    no cache). Otherwise `past` keys stand before the first query, and `keep` [B, S] is False
-    where a key is padding (None: no padding).
+    no cache); (P, n, m …) stands for a shared beginning of P tokens and its branches, each of which
+    goes on from the beginning and does not see the others. Otherwise `past` keys stand before the
+    first query, and `keep` [B, S] is False where a key is padding (None: no padding).
     """
 
-    lengths: tuple[int, ...] | None = None
+    lengths: Lengths | None = None
     past: int = 0
     keep: Tensor | None = None
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document."""
+        sizes = [n[0] + max(n[1:]) if isinstance(n, tuple) else n for n in self.lengths or ()]
+        return max(sizes, default=0)
+
+    @property
+    def documents(self) -> tuple[int, ...]:
+        """`lengths` where no document is branched."""
+        assert self.lengths is not None
+        assert not is_branched(self.lengths)
+        return self.lengths  # type: ignore[return-value]
 
     def tail(self, queries: int, keys: int) -> Layout:
         """The same, where a cache has kept only the last `keys` keys."""
@@ -84,7 +137,7 @@ def visible(layout: Layout, queries: int, keys: int, rule: Rule, device: torch.d
     k = torch.arange(keys, device=device)[None, :]
     mask = k <= q if rule.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
     if layout.lengths is not None:
-        sizes = torch.tensor(layout.lengths, device=device)
+        sizes = torch.tensor(layout.documents, device=device)
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         mask = mask & (owner[:, None] == owner[None, :])
         starts = (sizes.cumsum(0) - sizes)[owner]
@@ -125,7 +178,7 @@ def added_scores(
 def _bias_of(bias: Tensor, layout: Layout, queries: int, keys: int) -> Tensor:
     """The part of `bias` [H, ≥T, ≥S] that belongs to these tokens, [B or 1, H, T, S]."""
     if layout.lengths is not None:
-        q = k = torch.cat([torch.arange(n, device=bias.device) for n in layout.lengths])
+        q = k = torch.cat([torch.arange(n, device=bias.device) for n in layout.documents])
         return bias[None, :, q[:, None], k[None, :]]
     if layout.keep is None:
         return bias[None, :, layout.past : layout.past + queries, :keys]
@@ -172,6 +225,18 @@ def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield length, len(list(same))
 
 
+@attention.variant("branches", when=lambda q, k, v, layout, *a, **kw: is_branched(layout.lengths))
+def branched_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
+) -> Tensor:
+    """Shared beginnings are repeated for the attention alone; all else computes them once."""
+    assert layout.lengths is not None
+    plain = unshared(layout.lengths, q.device)
+    wide_q, wide_k, wide_v = (t.index_select(1, plain.take) for t in (q, k, v))
+    out = attention(wide_q, wide_k, wide_v, Layout(plain.lengths), rule, terms)
+    return out.index_select(1, plain.back)
+
+
 def _tiled(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> bool:
@@ -184,7 +249,10 @@ def _tiled(
         and plain
         and same
         and terms == NO_TERMS
-        and (rule.chunk is None or rule.chunk >= max(layout.lengths or (k.shape[1],)))
+        and (
+            rule.chunk is None
+            or rule.chunk >= max(layout.documents if layout.lengths else (k.shape[1],))
+        )
         and has_amx()
     )
 
@@ -194,7 +262,7 @@ def tiled_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> Tensor:
     """bf16 tiles of the CPU: every document alone, in one call for all of them."""
-    lengths = layout.lengths or (q.shape[1],) * q.shape[0]
+    lengths = layout.documents if layout.lengths else (q.shape[1],) * q.shape[0]
     flat_q, flat_k, flat_v = (t.flatten(0, 1) for t in (q, k, v))
     out = packed_attention(flat_q, flat_k, flat_v, lengths, rule.scale, rule.causal, rule.window)
     return out.view(q.shape)
@@ -205,9 +273,8 @@ def document_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> Tensor:
     """Each document alone; neighbours of one length go as a batch."""
-    assert layout.lengths is not None
     outputs, at = [], 0
-    for length, count in _runs(layout.lengths):
+    for length, count in _runs(layout.documents):
         stop = at + length * count
         one = [t[0, at:stop].unflatten(0, (count, length)) for t in (q, k, v)]
         outputs.append(attention(*one, Layout(), rule, terms).flatten(0, 1))
