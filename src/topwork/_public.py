@@ -32,6 +32,8 @@ HOMES = {
     "SFTTrainer": "topwork.objectives",
     "ShiraConfig": "topwork.peft",
     "TaskType": "topwork.peft",
+    "TextIteratorStreamer": "topwork.generation",
+    "TextStreamer": "topwork.generation",
     "Tokenizer": "topwork.text",
     "TrainerCallback": "topwork.training",
     "TrainingArguments": "topwork.training",

@@ -44,7 +44,7 @@ def generate(
     model: str, prompt: str, adapter: str | None, dtype: str, raw: bool, options: dict[str, Any]
 ) -> None:
     """Print what `model` answers to `prompt`, as it comes."""
-    from topwork.generation import TextStreamer  # pyright: ignore
+    from topwork.generation import TextStreamer
 
     if not prompt:
         raise DataError("the prompt is empty")
@@ -62,7 +62,7 @@ def chat(
     model: str, adapter: str | None, dtype: str, system: str | None, options: dict[str, Any]
 ) -> None:
     """A conversation in the terminal. /new starts another one, /quit or Ctrl-D ends it."""
-    from topwork.generation import TextStreamer  # pyright: ignore
+    from topwork.generation import TextStreamer
 
     net, tokenizer = load(model, adapter, dtype)
     if tokenizer.chat_template is None:

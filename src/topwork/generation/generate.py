@@ -15,6 +15,7 @@ from topwork.generation.config import GenerationConfig
 from topwork.generation.guidance import guided, only_allowed
 from topwork.generation.loop import Criterion, GenerateOutput, Stepper, Streamer, Task, decode
 from topwork.generation.processors import Processor, processors
+from topwork.generation.stopping import StopStrings
 from topwork.nn.cache import KVCache
 
 
@@ -33,20 +34,24 @@ def generate(
     negative_prompt_ids: Tensor | None = None,
     negative_prompt_attention_mask: Tensor | None = None,
     past_key_values: Any = None,
+    tokenizer: Any = None,
     **options: Any,
 ) -> Any:
     """Continue `input_ids` [B, T] (left-padded where `attention_mask` is 0); returns [B, T + new].
 
     Options come from the call, then `generation_config`, or else the model's own files:
     generation_config.json before config.json. Rows that have ended are filled with the padding
-    id. `past_key_values` is a cache from an earlier call that holds the beginning of `input_ids`.
+    id. `stop_strings` needs the `tokenizer`. `past_key_values` is a cache from an earlier call that
+    holds the beginning of `input_ids`.
     With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a prompt
     that is empty, right-padded or too long, or an option that cannot be meant, and TopworkError
     when the logits are not numbers.
     """
     config = resolve_config(model, generation_config, options)
     task = _task(model, input_ids, attention_mask, config, past_key_values)
-    task.streamer, task.criteria = streamer, stopping_criteria
+    task.streamer, task.criteria = streamer, list(stopping_criteria)
+    if config.stop_strings:
+        task.criteria.append(StopStrings(tokenizer, config.stop_strings))
     first, extra = [], [_with_padding(run, task.vocab, config.filler) for run in logits_processor]
     if config.guidance_scale not in (None, 1):
         if config.num_beams > 1 or assistant_model or config.prompt_lookup_num_tokens:

@@ -299,14 +299,42 @@ class Tokenizer:
 
     # -- ids to text -----------------------------------------------------------------------------
 
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        """The text of one row of ids (list or tensor)."""
+    def decode(
+        self,
+        ids: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> Any:
+        """The text of one row of ids (list or tensor), or of each row of a batch.
+
+        `clean_up_tokenization_spaces` takes blanks before punctuation away; by default as
+        tokenizer_config.json says, else not.
+        """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         ids = [ids] if isinstance(ids, int) else list(ids)
-        return self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+        if ids and not isinstance(ids[0], int):
+            return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
+        text = self.core.decode(ids, skip_special_tokens=skip_special_tokens)
+        clean = clean_up_tokenization_spaces
+        if clean is None:
+            clean = self.config.get("clean_up_tokenization_spaces", False)
+        return clean_up(text) if clean else text
 
-    def batch_decode(self, rows: Any, skip_special_tokens: bool = False) -> list[str]:
-        return [self.decode(row, skip_special_tokens) for row in rows]
+    def batch_decode(
+        self,
+        rows: Any,
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+    ) -> list[str]:
+        """The text of each row."""
+        return [self.decode(r, skip_special_tokens, clean_up_tokenization_spaces) for r in rows]
+
+
+def clean_up(text: str) -> str:
+    """`text` without the blanks that cutting English into words puts before its punctuation."""
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
+    return text
 
 
 def _open_end(text: str, chat: Sequence[Any]) -> str:
