@@ -10,10 +10,23 @@ import sys
 import pytest
 import torch
 
-from topwork.ops import Layout, Rule, attention, native, rms_norm, rotary, swiglu, token_logprobs
+from topwork.ops import (
+    Layout,
+    LinearParts,
+    LoraTerm,
+    Rule,
+    attention,
+    lora_linears,
+    native,
+    rms_norm,
+    rotary,
+    swiglu,
+    token_logprobs,
+)
 from topwork.ops.attention import tiled_attention
 from topwork.ops.dropout import drop
 from topwork.ops.native import elementwise
+from topwork.ops.native import lora as thin
 from topwork.ops.native.attention import has_amx
 
 needs_gcc = pytest.mark.skipif(shutil.which("gcc") is None, reason="no gcc")
@@ -173,6 +186,46 @@ def test_kernels_pass_nan_on():
     w = torch.randn(50, 64).bfloat16()
     found = token_logprobs(x, w, torch.tensor([1, 2, 3]))
     assert found.isnan().tolist() == [False, True, False]
+
+
+@needs_amx
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("ranks", [(16, 16, 16), (8, 1, 33), (64, 40)])
+@pytest.mark.parametrize("tokens", [1, 77, 160])
+def test_thin_lora_products_equal_the_torch_form(tokens, ranks, rate, monkeypatch):
+    torch.manual_seed(0)
+    x = torch.randn(tokens, 96).bfloat16()
+    weights = [torch.randn(n, 96).bfloat16() / 10 for n in (64, 32, 160)]
+    matrices = [t for r, w in zip(ranks, weights)
+                for t in (torch.randn(r, 96) / 10, torch.randn(len(w), r))]  # fmt: skip
+
+    def run(x, *m):
+        parts = [
+            LinearParts(w, None, (LoraTerm(a, b, 0.7, rate),))
+            for w, a, b in zip(weights, m[0::2], m[1::2])
+        ]
+        torch.manual_seed(5)
+        return torch.cat(lora_linears(x, parts, True), -1)
+
+    assert thin.serves(x, matrices[0].bfloat16())
+    ours = grads_of(run, [x, *matrices])
+    again = grads_of(run, [x, *matrices])
+    assert all(torch.equal(a, b) for a, b in zip(ours, again))
+    monkeypatch.setattr(thin, "serves", lambda *tensors: False)
+    weights = [w.float() for w in weights]
+    want = grads_of(run, [x.float(), *matrices])
+    close(ours, want, 1.2e-2)
+
+
+@needs_amx
+def test_thin_lora_products_leave_out_the_gradient_of_a_frozen_input():
+    x, weight = torch.randn(40, 64).bfloat16(), torch.randn(32, 64).bfloat16()
+    a, b = torch.randn(4, 64, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    before = x.clone()
+    lora_linears(x, [LinearParts(weight, None, (LoraTerm(a, b, 1.0),))], True)[0].sum().backward()
+    assert torch.equal(x, before)
+    assert a.grad is not None
+    assert a.grad.abs().sum() > 0
 
 
 def test_without_a_compiler_torch_computes_and_the_reason_is_told(tmp_path):

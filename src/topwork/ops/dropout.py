@@ -13,13 +13,18 @@ def new_seed() -> int:
     return int(torch.randint(0, 2**62, ()).item())
 
 
+def cut(rate: float) -> tuple[int, float]:
+    """Below which 16-bit number an element is dropped, and what the others are multiplied by."""
+    return round(rate * 65536), 1.0 / (1.0 - rate)
+
+
 def drop(x: Tensor, rate: float, seed: int, onto: Tensor | None = None) -> Tensor:
     """`x` with elements zeroed with probability `rate` and the others scaled by 1/(1-rate).
 
     With `onto`, that is added to it in place. Each element has sixteen bits that are a hash of
     its index and the seed: the same on every device, with any number of threads.
     """
-    threshold, scale = round(rate * 65536), 1.0 / (1.0 - rate)
+    threshold, scale = cut(rate)
     if native.serves(x, *(() if onto is None else (onto,))):
         return native.drop(x, seed, threshold, scale, onto)
     kept = x * (random_bits(x.numel(), seed, x.device).view(x.shape) >= threshold) * scale

@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.dispatch import Op
-from topwork.ops.dropout import drop, new_seed
+from topwork.ops.dropout import cut, drop, new_seed
+from topwork.ops.native import lora as native
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +98,7 @@ class _FusedLinears(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         stacked = torch.cat([a.to(x.dtype) for a in matrices[0::2]])  # [R, in]
         seed = new_seed() if rate else 0
-        low = (drop(x, rate, seed) if rate else x) @ stacked.t()  # [T, R]
+        low = _down(x, stacked, rate, seed)  # [T, R]
         outputs, at = [], 0
         for part in parts:
             y = F.linear(x, part.weight, part.bias)
@@ -118,29 +119,50 @@ class _FusedLinears(torch.autograd.Function):
         dx: Tensor | None = None
         ups = torch.zeros_like(low) if None in grads else torch.empty_like(low)  # [T, R]
         db: list[Tensor | None] = []
-        at, index = 0, 0
+        at = 0
         for part, dy in zip(ctx.parts, grads):
             for term in part.terms:
-                r = term.a.shape[0]
+                columns = slice(at, at + term.a.shape[0])
+                at = columns.stop
                 if dy is None:
                     db.append(None)
-                else:
-                    block = ups[:, at : at + r]
-                    torch.mm(dy, bs[index].to(dy.dtype) * term.scale, out=block)
-                    grad = dy.t() @ low[:, at : at + r]
-                    db.append((grad.float() * term.scale).to(ctx.dtypes[2 * index + 1]))
-                at, index = at + r, index + 1
+                    continue
+                b = bs[len(db)]
+                db.append(_up_grads(dy, low[:, columns], b, ups[:, columns], term.scale))
             if dy is not None and ctx.needs_input_grad[0]:
                 dx = dy @ part.weight if dx is None else dx.addmm_(dy, part.weight)
-        seen = drop(x, ctx.rate, ctx.seed) if ctx.rate else x
-        da_all = ups.t() @ seen  # [R, in]
-        da = da_all.split([a.shape[0] for part in ctx.parts for a in (t.a for t in part.terms)])
-        if dx is not None:
-            if ctx.rate:
-                drop(ups @ stacked, ctx.rate, ctx.seed, onto=dx)
-            else:
-                dx.addmm_(ups, stacked)
+        da_all = _down_grads(x, ups, stacked, dx, ctx.rate, ctx.seed)  # [R, in]
+        da = da_all.split([term.a.shape[0] for part in ctx.parts for term in part.terms])
         pairs: list[Tensor | None] = []
         for i, (one_a, one_b) in enumerate(zip(da, db)):
-            pairs += [one_a.to(ctx.dtypes[2 * i]), one_b]
+            pairs.append(one_a.to(ctx.dtypes[2 * i]))
+            pairs.append(None if one_b is None else one_b.to(ctx.dtypes[2 * i + 1]))
         return dx, None, None, *pairs
+
+
+def _down(x: Tensor, stacked: Tensor, rate: float, seed: int) -> Tensor:
+    """drop(x) Aᵀ: [T, in], [R, in] → [T, R]."""
+    if native.serves(x, stacked):
+        return native.down(x, stacked, seed, *cut(rate))
+    return (drop(x, rate, seed) if rate else x) @ stacked.t()
+
+
+def _up_grads(dy: Tensor, low: Tensor, b: Tensor, ups: Tensor, scale: float) -> Tensor:
+    """Fills `ups` [T, r] with dy (scale · B); returns dB = scale · dyᵀ low, fp32."""
+    if native.serves(dy, low):
+        return native.up_grads(dy, low, b, ups, scale)
+    torch.mm(dy, b.to(dy.dtype) * scale, out=ups)
+    return (dy.t() @ low).float() * scale
+
+
+def _down_grads(
+    x: Tensor, ups: Tensor, stacked: Tensor, dx: Tensor | None, rate: float, seed: int
+) -> Tensor:
+    """Adds drop(ups A) to `dx`, if there is one; returns dA = upsᵀ drop(x)."""
+    if native.serves(x, stacked):
+        return native.down_grads(x, ups, stacked, dx, seed, *cut(rate))
+    if dx is not None and rate:
+        drop(ups @ stacked, rate, seed, onto=dx)
+    elif dx is not None:
+        dx.addmm_(ups, stacked)
+    return ups.t() @ (drop(x, rate, seed) if rate else x)

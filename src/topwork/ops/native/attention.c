@@ -3,165 +3,18 @@
 //
 // Letters: T rows of all documents, n rows of one, H heads, K key/value heads, D head size (a
 // multiple of 32). Scores are kept in base 2: exp(x) = 2^(x log2 e).
-//
-// A tile is 16 rows of 64 bytes. Operands of a product come as
-//   rows     a matrix as it lies, 16 rows x 32 columns: the left operand
-//   columns  its transpose as right operand: dword [p][i] holds row i, columns 2p and 2p+1
-//   pairs    itself as right operand: dword [p][i] holds column i of rows 2p and 2p+1
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "tiles.h"
+
 #include <sys/syscall.h>
 #include <unistd.h>
 
-typedef uint16_t bf16;
-
-enum { TILE = 512 /* bf16 in a tile */, STEP = 32, KEYS = 256, SIDE = 128 };
-
-static int64_t up(int64_t n) { return (n + STEP - 1) / STEP * STEP; }
-static int64_t low(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t high(int64_t a, int64_t b) { return a > b ? a : b; }
+enum { KEYS = 256, SIDE = 128 };
 
 int topwork_amx(void) {
   enum { REQUEST = 0x1023, TILE_DATA = 18 };  // arch_prctl(ARCH_REQ_XCOMP_PERM, …)
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-}
-
-static void tiles_on(void) {
-  struct { uint8_t palette, start, gap[14]; uint16_t bytes[16]; uint8_t rows[16]; }
-  __attribute__((packed, aligned(64))) shape = {.palette = 1};
-  for (int i = 0; i < 8; i++) { shape.bytes[i] = 64; shape.rows[i] = 16; }
-  _tile_loadconfig(&shape);
-}
-
-// One buffer per thread that only grows.
-static void *scratch(size_t bytes) {
-  static _Thread_local void *held;
-  static _Thread_local size_t size;
-  if (bytes > size) {
-    free(held);
-    size = (bytes + 4095) / 4096 * 4096;
-    held = aligned_alloc(64, size);
-  }
-  return held;
-}
-
-static inline __m512 widen(const bf16 *p) {
-  __m256i half = _mm256_loadu_si256((const __m256i *)p);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
-}
-
-static inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
-
-static inline __m512 power2(__m512 x) {
-  __m512 whole = _mm512_roundscale_ps(x, 8), f = _mm512_sub_ps(x, whole);
-  __m512 p = _mm512_set1_ps(1.3333558e-3f);
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(9.6181291e-3f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.5504109e-2f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(2.4022651e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(6.9314718e-1f));
-  p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(1.0f));
-  return _mm512_scalef_ps(p, whole);
-}
-
-// Lanes i of 16 with from <= i < to.
-static inline __mmask16 lanes(int64_t from, int64_t to) {
-  uint32_t a = (1u << high(0, low(16, from))) - 1, b = (1u << high(0, low(16, to))) - 1;
-  return (__mmask16)(b & ~a);
-}
-
-// c [32 x 32] (+)= sum over steps of a (two row tiles) b (two column tiles).
-static inline void product(float *c, int64_t ldc, const bf16 *a0, const bf16 *a1, int64_t lda,
-                           int64_t step_a, const bf16 *b0, const bf16 *b1, int64_t step_b,
-                           int steps, int add) {
-  float *below = c + 16 * ldc;
-  if (add) {
-    _tile_loadd(0, c, ldc * 4);
-    _tile_loadd(1, c + 16, ldc * 4);
-    _tile_loadd(2, below, ldc * 4);
-    _tile_loadd(3, below + 16, ldc * 4);
-  } else {
-    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-  }
-  for (int s = 0; s < steps; s++, a0 += step_a, a1 += step_a, b0 += step_b, b1 += step_b) {
-    _tile_loadd(4, a0, lda * 2);
-    _tile_loadd(6, b0, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b1, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, a1, lda * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
-  }
-  _tile_stored(0, c, ldc * 4);
-  _tile_stored(1, c + 16, ldc * 4);
-  _tile_stored(2, below, ldc * 4);
-  _tile_stored(3, below + 16, ldc * 4);
-}
-
-static inline void transpose16(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; i++) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int c = 0; c < 4; c++) {
-    t[c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    t[4 + c] = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    t[8 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    t[12 + c] = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-  }
-  for (int c = 0; c < 4; c++) {
-    r[c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0x88);
-    r[8 + c] = _mm512_shuffle_i32x4(t[c], t[8 + c], 0xdd);
-    r[4 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0x88);
-    r[12 + c] = _mm512_shuffle_i32x4(t[4 + c], t[12 + c], 0xdd);
-  }
-}
-
-// Copy n rows of D and zero the rest up to a whole step.
-static void pack_rows(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int D) {
-  for (int64_t i = 0; i < n; i++) memcpy(to + i * D, x + i * ld, 2 * D);
-  memset(to + n * D, 0, 2 * (up(n) - n) * D);
-}
-
-// Tiles [n/16][D/32] of "columns".
-static void pack_columns(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int D) {
-  for (int64_t i = 0; i < up(n); i += 16)
-    for (int d = 0; d < D; d += 32, to += TILE) {
-      __m512i r[16];
-      for (int j = 0; j < 16; j++)
-        r[j] = i + j < n ? _mm512_loadu_si512(x + (i + j) * ld + d) : _mm512_setzero_si512();
-      transpose16(r);
-      for (int j = 0; j < 16; j++) _mm512_store_si512(to + 32 * j, r[j]);
-    }
-}
-
-// Tiles [n/32][D/16] of "pairs"; `turned`: each transposed, which makes them "rows" of xᵀ.
-static void pack_pairs(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int D, int turned) {
-  for (int64_t i = 0; i < up(n); i += 32)
-    for (int d = 0; d < D; d += 16, to += TILE) {
-      __m512i r[16];
-      for (int p = 0; p < 16; p++) {
-        const bf16 *even = x + (i + 2 * p) * ld + d;
-        __m512i a = _mm512_setzero_si512(), b = a;
-        if (i + 2 * p < n) a = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)even));
-        if (i + 2 * p + 1 < n)
-          b = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)(even + ld)));
-        r[p] = _mm512_or_si512(a, _mm512_slli_epi32(b, 16));
-      }
-      if (turned) transpose16(r);
-      for (int p = 0; p < 16; p++) _mm512_store_si512(to + 32 * p, r[p]);
-    }
 }
 
 typedef struct {
@@ -170,11 +23,11 @@ typedef struct {
 
 // Keys [from, to) that query i sees.
 static inline int64_t seen_from(const Span *s, int64_t i) {
-  return s->window ? high(0, i - s->window + 1) : 0;
+  return s->window ? larger(0, i - s->window + 1) : 0;
 }
 static inline int64_t seen_to(const Span *s, int64_t i) {
-  if (s->causal) return low(i + 1, s->n);
-  return s->window ? low(s->n, i + s->window) : s->n;
+  if (s->causal) return smaller(i + 1, s->n);
+  return s->window ? smaller(s->n, i + s->window) : s->n;
 }
 
 // Softmax numerators of 32 rows over `count` keys from `first`; folds them into the running state.
@@ -183,7 +36,7 @@ static void fold(float *S, bf16 *P, float *O, float *top, float *total, const Sp
   const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-1e30f);
   for (int r = 0; r < STEP; r++) {
     float *s = S + r * KEYS;
-    int64_t i = low(row + r, span->n - 1);
+    int64_t i = smaller(row + r, span->n - 1);
     int64_t from = seen_from(span, i) - first, to = seen_to(span, i) - first;
     __m512 best = none;
     for (int64_t c = 0; c < count; c += 16) {
@@ -217,16 +70,16 @@ static void fold(float *S, bf16 *P, float *O, float *top, float *total, const Sp
 static void forward_rows(const bf16 *q, int64_t ldq, const bf16 *kc, const bf16 *vp, bf16 *out,
                          int64_t ldo, float *lse, const Span *span, int64_t row, int D,
                          float scale) {
-  float *S = scratch(4 * STEP * KEYS + 2 * STEP * KEYS + 2 * STEP * D + 4 * STEP * D + 8 * STEP);
+  float *S = scratch(OWN, 4 * STEP * KEYS + 2 * STEP * KEYS + 2 * STEP * D + 4 * STEP * D + 8 * STEP);
   float *O = S + STEP * KEYS, *top = O + STEP * D, *total = top + STEP;
   bf16 *P = (bf16 *)(total + STEP), *Q = P + STEP * KEYS;
-  int64_t rows = low(STEP, span->n - row), last = row + rows - 1;
+  int64_t rows = smaller(STEP, span->n - row), last = row + rows - 1;
   pack_rows(Q, q + row * ldq, ldq, rows, D);
   memset(O, 0, 4 * STEP * D);
   for (int r = 0; r < STEP; r++) { top[r] = -1e30f; total[r] = 0; }
   int64_t stop = up(seen_to(span, last));
   for (int64_t at = seen_from(span, row) / STEP * STEP; at < stop; at += KEYS) {
-    int64_t count = low(KEYS, stop - at);
+    int64_t count = smaller(KEYS, stop - at);
     for (int64_t c = 0; c < count; c += STEP) {
       const bf16 *b = kc + (at + c) / 16 * (D / 32) * TILE;
       product(S + c, KEYS, Q, Q + 16 * D, D, 32, b, b + (D / 32) * TILE, TILE, D / 32, 0);
@@ -325,20 +178,20 @@ static void weigh(const Work *w, const Span *span, int64_t j0, int64_t i0, int64
 
 // Queries [from, to), in whole steps, that see any of the 32 keys from j.
 static void seeing(const Span *s, int64_t j, int64_t *from, int64_t *to) {
-  *from = s->causal ? j : s->window ? high(0, j - s->window + 1) / STEP * STEP : 0;
-  *to = up(s->window ? low(s->n, j + STEP - 1 + s->window) : s->n);
+  *from = s->causal ? j : s->window ? larger(0, j - s->window + 1) / STEP * STEP : 0;
+  *to = up(s->window ? smaller(s->n, j + STEP - 1 + s->window) : s->n);
 }
 
 // A square of keys from j0 and queries from i0.
 static void backward_square(const Work *w, const Span *span, int64_t j0, int64_t i0, int D,
                             float scale) {
-  const int64_t np = up(span->n), j1 = low(j0 + SIDE, np), i1 = low(i0 + SIDE, np);
+  const int64_t np = up(span->n), j1 = smaller(j0 + SIDE, np), i1 = smaller(i0 + SIDE, np);
   const int64_t across = D / 32 * TILE, along = D / 16 * TILE;
   for (int64_t j = j0; j < j1; j += STEP) {
     int64_t from, to;
     seeing(span, j, &from, &to);
-    from = high(from, i0);
-    to = low(to, i1);
+    from = larger(from, i0);
+    to = smaller(to, i1);
     for (int64_t i = from; i < to; i += STEP) {
       float *S = w->S + (j - j0) * SIDE + i - i0, *G = w->G + (j - j0) * SIDE + i - i0;
       const bf16 *q = w->qc + i / 16 * across, *o = w->oc + i / 16 * across;
@@ -362,7 +215,7 @@ static void backward_square(const Work *w, const Span *span, int64_t j0, int64_t
     for (int64_t j = j0; j < j1; j += STEP) {
       int64_t from, to;
       seeing(span, j, &from, &to);
-      if (from <= i && i < to) { first = low(first, j); end = j + STEP; }
+      if (from <= i && i < to) { first = smaller(first, j); end = j + STEP; }
     }
     if (first >= end) continue;
     const bf16 *b = w->dSp + ((first - j0) / 32 * (SIDE / 16) + (i - i0) / 16) * TILE;
@@ -377,7 +230,7 @@ static void backward_square(const Work *w, const Span *span, int64_t j0, int64_t
 static Work lay_out(int64_t np, int D) {
   size_t floats = 3 * np * D + 2 * np + 2 * SIDE * SIDE, halves = 7 * np * D + 3 * SIDE * SIDE;
   Work w;
-  w.dk = scratch(4 * floats + 2 * halves);
+  w.dk = scratch(OWN, 4 * floats + 2 * halves);
   w.dv = w.dk + np * D;
   w.dq = w.dv + np * D;
   w.S = w.dq + np * D;
@@ -452,7 +305,7 @@ void topwork_attention_backward(const Call *c, const int64_t *starts, const bf16
           for (int64_t j = 0; j < np; j += SIDE) {
             int64_t from, to, end;
             seeing(&span, j, &from, &to);
-            seeing(&span, low(j + SIDE, np) - STEP, &end, &to);
+            seeing(&span, smaller(j + SIDE, np) - STEP, &end, &to);
             for (int64_t i = from / SIDE * SIDE; i < to; i += SIDE)
               backward_square(&w, &span, j, i, D, c->scale);
           }
