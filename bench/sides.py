@@ -13,6 +13,7 @@ import torch
 
 from rows import Row
 from sft import ALPHA, CASES, DROPOUT, RANK, RATE
+from topwork.ops.memory import keep_freed_memory
 
 
 def peak_mib() -> float:
@@ -49,6 +50,7 @@ def loop(step: Step, batches: list[list[Row]]) -> dict:
 
 def plain_step(model: Any) -> Step:
     """Our step without a trainer: packed rows, only the trained tokens in the head."""
+    keep_freed_memory()
 
     def loss_of(batch: list[Row]) -> torch.Tensor:
         ids = torch.tensor([i for row in batch for i in row.ids])
