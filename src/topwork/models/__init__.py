@@ -4,6 +4,9 @@ from topwork.models.auto import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -12,7 +15,9 @@ from topwork.models.config import Config
 from topwork.models.describe import describe
 
 __all__ = [
-    "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForSequenceClassification",
+    "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM",
+    "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering",
+    "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "CausalLMOutput", "CausalModel", "Config", "Model",
     "describe",
 ]  # fmt: skip

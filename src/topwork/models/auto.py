@@ -141,6 +141,24 @@ class AutoModelForTokenClassification(_Auto):
     task = "token-classification"
 
 
+class AutoModelForMaskedLM(_Auto):
+    """Builds the model that fills in masked words."""
+
+    task = "masked-lm"
+
+
+class AutoModelForQuestionAnswering(_Auto):
+    """Builds the model that finds where in a text a question's answer starts and ends."""
+
+    task = "question-answering"
+
+
+class AutoModelForMultipleChoice(_Auto):
+    """Builds the model that chooses among several continuations."""
+
+    task = "multiple-choice"
+
+
 def initialise(model: Any, names: Iterable[str]) -> None:
     """Fresh values: matrices normal with `initializer_range`, biases zero, norms as they are."""
     std = model.config.get("initializer_range", 0.02)

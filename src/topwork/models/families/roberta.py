@@ -1,0 +1,7 @@
+"""RoBERTa, and what copies it."""
+
+from topwork.models.encoder_heads import encoder_models
+from topwork.models.families._encoders import ROBERTA_CASES, roberta_like
+
+CASES = ROBERTA_CASES
+MODELS = encoder_models(roberta_like)
