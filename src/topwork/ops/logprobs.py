@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from topwork.ops.native import elementwise as native
+from topwork.ops.native import head as tiled
 
 CHUNK = 128  # rows of logits in memory at once; measured best of 64 … 512 on CPU
-WIDE_CHUNK = 512  # where one kernel makes the logits their own gradient in place
+TILED_CHUNK = 2048  # rows whose running sums the kernel holds
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -48,29 +48,35 @@ class _FrozenHead(torch.autograd.Function):
         wants_grad = ctx.needs_input_grad[0]
         found = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         rows_grad = torch.empty_like(hidden) if wants_grad else None
-        chunk = WIDE_CHUNK if native.serves(hidden, weight) else CHUNK
+        tiles = tiled.serves(hidden, weight)
+        one = tiled.logprobs if tiles else _rows
+        chunk = TILED_CHUNK if tiles else CHUNK
         for at in range(0, len(targets), chunk):
             part = slice(at, at + chunk)
-            logits = hidden[part] @ weight.t()
-            if native.serves(logits, hidden):
-                found[part] = native.softmax_rows(logits, targets[part], wants_grad)
-                if rows_grad is not None:
-                    torch.mm(logits, weight, out=rows_grad[part])
-                continue
-            logits = logits.float()
-            wanted = targets[part, None]
-            chosen = logits.gather(1, wanted)
-            top = logits.amax(1, keepdim=True)
-            weights = logits.sub_(top).exp_()
-            total = weights.sum(1, keepdim=True)
-            found[part] = (chosen - top - total.log())[:, 0]
-            if rows_grad is not None:
-                weights.div_(total).scatter_add_(1, wanted, torch.full_like(total, -1.0))
-                torch.mm(weights.to(hidden.dtype), weight, out=rows_grad[part])
+            found[part], grad = one(hidden[part], weight, targets[part], wants_grad)
+            if rows_grad is not None and grad is not None:
+                rows_grad[part] = grad
         ctx.save_for_backward(rows_grad)
         return found
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         (rows_grad,) = ctx.saved_tensors
-        return rows_grad * -grad[:, None].to(rows_grad.dtype), None, None
+        return rows_grad * grad[:, None].to(rows_grad.dtype), None, None
+
+
+def _rows(
+    hidden: Tensor, weight: Tensor, targets: Tensor, wants_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of one chunk and, if asked for, their gradient."""
+    logits = (hidden @ weight.t()).float()
+    wanted = targets[:, None]
+    chosen = logits.gather(1, wanted)
+    top = logits.amax(1, keepdim=True)
+    weights = logits.sub_(top).exp_()
+    total = weights.sum(1, keepdim=True)
+    found = (chosen - top - total.log())[:, 0]
+    if not wants_grad:
+        return found, None
+    weights.div_(-total).scatter_add_(1, wanted, torch.ones_like(total))
+    return found, weights.to(hidden.dtype) @ weight

@@ -30,42 +30,6 @@ static inline int64_t seen_to(const Span *s, int64_t i) {
   return s->window ? smaller(s->n, i + s->window) : s->n;
 }
 
-// Softmax numerators of 32 rows over `count` keys from `first`; folds them into the running state.
-static void fold(float *S, bf16 *P, float *O, float *top, float *total, const Span *span,
-                 int64_t row, int64_t first, int64_t count, int D, float scale) {
-  const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-1e30f);
-  for (int r = 0; r < STEP; r++) {
-    float *s = S + r * KEYS;
-    int64_t i = smaller(row + r, span->n - 1);
-    int64_t from = seen_from(span, i) - first, to = seen_to(span, i) - first;
-    __m512 best = none;
-    for (int64_t c = 0; c < count; c += 16) {
-      __m512 x = _mm512_mul_ps(_mm512_load_ps(s + c), by);
-      x = _mm512_mask_blend_ps(lanes(from - c, to - c), none, x);
-      _mm512_store_ps(s + c, x);
-      best = _mm512_max_ps(best, x);
-    }
-    float most = _mm512_reduce_max_ps(best), was = top[r];
-    if (most < was) most = was;
-    const __m512 shift = _mm512_set1_ps(most);
-    __m512 sum = _mm512_setzero_ps();
-    for (int64_t c = 0; c < count; c += 16) {
-      __m512 x = power2(_mm512_sub_ps(_mm512_load_ps(s + c), shift));
-      sum = _mm512_add_ps(sum, x);
-      _mm256_store_si256((__m256i *)(P + r * KEYS + c), narrow(x));
-    }
-    float keep = 1.0f;
-    if (most != was) {
-      keep = _mm512_cvtss_f32(power2(_mm512_set1_ps(was - most)));
-      for (int d = 0; d < D; d += 16)
-        _mm512_store_ps(O + r * D + d, _mm512_mul_ps(_mm512_load_ps(O + r * D + d),
-                                                     _mm512_set1_ps(keep)));
-    }
-    top[r] = most;
-    total[r] = total[r] * keep + _mm512_reduce_add_ps(sum);
-  }
-}
-
 // 32 queries of one head against the packed keys and values of their document.
 static void forward_rows(const bf16 *q, int64_t ldq, const bf16 *kc, const bf16 *vp, bf16 *out,
                          int64_t ldo, float *lse, const Span *span, int64_t row, int D,
@@ -84,7 +48,11 @@ static void forward_rows(const bf16 *q, int64_t ldq, const bf16 *kc, const bf16 
       const bf16 *b = kc + (at + c) / 16 * (D / 32) * TILE;
       product(S + c, KEYS, Q, Q + 16 * D, D, 32, b, b + (D / 32) * TILE, TILE, D / 32, 0);
     }
-    fold(S, P, O, top, total, span, row, at, count, D, scale);
+    for (int r = 0; r < STEP; r++) {
+      const int64_t i = smaller(row + r, span->n - 1);
+      fold_row(S + r * KEYS, P + r * KEYS, count, seen_from(span, i) - at, seen_to(span, i) - at,
+               scale, top + r, total + r, O + r * D, D);
+    }
     for (int d = 0; d < D; d += 32) {
       const bf16 *b = vp + (at / 32 * (D / 16) + d / 16) * TILE;
       product(O + d, D, P, P + 16 * KEYS, KEYS, 32, b, b + TILE, (D / 16) * TILE, count / 32, 1);

@@ -125,26 +125,3 @@ void NAME(drop)(const T *x, T *y, int64_t n, int64_t key, int64_t threshold, flo
     }
   }
 }
-
-// logits [N, V] → softmax minus the one-hot of the target, in place; found [N]: log-probabilities.
-void NAME(softmax_rows)(T *logits, const int64_t *targets, float *found, int64_t N, int64_t V,
-                        int64_t write) {
-#pragma omp parallel for schedule(static)
-  for (int64_t n = 0; n < N; n++) {
-    T *row = logits + n * V;
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t c = 0; c < V; c++) {
-      float x = GET(row[c]);
-      top = x > top ? x : top;
-    }
-    ROW_SUM(total, V, exponential(GET(row[c]) - top))
-    found[n] = GET(row[targets[n]]) - top - logf(total);
-    if (!write) continue;
-    const float by = 1.0f / total;
-    const float own = exponential(GET(row[targets[n]]) - top) * by - 1.0f;
-#pragma omp simd
-    for (int64_t c = 0; c < V; c++) row[c] = PUT(exponential(GET(row[c]) - top) * by);
-    row[targets[n]] = PUT(own);
-  }
-}

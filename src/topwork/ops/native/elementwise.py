@@ -64,10 +64,3 @@ def drop(x: Tensor, key: int, threshold: int, scale: float, onto: Tensor | None 
     y = torch.empty_like(x) if onto is None else onto
     _run("drop", x, y, x.numel(), key, threshold, scale, int(onto is not None))
     return y
-
-
-def softmax_rows(logits: Tensor, targets: Tensor, want_grad: bool) -> Tensor:
-    """Log-probabilities [N] fp32 of `targets`; `logits` [N, V] become softmax minus one-hot."""
-    found = torch.empty(len(targets), dtype=torch.float32)
-    _run("softmax_rows", logits, targets, found, *logits.shape, int(want_grad))
-    return found

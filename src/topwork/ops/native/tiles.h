@@ -163,3 +163,33 @@ static void pack_pairs(bf16 *to, const bf16 *x, int64_t ld, int64_t n, int D, in
     }
 }
 
+
+// One row of a running softmax in base 2: `count` scores (a whole number of 16) times `scale`, of
+// which [from, to) count, become weights in p; the row's earlier sums o [D] are brought in line.
+static inline void fold_row(float *s, bf16 *p, int64_t count, int64_t from, int64_t to,
+                            float scale, float *top, float *total, float *o, int64_t D) {
+  const __m512 by = _mm512_set1_ps(scale), none = _mm512_set1_ps(-1e30f);
+  __m512 best = none;
+  for (int64_t c = 0; c < count; c += 16) {
+    __m512 x = _mm512_mul_ps(_mm512_load_ps(s + c), by);
+    x = _mm512_mask_blend_ps(lanes(from - c, to - c), none, x);
+    _mm512_store_ps(s + c, x);
+    best = _mm512_max_ps(best, x);
+  }
+  float most = _mm512_reduce_max_ps(best), was = *top, keep = 1.0f;
+  if (most < was) most = was;
+  const __m512 shift = _mm512_set1_ps(most);
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t c = 0; c < count; c += 16) {
+    __m512 x = power2(_mm512_sub_ps(_mm512_load_ps(s + c), shift));
+    sum = _mm512_add_ps(sum, x);
+    _mm256_store_si256((__m256i *)(p + c), narrow(x));
+  }
+  if (most != was) {
+    keep = _mm512_cvtss_f32(power2(_mm512_set1_ps(was - most)));
+    for (int64_t d = 0; d < D; d += 16)
+      _mm512_store_ps(o + d, _mm512_mul_ps(_mm512_load_ps(o + d), _mm512_set1_ps(keep)));
+  }
+  *top = most;
+  *total = *total * keep + _mm512_reduce_add_ps(sum);
+}
