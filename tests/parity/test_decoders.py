@@ -44,6 +44,8 @@ DERIVED = {
     "no_rope_layer_interval": {"layer_types", "no_rope_layers"},
     "no_rope_layers": {"layer_types"},
     "max_window_layers": {"layer_types"},
+    "interleave_moe_layer_step": {"moe_layers"},
+    "num_experts": {"num_local_experts"},
 }
 # Options that ask for the same numbers by another way.
 SAME_NUMBERS = {"reorder_and_upcast_attn"}
@@ -174,6 +176,8 @@ def test_each_option_acts(row):
         defaults = {**BASE, **tiny(row.family)}
         if value in (None, defaults.get(option)) or option in SAME_NUMBERS:
             continue
+        if option == "floor_scale" and not row.case.get("attn_temperature_tuning", True):
+            continue
         gone = {option, *DERIVED.get(option, ())} | (ROPE if option in ROPE else set())
         without = {k: v for k, v in values.items() if k not in gone}
         without |= {k: defaults[k] for k in gone if k in defaults}
@@ -182,7 +186,9 @@ def test_each_option_acts(row):
         except (CheckpointError, ConfigError):
             continue  # the parameters differ, or the other options have no meaning without it
         with torch.no_grad():
-            assert relative(plain(ids).logits, row.ours(ids).logits) > 3e-5, option
+            found, wanted = plain(ids, labels=ids), row.ours(ids, labels=ids)
+        pairs = ((found.logits, wanted.logits), (found.loss, wanted.loss))
+        assert max(relative(*pair) for pair in pairs) > 3e-5, option
 
 
 def test_the_old_config_generation_reads_the_same(row):
@@ -208,6 +214,7 @@ def test_the_bare_model_has_the_peers_names_and_hidden_states(row):
     if "base" not in tasks_of(row.family):
         pytest.skip("the family has no bare model")
     ours, trunk = AutoModel.from_pretrained(row.folder), row.theirs.base_model
+    trunk = row.theirs.model if trunk is row.theirs else trunk
     ids = torch.arange(40)[None]
     with torch.no_grad():
         found, wanted = ours(ids).last_hidden_state, trunk(ids).last_hidden_state
@@ -218,7 +225,7 @@ def test_the_bare_model_has_the_peers_names_and_hidden_states(row):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_stays_within_the_peers_own_spread(name, tmp_path):
-    """As far from the peer's eager model as its sdpa one is, give or take; measured in fp32."""
+    """As near to the fp32 model as the peer's own bf16 one is, give or take."""
     case = family_of(name).CASES[0]
     theirs = peer(name, case).to(torch.bfloat16)
     theirs.save_pretrained(tmp_path)
@@ -229,8 +236,11 @@ def test_bf16_stays_within_the_peers_own_spread(name, tmp_path):
         exact = peer(name, case)
         exact.load_state_dict({k: v.float() for k, v in theirs.state_dict().items()})
         wanted = exact(ids).logits
-        mine, eager = (
-            relative(ours(ids).logits.float(), wanted),
-            relative(theirs(ids).logits.float(), wanted),
-        )
-    assert mine < 1.3 * eager + 1e-3
+
+    def error(model):
+        """Of the middle token: where rounding sends a token to another expert, both are far off."""
+        with torch.no_grad():
+            off = (model(ids).logits.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1)
+        return off.median()
+
+    assert error(ours) < 1.3 * error(theirs) + 1e-3

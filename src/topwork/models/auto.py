@@ -164,10 +164,10 @@ def initialise(model: Any, names: Iterable[str]) -> None:
     std = model.config.get("initializer_range", 0.02)
     for name in names:
         parameter = model.get_parameter(name)
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=std)
-        elif name.endswith("bias"):
+        if name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
+        elif parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=std)
 
 
 def _start_fresh(model: Model, report: weights.LoadReport, device: str | torch.device) -> None:

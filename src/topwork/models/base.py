@@ -21,11 +21,15 @@ from topwork.nn.cache import KVCache
 
 @dataclass
 class CausalLMOutput:
-    """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given."""
+    """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given.
+
+    `aux_loss`: the routers' load-balancing loss, where the configuration asks for it.
+    """
 
     loss: Tensor | None
     logits: Tensor
     past_key_values: KVCache | None = None
+    aux_loss: Tensor | None = None
 
 
 class Model(nn.Module):

@@ -20,13 +20,27 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
-from topwork.models.base import CausalModel, Model
+from topwork.models.base import CausalLMOutput, CausalModel, Model
 from topwork.models.config import Config
 from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
 from topwork.nn.cache import KVCache
-from topwork.nn.layers import AttentionSpec, ScaledEmbedding
+from topwork.nn.layers import ScaledEmbedding
+from topwork.nn.moe import MoeSpec, router_logits
 from topwork.nn.norms import NormSpec
 from topwork.weights import PLAIN, Table
+
+
+class Mixer(Protocol):
+    """The spec of a block's attention."""
+
+    @property
+    def window(self) -> int | None: ...
+
+    def positional(self) -> tuple[Any, ...]:
+        """The parts that need a table by position, each with `table(positions, dtype)`."""
+        ...
+
+    def build(self, hidden: int, layer: int) -> nn.Module: ...
 
 
 class FeedForward(Protocol):
@@ -69,7 +83,7 @@ class LayerSpec:
     checkpoint.
     """
 
-    attention: AttentionSpec
+    attention: Mixer
     mlp: FeedForward
     norms: BlockNorms = PRE_NORMS
     parallel: bool = False
@@ -93,6 +107,7 @@ class DecoderSpec:
 
     `embedding_scale` belongs to the embedding (rounded to its dtype), `input_scale` multiplies
     whatever enters, given embeddings too; `embedding_dropout` acts on it in training.
+    `router_loss`: the weight of the routers' load-balancing loss beside the model's.
     """
 
     vocab: int
@@ -105,6 +120,7 @@ class DecoderSpec:
     input_scale: float = 1.0
     embedding_dropout: float = 0.0
     head: HeadSpec = HeadSpec()
+    router_loss: float | None = None
     table: Table = PLAIN
 
 
@@ -224,6 +240,20 @@ class CausalDecoder(CausalModel):
         if self.model.spec.head == HeadSpec():
             return super().token_logprobs(hidden, targets)
         return ops.token_logprobs_of(self.head, hidden, targets)
+
+    def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
+        """The familiar call; with labels, a routers' loss that the spec asks for joins the loss."""
+        weight = self.model.spec.router_loss
+        if weight is None:
+            return super().forward(*args, **kwargs)
+        with router_logits(self.model) as logits:
+            output = super().forward(*args, **kwargs)
+        mixes = (layer.mlp for layer in self.model.spec.layers)
+        top_k = next(mix.router.top_k for mix in mixes if isinstance(mix, MoeSpec))
+        output.aux_loss = ops.load_balancing_loss(logits, top_k)
+        if output.loss is not None:
+            output.loss = output.loss + weight * output.aux_loss
+        return output
 
 
 def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:

@@ -186,11 +186,8 @@ class Attention(nn.Module):
 
     def _projected(self, x: Tensor) -> tuple[Tensor, ...]:
         if self.spec.fused:
-            parts = linears(x, (self.qkv_proj,))[0].split(self.widths, -1)
-        else:
-            parts = linears(x, (self.q_proj, self.k_proj, self.v_proj))
-        clip = self.spec.clip
-        return parts if clip is None else tuple(part.clamp(-clip, clip) for part in parts)
+            return linears(x, (self.qkv_proj,))[0].split(self.widths, -1)
+        return linears(x, (self.q_proj, self.k_proj, self.v_proj))
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         assert self.spec.qk_norm is not None
@@ -204,6 +201,8 @@ class Attention(nn.Module):
         q, k, v = self._projected(x)
         if norm is not None and norm.over == "width":
             q, k = self._normed(q, k)
+        if spec.clip is not None:
+            q, k, v = (y.clamp(-spec.clip, spec.clip) for y in (q, k, v))
         q, k, v = (y.unflatten(-1, (-1, spec.head_dim)) for y in (q, k, v))
         if norm is not None and norm.over != "width" and not norm.after_rotary:
             q, k = self._normed(q, k)

@@ -2,6 +2,7 @@
 
 from topwork.ops.activation import swiglu
 from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, attention, unshared
+from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.logprobs import token_logprobs, token_logprobs_of
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
@@ -15,11 +16,14 @@ __all__ = [
     "Rule",
     "ScoreTerms",
     "attention",
+    "grouped_linear",
+    "load_balancing_loss",
     "lora_linear",
     "lora_linears",
     "rms_norm",
     "rotary",
     "swiglu",
+    "through_experts",
     "token_logprobs",
     "token_logprobs_of",
     "unshared",
