@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import peft
 import topwork
 from topwork.errors import ConfigError
+from topwork.generation.engine import Engine
 from topwork.models.auto import tasks_of
 from topwork.models.gpt import GptSpec
 from topwork.nn.alibi import AlibiSpec, alibi_slopes
@@ -303,6 +304,22 @@ def test_greedy_decoding_of_a_padded_batch_gives_the_peers_tokens(family, tmp_pa
     assert torch.equal(model.generate(IDS, attention_mask=MASK, **options), wanted)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("gpt2", {}), ("bloom", {}), ("falcon", {"alibi": True, "num_attention_heads": 10})],
+)
+def test_the_engine_gives_each_request_what_it_gets_alone(family, changes):
+    model = ours(family, initializer_range=0.3, **changes)
+    options = {"max_new_tokens": 9, "do_sample": False, "eos_token_id": None}
+    prompts = [torch.randint(3, 61, (n,)) for n in (5, 17, 2)]
+    engine = Engine(model, page_size=4, piece=8)
+    requests = [engine.submit(prompt, **options) for prompt in prompts]
+    list(engine.run())
+    for prompt, request in zip(prompts, requests):
+        alone = model.generate(prompt[None], **options)[0]
+        assert request.ids == alone.tolist()
+
+
 def test_a_sliding_cache_serves_gpt_neos_local_layers():
     model = ours("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4)
     ids = torch.randint(3, 61, (1, 20))
@@ -364,12 +381,12 @@ def mpt_by_hand(model, ids):
         weights = (q @ k.transpose(2, 3) * attention.scale + bias).softmax(-1)
         x = x + block.attn.out_proj((weights @ v).transpose(1, 2).flatten(2))
         x = x + block.ffn.down_proj(torch.nn.functional.gelu(block.ffn.up_proj(block.norm_2(x))))
-    return model.lm_head(model.transformer.norm_f(x))
+    return model.lm_head(model.transformer.norm_f(x)) / 40**0.5
 
 
 def test_mpts_options_that_transformers_leaves_out_follow_its_authors():
     model = ours(
-        "mpt", n_heads=4, no_bias=False, expansion_ratio=2,
+        "mpt", n_heads=4, no_bias=False, expansion_ratio=2, logit_scale="inv_sqrt_d_model",
         attn_config={"qk_ln": True, "alibi_bias_max": 4},
     )  # fmt: skip
     with torch.no_grad():
@@ -378,6 +395,11 @@ def test_mpts_options_that_transformers_leaves_out_follow_its_authors():
         torch.testing.assert_close(
             model(IDS[1:]).logits, mpt_by_hand(model, IDS[1:]), rtol=1e-4, atol=1e-4
         )
+        hidden = model.backbone(IDS[1:])
+        found = model.token_logprobs(hidden[0, :-1], IDS[1, 1:])
+        wanted = mpt_by_hand(model, IDS[1:])[0, :-1].log_softmax(-1)
+        wanted = wanted.gather(1, IDS[1, 1:, None])[:, 0]
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
     assert model.transformer.blocks[0].ffn.up_proj.weight.shape == (80, 40)
     assert model.transformer.blocks[0].attn.Wqkv.bias is not None
 

@@ -164,6 +164,7 @@ class GptSpec:
     learned: int | None = None
     alibi: AlibiSpec | None = None
     head_bias: bool = False
+    logit_scale: float = 1.0
     renames: tuple[Rename, ...] = ()
 
 
@@ -358,6 +359,17 @@ class CausalGpt(CausalModel):
     @property
     def windows(self) -> list[int | None]:
         return [layer.attention.window for layer in self.trunk.spec.layers]
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., C]."""
+        scale = self.trunk.spec.logit_scale
+        return super().head(hidden if scale == 1 else hidden * scale)
+
+    def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""
+        if self.trunk.spec.logit_scale == 1:
+            return super().token_logprobs(hidden, targets)
+        return ops.token_logprobs_of(self.head, hidden, targets)
 
 
 LM_HEAD, LABELS = r"^(lm_head|embed_out)\.", r"^(score|classifier)\."

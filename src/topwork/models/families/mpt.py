@@ -23,7 +23,7 @@ NAMES = Names(
 )  # fmt: skip
 
 # Options of the original that transformers leaves out: their only value that it computes.
-ONLY = {"learned_pos_emb": (True, False), "embedding_fraction": (1, 1.0), "logit_scale": (None,)}
+ONLY = {"learned_pos_emb": (True, False), "embedding_fraction": (1, 1.0)}
 ONLY_IN_ATTENTION = {
     "attn_type": ("multihead_attention",), "alibi": (True,), "prefix_lm": (False,),
     "attn_uses_sequence_id": (False,),
@@ -63,6 +63,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     layer = GptLayerSpec(
         attention, GptMlpSpec(int(read("expansion_ratio", 4) * hidden), "gelu", bias)
     )
+    scale = read("logit_scale", 1.0)
     return GptSpec(
         names=NAMES,
         vocab=read.need("vocab_size"),
@@ -74,6 +75,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         tied=read("tie_word_embeddings", True),
         norm_bias=bias,
         alibi=AlibiSpec(heads, max_bias),
+        logit_scale=hidden**-0.5 if scale == "inv_sqrt_d_model" else float(scale),
     )
 
 
