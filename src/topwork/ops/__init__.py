@@ -7,6 +7,7 @@ from topwork.ops.logprobs import token_logprobs, token_logprobs_of
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
 from topwork.ops.rotary import rotary
+from topwork.ops.scan import selective_scan
 
 __all__ = [
     "Layout",
@@ -22,6 +23,7 @@ __all__ = [
     "lora_linears",
     "rms_norm",
     "rotary",
+    "selective_scan",
     "swiglu",
     "through_experts",
     "token_logprobs",

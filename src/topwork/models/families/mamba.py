@@ -1,0 +1,178 @@
+"""Mamba: no attention; every layer is a selective state space behind a norm."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from topwork import ops
+from topwork.errors import ConfigError
+from topwork.models.base import CausalModel, Model, backbone
+from topwork.models.config import Config, ConfigReader
+from topwork.models.heads import BareModel
+from topwork.models.packing import packed_positions
+from topwork.nn.cache import KVCache
+from topwork.nn.layers import RmsNorm
+from topwork.nn.mamba import MambaMixer, MambaSpec, RecurrentStore
+from topwork.weights import Rename, Table
+
+TINY = {
+    "hidden_size": 40, "num_hidden_layers": 2, "state_size": 6, "time_step_rank": 3,
+}  # fmt: skip
+CASES = [
+    {},
+    {"expand": 1, "conv_kernel": 2, "use_conv_bias": False},
+    {"use_bias": True, "layer_norm_epsilon": 0.1, "hidden_act": "relu"},
+    {"residual_in_fp32": False, "time_step_rank": "auto", "state_size": 1},
+    {"tie_word_embeddings": True, "conv_kernel": 1},
+]
+
+
+class MambaBlock(nn.Module):
+    """x + mixer(norm(x)); the stream is fp32 where the configuration says so."""
+
+    def __init__(self, spec: MambaSpec, hidden: int, eps: float, wide: bool) -> None:
+        super().__init__()
+        self.norm = RmsNorm(hidden, eps)
+        self.mixer = MambaMixer(spec, hidden)
+        self.wide = wide
+
+    def forward(
+        self, x: Tensor, place: Tensor, real: Tensor | None, store: RecurrentStore | None
+    ) -> Tensor:
+        y = self.mixer(self.norm(x.to(self.norm.weight.dtype)), place, real, store)
+        return (x.float() if self.wide else x) + y
+
+
+class Mamba(nn.Module):
+    """Embedding, blocks and the final norm."""
+
+    embedding = "embeddings"
+
+    def __init__(self, read: ConfigReader) -> None:
+        super().__init__()
+        read.ignore(
+            "d_inner", "d_model", "fused_add_norm", "intermediate_size", "n_layer",
+            "rescale_prenorm_residual", "rms_norm", "ssm_cfg", "time_step_floor",
+            "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale",
+            "use_associative_scan", "use_mambapy",
+        )  # fmt: skip
+        hidden, eps = read.need("hidden_size"), read("layer_norm_epsilon", 1e-5)
+        rank = read("time_step_rank", "auto")
+        self.mixer = MambaSpec(
+            width=int(read("expand", 2) * hidden),
+            state=read("state_size", 16),
+            kernel=read("conv_kernel", 4),
+            rank=math.ceil(hidden / 16) if rank == "auto" else rank,
+            activation=read("hidden_act", "silu"),
+            bias=read("use_bias", False),
+            conv_bias=read("use_conv_bias", True),
+        )
+        self.hidden, self.vocab = hidden, read.need("vocab_size")
+        self.tied = read("tie_word_embeddings", True)
+        wide = read("residual_in_fp32", True)
+        self.embeddings = nn.Embedding(self.vocab, hidden)
+        self.layers = nn.ModuleList(
+            MambaBlock(self.mixer, hidden, eps, wide) for _ in range(read.need("num_hidden_layers"))
+        )
+        self.norm_f = RmsNorm(hidden, eps)
+        self.checkpointing = False
+
+    @property
+    def layer_count(self) -> int:
+        return len(self.layers)
+
+    @property
+    def trunk(self) -> Mamba:
+        return self
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor | None = None,
+        layout: ops.Layout | None = None,
+        cache: KVCache | None = None,
+        **padding: Any,
+    ) -> Tensor:
+        """ids [B, T] or embeddings [B, T, C] → hidden [B, T, C].
+
+        The module has the name of the contract's `backbone`: called as that, without a layout, it
+        takes `lengths` or `attention_mask` and finds the layout first.
+        """
+        if layout is None:
+            return backbone(self, input_ids, inputs_embeds=inputs_embeds, cache=cache, **padding)  # type: ignore[arg-type]
+        x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        dtype = x.dtype
+        place, real = places(layout, x)
+        for i, block in enumerate(self.layers):
+            store = None if cache is None else cache.stores[i]
+            if not isinstance(store, RecurrentStore | None):
+                raise ConfigError("Mamba's memory is its state: use the cache of new_cache()")
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, place, real, store, use_reentrant=False)
+            else:
+                x = block(x, place, real, store)
+        return self.norm_f(x).to(dtype)
+
+
+def places(layout: ops.Layout, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """How many tokens of its own text stand before each [B, T], and which are real."""
+    tokens = x.shape[1]
+    if layout.lengths is not None:
+        return packed_positions(layout.lengths, x.device), None
+    if layout.keep is None:
+        return torch.arange(layout.past, layout.past + tokens, device=x.device)[None], None
+    keep = layout.keep
+    if bool((keep[:, 1:] < keep[:, :-1]).any()):
+        raise ConfigError("a recurrent state cannot skip padding behind a text: pad on the left")
+    place = (keep.long().cumsum(1) - 1).clamp_(min=0)
+    return place[:, layout.past :], keep[:, layout.past :]
+
+
+class CausalMamba(CausalModel):
+    """A `Mamba` under its name on the Hub and its `lm_head`."""
+
+    def __init__(self, config: Config, read: ConfigReader) -> None:
+        super().__init__(config)
+        trunk = Mamba(read)
+        self.add_module("backbone", trunk)
+        self.lm_head = nn.Linear(trunk.hidden, trunk.vocab, bias=False)
+        self.table = TABLE
+        self.tied = {"lm_head.weight": "backbone.embeddings.weight"} if trunk.tied else {}
+        self.tie_weights()
+
+    # The checkpoint calls the trunk as the contract calls what it does: the module serves as both.
+    @property
+    def backbone(self) -> Mamba:  # type: ignore[override]
+        try:
+            return self._modules["backbone"]  # type: ignore[return-value]
+        except KeyError:
+            raise AttributeError("backbone") from None
+
+    @property
+    def trunk(self) -> Mamba:
+        return self.backbone
+
+    @property
+    def layer_count(self) -> int:
+        return self.trunk.layer_count
+
+    def new_cache(self, batch_size: int | None = None) -> KVCache:
+        return KVCache([RecurrentStore() for _ in range(self.layer_count)])
+
+
+TABLE = Table(old=(Rename("embedding", "embeddings"),), prefix="backbone.")
+
+
+def bare(config: Config, read: ConfigReader) -> Model:
+    table = Table(old=TABLE.old, prefix=TABLE.prefix, drop=(r"^lm_head\.",))
+    return BareModel(config, Mamba(read), table=table)
+
+
+MODELS = {"base": bare, "causal-lm": CausalMamba}
