@@ -320,6 +320,27 @@ def test_the_engine_gives_each_request_what_it_gets_alone(family, changes):
         assert request.ids == alone.tolist()
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"), [("opt", {}), ("gptj", {}), ("mpt", {}), ("falcon", {"alibi": True})]
+)
+def test_branches_go_on_from_their_beginning(family, changes):
+    model = ours(family, initializer_range=0.3, **changes)
+    ids = torch.randint(3, 61, (1, 14))
+    with torch.no_grad():
+        shared = model.backbone(ids, lengths=((5, 4, 3), 2))[0]
+        first = model.backbone(ids[:, :9])[0]
+        second = model.backbone(torch.cat((ids[:, :5], ids[:, 9:12]), 1))[0, 5:]
+        third = model.backbone(ids[:, 12:])[0]
+    torch.testing.assert_close(shared, torch.cat((first, second, third)), rtol=1e-4, atol=1e-5)
+
+
+@each
+def test_the_stack_is_described(family):
+    text = topwork.describe(ours(family))
+    assert "layers 0-1" in text
+    assert "width=56" in text or "width=160" in text
+
+
 def test_a_sliding_cache_serves_gpt_neos_local_layers():
     model = ours("gpt_neo", attention_types=[[["global", "local"], 1]], window_size=4)
     ids = torch.randint(3, 61, (1, 20))

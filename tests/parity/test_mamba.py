@@ -72,6 +72,21 @@ def test_beams_reorder_the_states(pair):
     assert torch.equal(ours.generate(IDS[1:], **options), wanted)
 
 
+def test_branches_go_on_from_their_beginning(pair):
+    _, ours = pair
+    ids = torch.randint(3, 61, (1, 14))
+    with torch.no_grad():
+        shared = ours.backbone(ids, lengths=((5, 4, 3), 2))[0]
+        first = ours.backbone(ids[:, :9])[0]
+        second = ours.backbone(torch.cat((ids[:, :5], ids[:, 9:12]), 1))[0, 5:]
+        third = ours.backbone(ids[:, 12:])[0]
+    torch.testing.assert_close(shared, torch.cat((first, second, third)), rtol=1e-4, atol=1e-5)
+
+
+def test_the_stack_is_described(pair):
+    assert "layers 0-1: width=80; state=6; kernel=4; rank=3" in topwork.describe(pair[1])
+
+
 def test_checkpointed_blocks_give_the_same_gradients(pair):
     _, ours = pair
     ours.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ from topwork.models.config import Config, ConfigReader
 from topwork.models.heads import BareModel
 from topwork.models.packing import packed_positions
 from topwork.nn.cache import KVCache
-from topwork.nn.layers import RmsNorm
 from topwork.nn.mamba import MambaMixer, MambaSpec, RecurrentStore
+from topwork.nn.norms import NormSpec
 from topwork.weights import Rename, Table
 
 TINY = {
@@ -32,19 +33,58 @@ CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class MambaModelSpec:
+    """A whole model; `wide`: the stream between the blocks is fp32."""
+
+    vocab: int
+    hidden: int
+    norm: NormSpec
+    layers: tuple[MambaSpec, ...]
+    wide: bool = True
+    tied: bool = True
+
+
+def read_spec(read: ConfigReader) -> MambaModelSpec:
+    read.ignore(
+        "d_inner", "d_model", "fused_add_norm", "intermediate_size", "n_layer",
+        "rescale_prenorm_residual", "rms_norm", "ssm_cfg", "time_step_floor",
+        "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale",
+        "use_associative_scan", "use_mambapy",
+    )  # fmt: skip
+    hidden, rank = read.need("hidden_size"), read("time_step_rank", "auto")
+    mixer = MambaSpec(
+        width=int(read("expand", 2) * hidden),
+        state=read("state_size", 16),
+        kernel=read("conv_kernel", 4),
+        rank=math.ceil(hidden / 16) if rank == "auto" else rank,
+        activation=read("hidden_act", "silu"),
+        bias=read("use_bias", False),
+        conv_bias=read("use_conv_bias", True),
+    )
+    return MambaModelSpec(
+        vocab=read.need("vocab_size"),
+        hidden=hidden,
+        norm=NormSpec(eps=read("layer_norm_epsilon", 1e-5)),
+        layers=(mixer,) * read.need("num_hidden_layers"),
+        wide=read("residual_in_fp32", True),
+        tied=read("tie_word_embeddings", True),
+    )
+
+
 class MambaBlock(nn.Module):
     """x + mixer(norm(x)); the stream is fp32 where the configuration says so."""
 
-    def __init__(self, spec: MambaSpec, hidden: int, eps: float, wide: bool) -> None:
+    def __init__(self, mixer: MambaSpec, spec: MambaModelSpec) -> None:
         super().__init__()
-        self.norm = RmsNorm(hidden, eps)
-        self.mixer = MambaMixer(spec, hidden)
-        self.wide = wide
+        self.norm = spec.norm.build(spec.hidden)
+        self.mixer = MambaMixer(mixer, spec.hidden)
+        self.wide = spec.wide
 
     def forward(
         self, x: Tensor, place: Tensor, real: Tensor | None, store: RecurrentStore | None
     ) -> Tensor:
-        y = self.mixer(self.norm(x.to(self.norm.weight.dtype)), place, real, store)
+        y = self.mixer(self.norm(x.to(self.mixer.D.dtype)), place, real, store)
         return (x.float() if self.wide else x) + y
 
 
@@ -53,33 +93,12 @@ class Mamba(nn.Module):
 
     embedding = "embeddings"
 
-    def __init__(self, read: ConfigReader) -> None:
+    def __init__(self, spec: MambaModelSpec) -> None:
         super().__init__()
-        read.ignore(
-            "d_inner", "d_model", "fused_add_norm", "intermediate_size", "n_layer",
-            "rescale_prenorm_residual", "rms_norm", "ssm_cfg", "time_step_floor",
-            "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale",
-            "use_associative_scan", "use_mambapy",
-        )  # fmt: skip
-        hidden, eps = read.need("hidden_size"), read("layer_norm_epsilon", 1e-5)
-        rank = read("time_step_rank", "auto")
-        self.mixer = MambaSpec(
-            width=int(read("expand", 2) * hidden),
-            state=read("state_size", 16),
-            kernel=read("conv_kernel", 4),
-            rank=math.ceil(hidden / 16) if rank == "auto" else rank,
-            activation=read("hidden_act", "silu"),
-            bias=read("use_bias", False),
-            conv_bias=read("use_conv_bias", True),
-        )
-        self.hidden, self.vocab = hidden, read.need("vocab_size")
-        self.tied = read("tie_word_embeddings", True)
-        wide = read("residual_in_fp32", True)
-        self.embeddings = nn.Embedding(self.vocab, hidden)
-        self.layers = nn.ModuleList(
-            MambaBlock(self.mixer, hidden, eps, wide) for _ in range(read.need("num_hidden_layers"))
-        )
-        self.norm_f = RmsNorm(hidden, eps)
+        self.spec = spec
+        self.embeddings = nn.Embedding(spec.vocab, spec.hidden)
+        self.layers = nn.ModuleList(MambaBlock(mixer, spec) for mixer in spec.layers)
+        self.norm_f = spec.norm.build(spec.hidden)
         self.checkpointing = False
 
     @property
@@ -108,7 +127,11 @@ class Mamba(nn.Module):
         if layout is None:
             return backbone(self, input_ids, inputs_embeds=inputs_embeds, cache=cache, **padding)  # type: ignore[arg-type]
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        dtype = x.dtype
+        dtype, back = x.dtype, None
+        if any(isinstance(n, tuple) for n in layout.lengths or ()):
+            # A state cannot be shared by branches that go on from it: each begins on its own.
+            plain = ops.unshared(layout.lengths or (), x.device)
+            x, back, layout = x[:, plain.take], plain.back, ops.Layout(plain.lengths)
         place, real = places(layout, x)
         for i, block in enumerate(self.layers):
             store = None if cache is None else cache.stores[i]
@@ -118,7 +141,8 @@ class Mamba(nn.Module):
                 x = checkpoint(block, x, place, real, store, use_reentrant=False)
             else:
                 x = block(x, place, real, store)
-        return self.norm_f(x).to(dtype)
+        x = self.norm_f(x).to(dtype)
+        return x if back is None else x[:, back]
 
 
 def places(layout: ops.Layout, x: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -140,11 +164,11 @@ class CausalMamba(CausalModel):
 
     def __init__(self, config: Config, read: ConfigReader) -> None:
         super().__init__(config)
-        trunk = Mamba(read)
-        self.add_module("backbone", trunk)
-        self.lm_head = nn.Linear(trunk.hidden, trunk.vocab, bias=False)
+        spec = read_spec(read)
+        self.add_module("backbone", Mamba(spec))
+        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False)
         self.table = TABLE
-        self.tied = {"lm_head.weight": "backbone.embeddings.weight"} if trunk.tied else {}
+        self.tied = {"lm_head.weight": "backbone.embeddings.weight"} if spec.tied else {}
         self.tie_weights()
 
     # The checkpoint calls the trunk as the contract calls what it does: the module serves as both.
@@ -172,7 +196,7 @@ TABLE = Table(old=(Rename("embedding", "embeddings"),), prefix="backbone.")
 
 def bare(config: Config, read: ConfigReader) -> Model:
     table = Table(old=TABLE.old, prefix=TABLE.prefix, drop=(r"^lm_head\.",))
-    return BareModel(config, Mamba(read), table=table)
+    return BareModel(config, Mamba(read_spec(read)), table=table)
 
 
 MODELS = {"base": bare, "causal-lm": CausalMamba}
