@@ -48,7 +48,7 @@ DERIVED = {
     "num_experts": {"num_local_experts"},
 }
 # Options that ask for the same numbers by another way.
-SAME_NUMBERS = {"reorder_and_upcast_attn"}
+SAME_NUMBERS = {"reorder_and_upcast_attn", "residual_in_fp32"}  # the latter in bf16 alone
 
 
 def tiny(family):

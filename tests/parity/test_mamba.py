@@ -84,7 +84,7 @@ def test_branches_go_on_from_their_beginning(pair):
 
 
 def test_the_stack_is_described(pair):
-    assert "layers 0-1: width=80; state=6; kernel=4; rank=3" in topwork.describe(pair[1])
+    assert "layers 0-1: width=80; state=6; kernel=4; rank=5" in topwork.describe(pair[1])
 
 
 def test_checkpointed_blocks_give_the_same_gradients(pair):

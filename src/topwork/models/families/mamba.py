@@ -22,7 +22,7 @@ from topwork.nn.norms import NormSpec
 from topwork.weights import Rename, Table
 
 TINY = {
-    "hidden_size": 40, "num_hidden_layers": 2, "state_size": 6, "time_step_rank": 3,
+    "hidden_size": 40, "num_hidden_layers": 2, "state_size": 6, "time_step_rank": 5,
 }  # fmt: skip
 CASES = [
     {},
