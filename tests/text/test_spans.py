@@ -252,7 +252,7 @@ def test_ten_thousand_rows_take_seconds(name):
     form = next(f for f in FORMATS if f.name == name)
     tokenizer = tokenizer_for(form)
     chat = [USER, {**ANSWER, "content": "the answer is 42 " * 10}] * 3
-    start = time.perf_counter()
+    start = time.process_time()
     found = render_spans_batch(tokenizer, [chat] * 1000)
-    assert time.perf_counter() - start < 4  # about 0.6 s here
+    assert time.process_time() - start < 5  # about 1 s here
     assert len(found) == 1000

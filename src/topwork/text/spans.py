@@ -25,6 +25,7 @@ from topwork.errors import ConfigError
 from topwork.text.marks import WAYS, Marked, mark_end, mark_start, trailing_blanks
 from topwork.text.template import TemplateError, render
 from topwork.text.tokenizer import SPECIAL, Tokenizer
+from topwork.text.tools import as_tools
 
 Message = Mapping[str, Any]
 MARKS = ("x1", "y2")  # no blanks, no markup, and nowhere the same character
@@ -108,6 +109,7 @@ def render_spans_batch(
     found: list[tuple[int, _Chat, list[_Place]]] = []
     for row, (messages, own) in enumerate(zip(chats, variables)):
         try:
+            own = {**own, "tools": as_tools(own.get("tools"))}
             chat = _Chat(source, messages, {"strftime_now": now, **special, **own})
             found.append((row, chat, chat.places()))
         except TemplateError as error:

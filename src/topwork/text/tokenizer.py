@@ -6,25 +6,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
+from tokenizers.models import BPE
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, nearest
-from topwork.text.template import TemplateError, render
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
            "mask_token")  # fmt: skip
 SIDES = ("left", "right")
 UNLIMITED = int(1e30)
+FILLERS = {"attention_mask": 0, "token_type_ids": 0, "offset_mapping": (0, 0),
+           "special_tokens_mask": 1, "assistant_masks": 0, "words": None}  # fmt: skip
+# Whose token_type_ids a call returns, by the name of the tokenizer's class.
+TYPED = ("Bert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert",
+         "Deberta", "DebertaV2", "FNet")  # fmt: skip
 
 
 class Encoding(dict[str, Any]):
     """The result of a call: `input_ids`, `attention_mask` and what else was asked for."""
+
+    words: list[list[int | None]]
+
+    def word_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row, the number of the word that it comes from."""
+        return self.words[batch_index]
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -119,6 +130,16 @@ class Tokenizer:
             return None if token is None else self.core.token_to_id(token)
         raise AttributeError(f"Tokenizer has no {name!r}{nearest(name, dir(type(self)))}")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.endswith("_token_id") and name.removesuffix("_id") in SPECIAL:
+            token = None if value is None else self.core.id_to_token(value)
+            if value is not None and token is None:
+                raise ConfigError(
+                    f"{name}={value}: there is no such token; they end at {len(self)}"
+                )
+            name, value = name.removesuffix("_id"), token
+        super().__setattr__(name, _content(value) if name in SPECIAL else value)
+
     @property
     def vocab_size(self) -> int:
         return self.core.get_vocab_size(with_added_tokens=False)
@@ -134,6 +155,43 @@ class Tokenizer:
         """Add whole tokens; returns how many were new. The embeddings are not resized."""
         made = [AddedToken(t, special=special, normalized=not special) for t in tokens]
         return self.core.add_special_tokens(made) if special else self.core.add_tokens(made)
+
+    def add_special_tokens(self, tokens: Mapping[str, Any] | Sequence[Any]) -> int:
+        """Add special tokens, by role (`{"pad_token": "<pad>"}`) or as a list; how many were new.
+
+        Further ones without a role stand under `additional_special_tokens`.
+        """
+        named = tokens if isinstance(tokens, Mapping) else {"additional_special_tokens": tokens}
+        extra = ("additional_special_tokens", "extra_special_tokens")
+        for role in named:
+            if role not in SPECIAL + extra:
+                raise ConfigError(f"no special token is called {role!r}{nearest(role, SPECIAL)}")
+        added = 0
+        for role, given in named.items():
+            if role in SPECIAL:
+                setattr(self, role, given)
+                given = [given]
+            made = [
+                t if isinstance(t, AddedToken) else AddedToken(_content(t), normalized=False)
+                for t in given
+            ]
+            added += self.core.add_special_tokens(made)
+        return added
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many tokens a call adds to a text, or to a pair."""
+        return self.core.num_special_tokens_to_add(pair)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return [str(self.core.id_to_token(i)) for i in self.all_special_ids]
+
+    @property
+    def special_tokens_map(self) -> dict[str, str]:
+        return {n: getattr(self, n) for n in SPECIAL if getattr(self, n) is not None}
+
+    def convert_tokens_to_string(self, tokens: Sequence[str]) -> str:
+        return self.core.decoder.decode(list(tokens)) if self.core.decoder else " ".join(tokens)
 
     def convert_tokens_to_ids(self, tokens: str | Sequence[str]) -> Any:
         if isinstance(tokens, str):
@@ -157,17 +215,22 @@ class Tokenizer:
 
     def __call__(
         self,
-        text: str | Sequence[str],
-        text_pair: str | Sequence[str] | None = None,
+        text: str | Sequence[Any] | None = None,
+        text_pair: str | Sequence[Any] | None = None,
         *,
+        text_target: str | Sequence[Any] | None = None,
         add_special_tokens: bool = True,
         padding: bool | str = False,
         truncation: bool | str = False,
         max_length: int | None = None,
         stride: int = 0,
+        is_split_into_words: bool = False,
         return_overflowing_tokens: bool = False,
         return_offsets_mapping: bool = False,
         return_special_tokens_mask: bool = False,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool = True,
+        return_length: bool = False,
         return_tensors: str | None = None,
         pad_to_multiple_of: int | None = None,
     ) -> Encoding:
@@ -176,20 +239,23 @@ class Tokenizer:
         `padding`: True or "longest", "max_length"; `truncation`: True or "longest_first",
         "only_first", "only_second". With `return_overflowing_tokens` the rest of a long text comes
         as further rows that share `stride` tokens, and `overflow_to_sample_mapping` says whose.
+        With `is_split_into_words` a text is a list of words. `text_target` gives `labels`.
         """
-        single = isinstance(text, str)
-        if text_pair is not None and single is not isinstance(text_pair, str):
-            raise ConfigError("text and text_pair must both be one text, or both a batch")
-        firsts = [text] if isinstance(text, str) else list(text)
-        inputs: list[Any] = firsts
-        if text_pair is not None:
-            seconds = [text_pair] if isinstance(text_pair, str) else list(text_pair)
-            if len(seconds) != len(firsts):
-                raise ConfigError(f"{len(firsts)} texts, but {len(seconds)} text pairs")
-            inputs = list(zip(firsts, seconds))
+        shape = {
+            "add_special_tokens": add_special_tokens, "truncation": truncation,
+            "max_length": max_length, "padding": padding, "pad_to_multiple_of": pad_to_multiple_of,
+            "is_split_into_words": is_split_into_words, "return_tensors": return_tensors,
+        }  # fmt: skip
+        if text is None:
+            if text_target is None:
+                raise ConfigError("neither text nor text_target is given")
+            return self(text_target, text_pair, **shape)
+        single, inputs = _inputs(text, text_pair, is_split_into_words)
         self._truncate(truncation, max_length, stride)
         try:
-            encoded = self.core.encode_batch(inputs, add_special_tokens=add_special_tokens)
+            encoded = self.core.encode_batch(
+                inputs, add_special_tokens=add_special_tokens, is_pretokenized=is_split_into_words
+            )
         finally:
             self.core.no_truncation()
         rows, owner = [], []
@@ -197,20 +263,74 @@ class Tokenizer:
             pieces = [one, *one.overflowing] if return_overflowing_tokens else [one]
             rows += pieces
             owner += [index] * len(pieces)
-        result = {
-            "input_ids": [r.ids for r in rows],
-            "attention_mask": [r.attention_mask for r in rows],
-        }
-        if return_offsets_mapping:
-            result["offset_mapping"] = [r.offsets for r in rows]
-        if return_special_tokens_mask:
-            result["special_tokens_mask"] = [r.special_tokens_mask for r in rows]
-        self._pad(result, padding, max_length, pad_to_multiple_of)
+        if return_token_type_ids is None:
+            return_token_type_ids = self.has_token_types
+        result = {"input_ids": [r.ids for r in rows]}
+        for key, asked, field in (
+            ("token_type_ids", return_token_type_ids, "type_ids"),
+            ("attention_mask", return_attention_mask, "attention_mask"),
+            ("offset_mapping", return_offsets_mapping, "offsets"),
+            ("special_tokens_mask", return_special_tokens_mask, "special_tokens_mask"),
+        ):
+            if asked:
+                result[key] = [getattr(r, field) for r in rows]
+        words = {"words": [r.word_ids for r in rows]}
+        self._pad(words | result, padding, max_length, pad_to_multiple_of)
+        if return_length:
+            result["length"] = [len(ids) for ids in result["input_ids"]]
         if return_overflowing_tokens:
             result["overflow_to_sample_mapping"] = owner
+        if text_target is not None:
+            result["labels"] = self(text_target, **{**shape, "return_tensors": None})["input_ids"]
+            result["labels"] = [result["labels"]] if single else result["labels"]
         if single and not return_overflowing_tokens and return_tensors is None:
             result = {key: value[0] for key, value in result.items()}
-        return _as_tensors(result, return_tensors)
+        made = _as_tensors(result, return_tensors)
+        made.words = words["words"]
+        return made
+
+    @property
+    def has_token_types(self) -> bool:
+        """Whether a call returns `token_type_ids` unasked: as the files say."""
+        names = self.config.get("model_input_names")
+        if names is not None:
+            return "token_type_ids" in names
+        kind = str(self.config.get("tokenizer_class") or "").removesuffix("Fast")
+        return kind.removesuffix("Tokenizer") in TYPED
+
+    def pad(
+        self,
+        encoded_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        padding: bool | str = True,
+        max_length: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        return_tensors: str | None = None,
+    ) -> Encoding:
+        """Bring encoded rows to one length: a list of them, or one mapping of lists.
+
+        What is no token-wise entry (labels, say) stays as it is.
+        """
+        if not isinstance(encoded_inputs, Mapping):
+            keys = encoded_inputs[0] if encoded_inputs else {}
+            encoded_inputs = {key: [row[key] for row in encoded_inputs] for key in keys}
+        if "input_ids" not in encoded_inputs:
+            raise ConfigError(f"there are no input_ids to pad, only {list(encoded_inputs)}")
+        rows = {
+            key: value.tolist() if hasattr(value, "tolist") else list(value)
+            for key, value in encoded_inputs.items()
+        }
+        rows = {
+            key: [v.tolist() if hasattr(v, "tolist") else v for v in value]
+            for key, value in rows.items()
+        }
+        single = bool(rows["input_ids"]) and isinstance(rows["input_ids"][0], int)
+        if single:
+            rows = {key: [value] for key, value in rows.items()}
+        if padding is not False and "attention_mask" not in rows:
+            rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
+        self._pad(rows, padding, max_length, pad_to_multiple_of)
+        made = _as_tensors(rows, return_tensors)
+        return Encoding({key: value[0] for key, value in made.items()}) if single else made
 
     def _truncate(self, truncation: bool | str, max_length: int | None, stride: int) -> None:
         kinds = ("longest_first", "only_first", "only_second")
@@ -250,52 +370,27 @@ class Tokenizer:
             width = max(width, limit)
         if multiple:
             width = -(-width // multiple) * multiple
-        fillers = {
-            "input_ids": filler, "attention_mask": 0, "offset_mapping": (0, 0),
-            "special_tokens_mask": 1,
-        }  # fmt: skip
-        for key, rows in result.items():
-            for i, row in enumerate(rows):
-                extra = [fillers[key]] * (width - len(row))
-                rows[i] = extra + row if self.padding_side == "left" else row + extra
+        fillers: dict[str, Any] = {**FILLERS, "input_ids": filler}
+        for key in result.keys() & fillers.keys():
+            extras = [[fillers[key]] * (width - len(row)) for row in result[key]]
+            left = self.padding_side == "left"
+            result[key][:] = [e + r if left else r + e for r, e in zip(result[key], extras)]
 
     # -- chats -----------------------------------------------------------------------------------
 
-    def apply_chat_template(
-        self,
-        conversation: Sequence[Any],
-        *,
-        tools: Sequence[dict[str, Any]] | None = None,
-        documents: Sequence[dict[str, Any]] | None = None,
-        chat_template: str | None = None,
-        add_generation_prompt: bool = False,
-        continue_final_message: bool = False,
-        tokenize: bool = True,
-        **variables: Any,
-    ) -> Any:
+    def apply_chat_template(self, conversation: Sequence[Any], **options: Any) -> Any:
         """Messages (`role`, `content`) as the template writes them: ids, or text.
 
         `conversation` is one chat or a batch. `add_generation_prompt` ends with the header of the
-        answer; `continue_final_message` ends inside the last message, to be gone on with.
+        answer; `continue_final_message` ends inside the last message, to be gone on with. `tools`
+        are functions or JSON schemas, `chat_template` another template. With `tokenize=False` the
+        text comes; with `return_dict` an Encoding, with `return_assistant_tokens_mask` also
+        `assistant_masks` (see `topwork.text.spans`). `padding`, `truncation`, `max_length` and
+        `return_tensors` as in a call. Whatever else is given, the template can read.
         """
-        source = chat_template or self.chat_template
-        if source is None:
-            raise ConfigError("this tokenizer has no chat template; pass chat_template")
-        if continue_final_message and add_generation_prompt:
-            raise ConfigError("continue_final_message and add_generation_prompt exclude each other")
-        single = not conversation or isinstance(conversation[0], dict)
-        special = {n: getattr(self, n) for n in SPECIAL if getattr(self, n) is not None}
-        texts = []
-        for chat in [conversation] if single else conversation:
-            text = render(
-                source, chat, tools=tools, documents=documents,
-                add_generation_prompt=add_generation_prompt, **{**special, **variables},
-            )  # fmt: skip
-            texts.append(_open_end(text, chat) if continue_final_message else text)
-        out: list[Any] = texts
-        if tokenize:
-            out = self(texts, add_special_tokens=False)["input_ids"]
-        return out[0] if single else out
+        from topwork.text.chat import apply_chat_template
+
+        return apply_chat_template(self, conversation, **options)
 
     # -- ids to text -----------------------------------------------------------------------------
 
@@ -307,8 +402,8 @@ class Tokenizer:
     ) -> Any:
         """The text of one row of ids (list or tensor), or of each row of a batch.
 
-        `clean_up_tokenization_spaces` takes blanks before punctuation away; by default as
-        tokenizer_config.json says, else not.
+        `clean_up_tokenization_spaces` takes blanks before punctuation away. By default it is as
+        tokenizer_config.json says, but not for BPE, whose blanks belong to the text.
         """
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         ids = [ids] if isinstance(ids, int) else list(ids)
@@ -318,6 +413,7 @@ class Tokenizer:
         clean = clean_up_tokenization_spaces
         if clean is None:
             clean = self.config.get("clean_up_tokenization_spaces", False)
+            clean = clean and not isinstance(self.core.model, BPE)
         return clean_up(text) if clean else text
 
     def batch_decode(
@@ -337,15 +433,24 @@ def clean_up(text: str) -> str:
     return text
 
 
-def _open_end(text: str, chat: Sequence[Any]) -> str:
-    """`text` up to the end of the last message's content."""
-    last = str(chat[-1].get("content") or "").strip()
-    at = text.rfind(last)
-    if not last or at < 0:
-        raise TemplateError("continue_final_message: the template changes the last message")
-    # Trailing blanks of the message stay where the template keeps them.
-    whole = str(chat[-1]["content"]).lstrip()
-    return text[:at] + (whole if text.startswith(whole, at) else last)
+def _inputs(text: Any, pair: Any, words: bool) -> tuple[bool, list[Any]]:
+    """Whether `text` is a single one, and the rows to encode."""
+
+    def alone(given: Any) -> bool:
+        if words:
+            return not given or isinstance(given[0], str)
+        return isinstance(given, str)
+
+    single = alone(text)
+    firsts = [text] if single else list(text)
+    if pair is None:
+        return single, firsts
+    if single is not alone(pair):
+        raise ConfigError("text and text_pair must both be one text, or both a batch")
+    seconds = [pair] if single else list(pair)
+    if len(seconds) != len(firsts):
+        raise ConfigError(f"{len(firsts)} texts, but {len(seconds)} text pairs")
+    return single, list(zip(firsts, seconds))
 
 
 def _template(given: Any) -> str | None:
@@ -356,6 +461,8 @@ def _template(given: Any) -> str | None:
 
 
 def _content(token: Any) -> str | None:
+    if isinstance(token, AddedToken):
+        return token.content
     return token.get("content") if isinstance(token, dict) else token
 
 
