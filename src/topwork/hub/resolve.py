@@ -24,6 +24,8 @@ SMALL_FILES = {
         "merges.txt",
         "vocab.txt",
     ),
+    # Asked for only where there is no tokenizer.json.
+    "sentencepiece": ("tokenizer.model", "spiece.model", "spm.model"),
 }
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from topwork.errors import ConfigError
+from topwork.text.encoding import Encoding
 from topwork.text.template import TemplateError, render
-from topwork.text.tokenizer import SPECIAL, Encoding, Tokenizer
+from topwork.text.tokenizer import SPECIAL, Tokenizer
 from topwork.text.tools import as_tools
 
 

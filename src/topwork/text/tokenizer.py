@@ -16,6 +16,7 @@ from tokenizers.models import BPE
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, nearest
+from topwork.text.encoding import Encoding, as_tensors, columns_of, inputs_of, rows_of
 
 SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
            "mask_token")  # fmt: skip
@@ -26,26 +27,6 @@ FILLERS = {"attention_mask": 0, "token_type_ids": 0, "offset_mapping": (0, 0),
 # Whose token_type_ids a call returns, by the name of the tokenizer's class.
 TYPED = ("Bert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert",
          "Deberta", "DebertaV2", "FNet")  # fmt: skip
-
-
-class Encoding(dict[str, Any]):
-    """The result of a call: `input_ids`, `attention_mask` and what else was asked for."""
-
-    words: list[list[int | None]]
-
-    def word_ids(self, batch_index: int = 0) -> list[int | None]:
-        """For each token of a row, the number of the word that it comes from."""
-        return self.words[batch_index]
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"the encoding has no {name!r}{nearest(name, self)}") from None
-
-    def to(self, device: Any) -> Encoding:
-        """A copy with its tensors on `device`."""
-        return Encoding({k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()})
 
 
 class Tokenizer:
@@ -85,14 +66,6 @@ class Tokenizer:
             from topwork.text.gguf import tokenizer_of_gguf
 
             return cls(*tokenizer_of_gguf(checkpoint.weight_files[0]))
-        if "tokenizer.json" not in checkpoint.files:
-            there = ", ".join(checkpoint.files) or "no tokenizer file"
-            raise CheckpointError(f"{name_or_path}: there is no tokenizer.json, only {there}")
-        path = checkpoint.files["tokenizer.json"]
-        try:
-            core = Core.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
-            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
         config: dict[str, Any] = {}
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in checkpoint.files:
@@ -100,6 +73,16 @@ class Tokenizer:
         if "chat_template.jinja" in checkpoint.files:
             path = checkpoint.files["chat_template.jinja"]
             config["chat_template"] = path.read_text(encoding="utf-8")
+        if "tokenizer.json" not in checkpoint.files:
+            from topwork.text.convert import convert
+
+            also = hub.resolve(name_or_path, want=("tokenizer", "sentencepiece"), **where)
+            return cls(*convert(also.files, config))
+        path = checkpoint.files["tokenizer.json"]
+        try:
+            core = Core.from_file(str(path))
+        except Exception as error:  # the library raises plain Exception
+            raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
         return cls(core, config)
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -246,11 +229,9 @@ class Tokenizer:
             "max_length": max_length, "padding": padding, "pad_to_multiple_of": pad_to_multiple_of,
             "is_split_into_words": is_split_into_words, "return_tensors": return_tensors,
         }  # fmt: skip
-        if text is None:
-            if text_target is None:
-                raise ConfigError("neither text nor text_target is given")
+        if text is None and text_target is not None:
             return self(text_target, text_pair, **shape)
-        single, inputs = _inputs(text, text_pair, is_split_into_words)
+        single, inputs = inputs_of(text, text_pair, is_split_into_words)
         self._truncate(truncation, max_length, stride)
         try:
             encoded = self.core.encode_batch(
@@ -258,22 +239,11 @@ class Tokenizer:
             )
         finally:
             self.core.no_truncation()
-        rows, owner = [], []
-        for index, one in enumerate(encoded):
-            pieces = [one, *one.overflowing] if return_overflowing_tokens else [one]
-            rows += pieces
-            owner += [index] * len(pieces)
-        if return_token_type_ids is None:
-            return_token_type_ids = self.has_token_types
-        result = {"input_ids": [r.ids for r in rows]}
-        for key, asked, field in (
-            ("token_type_ids", return_token_type_ids, "type_ids"),
-            ("attention_mask", return_attention_mask, "attention_mask"),
-            ("offset_mapping", return_offsets_mapping, "offsets"),
-            ("special_tokens_mask", return_special_tokens_mask, "special_tokens_mask"),
-        ):
-            if asked:
-                result[key] = [getattr(r, field) for r in rows]
+        rows, owner = rows_of(encoded, return_overflowing_tokens)
+        types = self.has_token_types if return_token_type_ids is None else return_token_type_ids
+        result = columns_of(
+            rows, types, return_attention_mask, return_offsets_mapping, return_special_tokens_mask
+        )
         words = {"words": [r.word_ids for r in rows]}
         self._pad(words | result, padding, max_length, pad_to_multiple_of)
         if return_length:
@@ -281,13 +251,11 @@ class Tokenizer:
         if return_overflowing_tokens:
             result["overflow_to_sample_mapping"] = owner
         if text_target is not None:
-            result["labels"] = self(text_target, **{**shape, "return_tensors": None})["input_ids"]
-            result["labels"] = [result["labels"]] if single else result["labels"]
+            targets = [text_target] if single else text_target
+            result["labels"] = self(targets, **{**shape, "return_tensors": None})["input_ids"]
         if single and not return_overflowing_tokens and return_tensors is None:
             result = {key: value[0] for key, value in result.items()}
-        made = _as_tensors(result, return_tensors)
-        made.words = words["words"]
-        return made
+        return as_tensors(result, return_tensors).with_words(words["words"])
 
     @property
     def has_token_types(self) -> bool:
@@ -329,7 +297,7 @@ class Tokenizer:
         if padding is not False and "attention_mask" not in rows:
             rows["attention_mask"] = [[1] * len(ids) for ids in rows["input_ids"]]
         self._pad(rows, padding, max_length, pad_to_multiple_of)
-        made = _as_tensors(rows, return_tensors)
+        made = as_tensors(rows, return_tensors)
         return Encoding({key: value[0] for key, value in made.items()}) if single else made
 
     def _truncate(self, truncation: bool | str, max_length: int | None, stride: int) -> None:
@@ -433,26 +401,6 @@ def clean_up(text: str) -> str:
     return text
 
 
-def _inputs(text: Any, pair: Any, words: bool) -> tuple[bool, list[Any]]:
-    """Whether `text` is a single one, and the rows to encode."""
-
-    def alone(given: Any) -> bool:
-        if words:
-            return not given or isinstance(given[0], str)
-        return isinstance(given, str)
-
-    single = alone(text)
-    firsts = [text] if single else list(text)
-    if pair is None:
-        return single, firsts
-    if single is not alone(pair):
-        raise ConfigError("text and text_pair must both be one text, or both a batch")
-    seconds = [pair] if single else list(pair)
-    if len(seconds) != len(firsts):
-        raise ConfigError(f"{len(firsts)} texts, but {len(seconds)} text pairs")
-    return single, list(zip(firsts, seconds))
-
-
 def _template(given: Any) -> str | None:
     """The template itself, or the one named "default" of a list."""
     if isinstance(given, list):
@@ -464,19 +412,3 @@ def _content(token: Any) -> str | None:
     if isinstance(token, AddedToken):
         return token.content
     return token.get("content") if isinstance(token, dict) else token
-
-
-def _as_tensors(result: dict[str, Any], kind: str | None) -> Encoding:
-    if kind is None:
-        return Encoding(result)
-    if kind not in ("pt", "np"):
-        raise ConfigError(f"return_tensors={kind!r}; 'pt' or 'np'")
-    if len({len(row) for row in result["input_ids"]}) > 1:
-        raise ConfigError("rows of different lengths are no tensor; pass padding=True")
-    if kind == "np":
-        import numpy as np
-
-        return Encoding({key: np.array(value) for key, value in result.items()})
-    import torch
-
-    return Encoding({key: torch.tensor(value) for key, value in result.items()})

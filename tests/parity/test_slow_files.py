@@ -1,0 +1,129 @@
+"""vocab.txt, vocab.json + merges.txt and SentencePiece files, where there is no tokenizer.json."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import sentencepiece
+import transformers
+from tokenizers import Tokenizer as Core
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+from corpus import TEXTS
+from topwork import AutoTokenizer
+from topwork.errors import CheckpointError
+
+PAIRS = TEXTS[::-1]
+
+
+def lists(encoded):
+    return {key: list(value) for key, value in dict(encoded).items()}
+
+
+def write_config(folder, **config):
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("lower", [True, False])
+def test_vocab_txt_equals_the_peer(tmp_path, lower):
+    core = Core(models.WordPiece(unk_token="[UNK]"))
+    core.normalizer = normalizers.BertNormalizer(lowercase=lower)
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=400, show_progress=False,
+        special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+    )  # fmt: skip
+    core.train_from_iterator(TEXTS, trainer)
+    vocab = sorted(core.get_vocab(), key=core.get_vocab().get)
+    (tmp_path / "vocab.txt").write_text("\n".join(vocab) + "\n")
+    write_config(tmp_path, tokenizer_class="BertTokenizer", do_lower_case=lower)
+    theirs = transformers.BertTokenizer.from_pretrained(tmp_path)
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    for second in (None, PAIRS):
+        assert lists(ours(TEXTS, second)) == lists(theirs(TEXTS, second))
+    assert ours.encode("a [MASK] b[SEP]") == theirs.encode("a [MASK] b[SEP]")
+    ids = ours.encode(TEXTS[4])
+    assert ours.decode(ids, True) == theirs.decode(ids, skip_special_tokens=True)
+    assert (ours.mask_token_id, ours.pad_token_id) == (theirs.mask_token_id, theirs.pad_token_id)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Roberta", "Bart"])
+def test_vocab_json_and_merges_equal_the_peer(tmp_path, kind):
+    core = Core(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    specials = ["<|endoftext|>"] if kind == "GPT2" else ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, show_progress=False, special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    core.train_from_iterator(TEXTS * 3, trainer)
+    core.model.save(str(tmp_path))
+    write_config(tmp_path, tokenizer_class=f"{kind}Tokenizer")
+    theirs = getattr(transformers, f"{kind}Tokenizer").from_pretrained(tmp_path)
+    ours = AutoTokenizer.from_pretrained(tmp_path)
+    for second in (None, PAIRS):
+        wanted, found = theirs(TEXTS, second), ours(TEXTS, second)
+        assert found["input_ids"] == wanted["input_ids"]
+    text = f"a {specials[-1]} b{specials[0]}"
+    assert ours.encode(text) == theirs.encode(text)
+    assert ours.decode(ours.encode(TEXTS[8]), True) == TEXTS[8]
+
+
+@pytest.fixture(scope="module", params=["unigram", "bpe"])
+def pieces(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    (folder / "corpus.txt").write_text("\n".join(t for t in TEXTS * 3 if "\0" not in t))
+    made = {}
+    for rule, strips in (("identity", False), ("nmt_nfkc", True)):
+        sentencepiece.SentencePieceTrainer.train(
+            input=str(folder / "corpus.txt"), model_prefix=str(folder / rule),
+            model_type=request.param, vocab_size=700, byte_fallback=True, minloglevel=2,
+            normalization_rule_name=rule, remove_extra_whitespaces=strips,
+            character_coverage=0.98, user_defined_symbols=["<sep>"], hard_vocab_limit=False,
+        )  # fmt: skip
+        path = tmp_path_factory.mktemp(rule) / "tokenizer.model"
+        path.write_bytes((folder / f"{rule}.model").read_bytes())
+        made[rule] = (sentencepiece.SentencePieceProcessor(model_file=str(path)), path.parent)
+    return made
+
+
+@pytest.mark.parametrize("rule", ["identity", "nmt_nfkc"])
+def test_sentencepiece_files_give_what_sentencepiece_gives(pieces, rule):
+    model, folder = pieces[rule]
+    write_config(folder, tokenizer_class="LlamaTokenizer")
+    ours = AutoTokenizer.from_pretrained(folder)
+    for text in TEXTS:
+        if "\0" not in text:
+            assert ours.encode(text) == [1, *model.encode(text)], text
+    assert ours.encode("a", add_special_tokens=False) == model.encode("a")
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == ("<s>", "</s>", "<unk>")
+    write_config(folder, tokenizer_class="T5Tokenizer", extra_ids=3)
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("a") == [*model.encode("a"), 2]
+    size = model.get_piece_size()
+    assert ours.convert_tokens_to_ids(["<extra_id_2>", "<extra_id_0>"]) == [size, size + 2]
+
+
+def test_added_tokens_keep_their_numbers(pieces):
+    model, folder = pieces["identity"]
+    size = model.get_piece_size()
+    added = {str(size): {"content": "<|im_end|>", "special": True, "normalized": False}}
+    write_config(folder, added_tokens_decoder=added, eos_token="<|im_end|>")
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": size + 1}))
+    ours = AutoTokenizer.from_pretrained(folder)
+    assert ours.eos_token_id == size
+    assert ours.encode("a<tool>")[-1] == size + 1
+    (folder / "added_tokens.json").write_text(json.dumps({"<tool>": size + 7}))
+    with pytest.raises(CheckpointError, match=f"'<tool>' is not number {size + 7}"):
+        AutoTokenizer.from_pretrained(folder)
+    (folder / "added_tokens.json").unlink()
+
+
+def test_what_cannot_be_built_with_certainty_is_refused(tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"\x0a\xff\xff")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.model: no SentencePiece model"):
+        AutoTokenizer.from_pretrained(tmp_path)
+    write_config(tmp_path, tokenizer_class="XLMRobertaTokenizer")
+    with pytest.raises(CheckpointError, match="XLMRobertaTokenizer cannot be built"):
+        AutoTokenizer.from_pretrained(tmp_path)
