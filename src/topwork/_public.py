@@ -1,6 +1,7 @@
 """Public name → its module; one line each."""
 
 HOMES = {
+    "AdaLoraConfig": "topwork.peft",
     "AutoConfig": "topwork.models",
     "AutoModel": "topwork.models",
     "AutoModelForCausalLM": "topwork.models",
@@ -26,9 +27,13 @@ HOMES = {
     "LoKrConfig": "topwork.peft",
     "LoraConfig": "topwork.peft",
     "MissConfig": "topwork.peft",
+    "MultitaskPromptTuningConfig": "topwork.peft",
     "OFTConfig": "topwork.peft",
     "PeftConfig": "topwork.peft",
     "PeftModel": "topwork.peft",
+    "PrefixTuningConfig": "topwork.peft",
+    "PromptEncoderConfig": "topwork.peft",
+    "PromptTuningConfig": "topwork.peft",
     "RandLoraConfig": "topwork.peft",
     "RoadConfig": "topwork.peft",
     "SFTConfig": "topwork.objectives",
@@ -38,6 +43,7 @@ HOMES = {
     "TextIteratorStreamer": "topwork.generation",
     "TextStreamer": "topwork.generation",
     "Tokenizer": "topwork.text",
+    "TrainableTokensConfig": "topwork.peft",
     "TrainerCallback": "topwork.training",
     "TrainingArguments": "topwork.training",
     "VBLoRAConfig": "topwork.peft",

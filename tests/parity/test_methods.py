@@ -11,15 +11,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-import transformers
-from torch import nn
 
 import peft
 import topwork
+from parity import test_prompts
+from parity.bases import IDS, base, close, randomise
 from topwork.errors import ConfigError
 from topwork.peft import PeftConfig, PeftModel, get_peft_model, methods
-
-IDS = torch.arange(22).view(2, 11)
 
 
 @dataclass(frozen=True)
@@ -106,66 +104,18 @@ ROWS = [
     row("C3AConfig", wrong=True, block_size=4, block_size_pattern={"q_proj": 8}),
     row("DeloraConfig", r=3),
     row("HiraConfig", r=3),
+    row("AdaLoraConfig", init_r=5, total_step=10),
+    row("AdaLoraConfig", "gpt2", init_r=5, total_step=10, fan_in_fan_out=True),
+    row("TrainableTokensConfig", token_indices=[3, 0, 17], target_modules=None),
     row("HiraConfig", "gpt2", r=3, fan_in_fan_out=True),
 ]  # fmt: skip
 each = pytest.mark.parametrize("row", ROWS, ids=str)
-
-
-class Convs(nn.Module):
-    """One convolution of each dimension and one in groups."""
-
-    def __init__(self):
-        super().__init__()
-        self.one = nn.Conv1d(4, 6, 3, padding=1)
-        self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1)
-        self.three = nn.Conv3d(2, 4, (1, 3, 2), bias=False)
-        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
-        self.square = nn.Conv2d(3, 4, 3)
-        self.head = nn.Linear(6, 5)
-
-    def forward(self, x):
-        one = self.one(x[:, :32].view(-1, 4, 8)).mean(2)
-        two = self.grouped(self.two(x[:, :192].view(-1, 3, 8, 8))).mean((1, 2, 3))
-        three = self.three(x[:, :96].view(-1, 2, 4, 4, 3)).mean((1, 2, 3, 4))
-        square = self.square(x[:, :192].view(-1, 3, 8, 8)).mean((1, 2, 3))
-        return self.head(one) + (two + three + square)[:, None]
-
-
-def base(kind):
-    torch.manual_seed(0)
-    if kind == "convs":
-        model = Convs()
-    else:
-        sizes = {
-            "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32},
-            "qwen2": {
-                "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
-                "num_attention_heads": 4, "num_key_value_heads": 2,
-            },
-        }[kind]  # fmt: skip
-        config = transformers.AutoConfig.for_model(
-            kind, vocab_size=37, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
-        )
-        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.3)
-    return model.eval()
 
 
 def outputs(model, kind):
     if kind == "convs":
         return model(torch.linspace(-1, 1, 2 * 192).view(2, 192))
     return model(IDS).logits
-
-
-def randomise(model, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                noise = torch.randn(parameter.shape, generator=generator)
-                parameter.add_(noise.to(parameter.dtype) * 0.2)
 
 
 def peers(row):
@@ -180,10 +130,6 @@ def save(theirs, folder):
 
 def our_config(row):
     return getattr(topwork, row.config)(**row.options)
-
-
-def close(found, wanted, **tolerance):
-    torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 1e-5, **tolerance})
 
 
 def shared(name):
@@ -299,7 +245,7 @@ def test_on_our_models_two_adapters_train_apart_in_bf16(row):
 
 def test_every_method_has_a_row():
     rows = {getattr(topwork, row.config)().peft_type for row in ROWS}
-    assert rows == set(methods.NAMES)
+    assert rows | {kind for kind, *_ in test_prompts.PROMPTS} == set(methods.NAMES)
 
 
 @pytest.mark.parametrize("name", methods.NAMES)
@@ -308,7 +254,9 @@ def test_fields_and_defaults_are_the_peers(name):
     kind = type(ours).__name__
     if not hasattr(peft, kind):
         return
-    theirs = getattr(peft, kind)().to_dict()
+    needed = {"total_step": 10} if kind == "AdaLoraConfig" else {}
+    ours = type(ours)(**needed)
+    theirs = getattr(peft, kind)(**needed).to_dict()
     for key, value in ours.to_dict().items():
         if key in theirs:
             default = theirs[key]

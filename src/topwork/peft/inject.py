@@ -12,7 +12,7 @@ from torch import nn
 from topwork.errors import ConfigError, nearest
 from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
-from topwork.peft.layer import AdaptedLayer, SavedModule, Shared, Tensors
+from topwork.peft.layer import AdaptedLayer, Graft, SavedModule, Shared, Tensors
 from topwork.peft.sites import site_of
 from topwork.peft.targets import base_of, ends, is_wrapper, target_names, walk
 
@@ -37,26 +37,48 @@ def inject(
     graft = methods.method(config.peft_type).GRAFT
     config = graft.settle(config, model)
     paths = target_names(model, config, graft.KINDS)
-    for path in paths_to_save(model, config):
-        _save_whole(model, path, name)
+    save_whole(model, config, name)
     found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
     for key, tensor in graft.share(config, found).items():
         if not hasattr(home, key):
             home.add_module(key, Tensors())
         getattr(home, key)[name] = tensor
     shared = Shared(home, name)
-    for path in paths:
-        layer = model.get_submodule(path)
-        if not isinstance(layer, AdaptedLayer):
-            training = layer.training
-            layer = AdaptedLayer(layer)
-            layer.train(training)
-            put(model, path, layer)
-        layer.add(name, graft(layer, name, config, path, shared))
+    made = {path: place(model, path, name, graft, config, shared) for path in paths}
+    for path, owner in graft.companions(model, paths).items():
+        place(model, path, name, graft, config, shared, made[owner])
     return config
 
 
-def paths_to_save(model: nn.Module, config: LayerConfig) -> list[str]:
+def place(
+    model: nn.Module,
+    path: str,
+    name: str,
+    graft: type[Graft],
+    config: LayerConfig,
+    shared: Shared,
+    owner: Graft | None = None,
+) -> Graft:
+    """Put one graft on the layer at `path`."""
+    layer = model.get_submodule(path)
+    if not isinstance(layer, AdaptedLayer):
+        training = layer.training
+        layer = AdaptedLayer(layer)
+        layer.train(training)
+        put(model, path, layer)
+    made = graft(layer, name, config, path, shared)
+    made.owner = owner
+    layer.add(name, made)
+    return made
+
+
+def grafts_of(model: nn.Module, name: str) -> list[Graft]:
+    """The grafts of adapter `name` that own their parameters."""
+    found = (layer.grafts.get(name) for layer in layers_of(model))
+    return [graft for graft in found if graft is not None and graft.owner is None]
+
+
+def paths_to_save(model: nn.Module, config: Any) -> list[str]:
     """The modules that are trained whole: those named, and the heads of the task."""
     heads = TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
     entries: list[str] = [*(config.modules_to_save or []), *heads]
@@ -74,14 +96,16 @@ def paths_to_save(model: nn.Module, config: LayerConfig) -> list[str]:
     return found
 
 
-def _save_whole(model: nn.Module, path: str, name: str) -> None:
-    module = model.get_submodule(path)
-    if isinstance(module, AdaptedLayer):
-        raise ConfigError(f"modules_to_save: {path} carries an adapter already")
-    if not isinstance(module, SavedModule):
-        module = SavedModule(module)
-        put(model, path, module)
-    module.modules_to_save[name] = copy.deepcopy(module.original_module)
+def save_whole(model: nn.Module, config: Any, name: str) -> None:
+    """Give adapter `name` its own copies of the modules that it trains whole."""
+    for path in paths_to_save(model, config):
+        module = model.get_submodule(path)
+        if isinstance(module, AdaptedLayer):
+            raise ConfigError(f"modules_to_save: {path} carries an adapter already")
+        if not isinstance(module, SavedModule):
+            module = SavedModule(module)
+            put(model, path, module)
+        module.modules_to_save[name] = copy.deepcopy(module.original_module)
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -7,7 +7,7 @@ A method says in a `Graft` what it does before and after, and to the weight when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -93,6 +93,8 @@ class Graft:
         self.config = config
         self.path = path
         self.shared = shared
+        self.owner: Graft | None = None
+        """The graft whose parameters this one uses: that of the layer that owns a tied weight."""
 
     # -- what a method says ----------------------------------------------------------------------
 
@@ -130,6 +132,11 @@ class Graft:
         return {}
 
     @classmethod
+    def companions(cls, model: nn.Module, paths: list[str]) -> dict[str, str]:
+        """Layers that an adapter goes to because they share a weight: path → the owner's."""
+        return {}
+
+    @classmethod
     def penalty(cls, config: Any, grafts: list[Any]) -> Tensor | None:
         """What is added to the loss while an adapter is trained."""
         return None
@@ -138,7 +145,8 @@ class Graft:
 
     def __getitem__(self, name: str) -> Any:
         """A parameter of this adapter by its name in `create`."""
-        found = getattr(self.layer, name)[self.name]
+        layer = self.layer if self.owner is None else self.owner.layer
+        found = getattr(layer, name)[self.name]
         return found.weight if isinstance(found, Matrix) else found
 
     def has(self, name: str) -> bool:
@@ -167,6 +175,10 @@ class Graft:
     def empty(self, *shape: int) -> Tensor:
         """A new fp32 tensor where the base layer is."""
         return torch.empty(*shape, device=self.layer.device)
+
+    def saved(self) -> Iterable[tuple[str, Tensor]]:
+        """What goes to the file, by names below the layer's."""
+        return self.layer.held(self.name)
 
     @property
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -224,7 +236,7 @@ class AdaptedLayer(nn.Module):
         if self.site.kind not in graft.KINDS:
             sites.refuse(graft.config.peft_type, graft.path, self.base_layer, graft.KINDS)
         self.grafts[name] = graft
-        for home, made in graft.create().items():
+        for home, made in (graft.create() if graft.owner is None else {}).items():
             if home not in self._modules:
                 leafs = nn.ModuleDict() if isinstance(made, nn.Module) else Tensors()
                 self.add_module(home, leafs.train(self.training))

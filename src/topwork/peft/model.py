@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
-from topwork.peft import inject, state
+from topwork.peft import inject, methods, prompts, state
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import AdaptedLayer, Rows, check_name
 
@@ -70,6 +70,9 @@ class PeftModel(nn.Module):
         self.base_model = _Holder(model)
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: tuple[str, ...] = ()
+        self._prompts_off = False
+        self._task_ids: Tensor | None = None
+        self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
@@ -78,20 +81,80 @@ class PeftModel(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_model":
+            if name in ("base_model", "prompt_encoder"):
                 raise
             return getattr(self.base_model.model, name)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
-        """The wrapped model's call. `adapter_names`: one adapter for each row of the batch (or
-        each packed document of `lengths`), "__base__" for none."""
+        """The wrapped model's call; its outputs are those of the given tokens.
+
+        `adapter_names`: one adapter for each row of the batch (or each packed document of
+        `lengths`), "__base__" for none. `task_ids` [B]: for multitask prompt tuning.
+        """
         with self.rows_by_adapter(adapter_names, kwargs):
-            return self.base_model.model(*args, **kwargs)
+            output = self._call("forward", args, kwargs)
+        penalty = self.penalty() if self.training else None
+        if penalty is not None and getattr(output, "loss", None) is not None:
+            output.loss = output.loss + penalty
+        return output
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `generate`; `adapter_names` as in `forward`."""
         with self.rows_by_adapter(adapter_names):
-            return self.base_model.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return self._call("generate", args, kwargs)
+
+    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A method of the wrapped model, with virtual tokens where the active adapter has them."""
+        model: Any = self.get_base_model()
+        prompt = self._prompt()
+        if prompt is None:
+            run = model if name == "forward" else getattr(model, name)
+            return run(*args, **kwargs)
+        if callable(getattr(model, "backbone", None)):
+            # The model's own method over this object's `backbone` and `new_cache`.
+            self._task_ids = kwargs.pop("task_ids", None)
+            return getattr(type(model), name)(self, *args, **kwargs)
+        call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
+        enter = prompts.through_peer if name == "forward" else prompts.generate_with_peer
+        return enter(model, prompt, call)
+
+    def _prompt(self) -> prompts.Prompt | None:
+        found = [n for n in self._active if n in self.prompt_encoder and not self._prompts_off]
+        return self.prompt_encoder[found[0]] if found else None  # type: ignore[return-value]
+
+    def backbone(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The wrapped model's `backbone`, with the virtual tokens of the active adapter."""
+        prompt, model = self._prompt(), self.get_base_model()
+        if prompt is None:
+            return model.backbone(input_ids, **kwargs)  # type: ignore[operator]
+        kwargs.setdefault("task_ids", self._task_ids)
+        return prompts.through_backbone(model, prompt, input_ids, **kwargs)
+
+    def new_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """A cache of the wrapped model, with room for virtual tokens."""
+        prompt, model = self._prompt(), self.get_base_model()
+        cache = model.new_cache(*args, **kwargs)  # type: ignore[operator]
+        if prompt is None:
+            return cache
+        return prompts.PromptCache(cache, prompt.config.num_virtual_tokens)
+
+    def penalty(self) -> Tensor | None:
+        """What the active adapters' methods add to the loss (AdaLoRA's orthogonality)."""
+        total: Tensor | None = None
+        for name in self._active:
+            grafts = inject.grafts_of(self.base_model, name)
+            found = type(grafts[0]).penalty(self.peft_config[name], grafts) if grafts else None
+            if found is not None:
+                total = found if total is None else total + found
+        return total
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """AdaLoRA: reallocate ranks, after the backward pass and before gradients are cleared."""
+        for name in self._active:
+            grafts = inject.grafts_of(self.base_model, name)
+            run = getattr(type(grafts[0]), "update_and_allocate", None) if grafts else None
+            if run is not None:
+                run(self.peft_config[name], grafts, global_step)
 
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
@@ -128,14 +191,27 @@ class PeftModel(nn.Module):
         """Create an adapter beside those that are there; it does not become active."""
         check_name(adapter_name, self.peft_config)
         model = self.get_base_model()
-        if not isinstance(peft_config, LayerConfig):
-            raise ConfigError(f"{type(peft_config).__name__} names no method")
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
         named = peft_config.base_model_name_or_path or origin
         config = replace(peft_config, base_model_name_or_path=named)
+        if isinstance(config, prompts.PromptLearningConfig):
+            self.peft_config[adapter_name] = self._add_prompt(adapter_name, config)
+            return
+        if not isinstance(config, LayerConfig):
+            raise ConfigError(f"{type(config).__name__} names no method")
         self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
         if not autocast_adapter_dtype:
             self._as_base(adapter_name)
+
+    def _add_prompt(self, name: str, config: prompts.PromptLearningConfig) -> PeftConfig:
+        model: Any = self.get_base_model()
+        kind = methods.method(config.peft_type).PROMPT
+        config = kind.settle(config, model)
+        inject.save_whole(model, config, name)
+        words = model.get_input_embeddings()
+        device = next(model.parameters()).device
+        self.prompt_encoder[name] = kind(config, words).to(device).train(self.training)
+        return config
 
     def _as_base(self, name: str) -> None:
         for layer in self._layers():
@@ -152,6 +228,8 @@ class PeftModel(nn.Module):
         for name in wanted:
             self._known(name)
         inject.activate(self.get_base_model(), wanted, not inference_mode, self.base_model)
+        for name, prompt in self.prompt_encoder.items():
+            prompt.requires_grad_(name in wanted and not inference_mode)
         for _, parameter in state.bias_parameters(self.base_model, self._known(wanted[0])):
             parameter.requires_grad_(not inference_mode)
         self._active = wanted
@@ -170,13 +248,21 @@ class PeftModel(nn.Module):
             )
         inject.remove(self.get_base_model(), adapter_name, self.base_model)
         del self.peft_config[adapter_name]
+        if adapter_name in self.prompt_encoder:
+            del self.prompt_encoder[adapter_name]
         left = tuple(n for n in self._active if n != adapter_name)
         if left != self._active:
             self.set_adapter(list(left) or next(iter(self.peft_config)))
 
-    def disable_adapter(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
         """Within it the model computes as without adapters (merged ones stay)."""
-        return inject.disabled(self.get_base_model())
+        before, self._prompts_off = self._prompts_off, True
+        try:
+            with inject.disabled(self.get_base_model()):
+                yield
+        finally:
+            self._prompts_off = before
 
     @contextmanager
     def rows_by_adapter(
@@ -211,8 +297,9 @@ class PeftModel(nn.Module):
         self._merge(adapter_names, safe_merge, keep=True)
 
     def _merge(self, names: list[str] | None, safe: bool, keep: bool) -> None:
-        for name in names or []:
-            self._known(name)
+        for name in names or self._active:
+            if self._known(name).is_prompt_learning:
+                raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
         for layer in self._layers():
             layer.merge(names or list(layer.active), safe, keep)
 
@@ -257,7 +344,8 @@ class PeftModel(nn.Module):
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
         found = state.tensors_of(self.base_model, self._known(name), name)
-        return {state.PREFIX + key: tensor for key, tensor in found.items()}
+        named = {state.PREFIX + key: tensor for key, tensor in found.items()}
+        return named | (self.prompt_encoder[name].saved() if name in self.prompt_encoder else {})  # type: ignore[operator]
 
     def save_pretrained(
         self, save_directory: str | Path, selected_adapters: list[str] | None = None
@@ -304,4 +392,10 @@ class PeftModel(nn.Module):
         self._fill(folder, adapter_name)
 
     def _fill(self, folder: Path, name: str) -> None:
-        state.fill(self.adapter_state(name), state.read(folder), str(folder / state.WEIGHTS))
+        given, source = state.read(folder), str(folder / state.WEIGHTS)
+        wanted = self.adapter_state(name)
+        if name in self.prompt_encoder:
+            prompt: Any = self.prompt_encoder[name]
+            wanted = {k: v for k, v in wanted.items() if k not in prompt.saved()}
+            prompt.load(given, source)
+        state.fill(wanted, given, source)

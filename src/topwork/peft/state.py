@@ -51,7 +51,9 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
         state = {key: bank[name] for key, bank in banks_of(home) if name in bank}
     for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
-            state |= {f"{path}.{key}": tensor for key, tensor in module.held(name)}
+            if name in module.grafts:
+                saved = module.grafts[name].saved()
+                state |= {f"{path}.{key}": tensor for key, tensor in saved}
         elif isinstance(module, SavedModule) and name in module.modules_to_save:
             trained = module.modules_to_save[name].state_dict(keep_vars=True)
             state |= {f"{path}.{key}": tensor for key, tensor in trained.items()}

@@ -1,0 +1,290 @@
+"""Virtual tokens before the input: their encoders, and how they enter a model.
+
+Embeddings stand before the input's; a prefix stands in the cache as keys and values. A model of
+ours is entered through its contract (`backbone`, `new_cache`), so training, packing and
+generation know nothing of virtual tokens; one of transformers through `inputs_embeds` and
+`past_key_values`. Outputs are always those of the given tokens alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from topwork.errors import CheckpointError, ConfigError
+from topwork.nn.cache import KVCache
+from topwork.peft.config import PeftConfig, at_least
+
+NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": (
+        "num_attention_heads",
+        "n_head",
+        "num_heads",
+        "encoder_attention_heads",
+    ),
+}
+
+
+@dataclass(kw_only=True)
+class PromptLearningConfig(PeftConfig):
+    """Settings of a method that puts virtual tokens before the input."""
+
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    """The width of a token (of a prefix: of the keys); None: the model's."""
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+    modules_to_save: list[str] | None = None
+    """Modules that are trained whole and saved with the adapter."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_virtual_tokens is not None:
+            at_least("num_virtual_tokens", self.num_virtual_tokens, 1)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
+
+
+class Prompt(nn.Module):
+    """The virtual tokens of one adapter. A method overrides what it does differently."""
+
+    is_prefix: ClassVar[bool] = False
+
+    def __init__(self, config: Any, words: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.num_virtual_tokens, self.width(config))
+        self.plain = False
+
+    @staticmethod
+    def width(config: Any) -> int:
+        return config.token_dim
+
+    @classmethod
+    def settle(cls, config: Any, model: nn.Module) -> Any:
+        """`config` with the sizes that it leaves open read from the model's configuration."""
+        if config.num_virtual_tokens is None:
+            raise ConfigError(f"{config.peft_type} needs num_virtual_tokens")
+        if config.task_type == "SEQ_2_SEQ_LM":
+            raise ConfigError(f"{config.peft_type} does not go to sequence-to-sequence models yet")
+        given = sizes_of(model)
+        found = {"num_transformer_submodules": config.num_transformer_submodules or 1}
+        for field, names in NAMES.items():
+            value = getattr(config, field) or next((given[n] for n in names if given.get(n)), None)
+            if value is None:
+                raise ConfigError(
+                    f"{config.peft_type}: the model does not say its {field}; give it"
+                )
+            found[field] = value
+        return replace(config, **found)
+
+    def encoded(self, tokens: Tensor) -> Tensor:
+        """Embeddings [n, width] made from the learned ones."""
+        return tokens
+
+    def forward(self, batch: int, task_ids: Tensor | None = None) -> Tensor:
+        """[B, n, width]."""
+        tokens = self.embedding.weight
+        made = tokens if self.plain else self.encoded(tokens)
+        return made.expand(batch, *made.shape)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def saved(self) -> dict[str, Tensor]:
+        """The tensors that go to the file: the virtual tokens, not what made them."""
+        with torch.no_grad():
+            tokens = self.embedding.weight
+            return {"prompt_embeddings": tokens if self.plain else self.encoded(tokens)}
+
+    @torch.no_grad()
+    def load(self, given: dict[str, Tensor], source: str) -> None:
+        """Take the virtual tokens of a file; an encoder that made them is not in it, and so they
+        are used, and trained, as they are."""
+        tokens = given.pop("prompt_embeddings", None)
+        wanted = tuple(self.saved()["prompt_embeddings"].shape)
+        if tokens is None or tuple(tokens.shape) != wanted:
+            found = "no" if tokens is None else str(list(tokens.shape))
+            raise CheckpointError(
+                f"{source}: prompt_embeddings {list(wanted)} expected, {found} found"
+            )
+        device = self.embedding.weight.device
+        trained = self.embedding.weight.requires_grad
+        self.embedding = nn.Embedding(wanted[0], wanted[1], device=device).requires_grad_(trained)
+        self.embedding.weight.copy_(tokens)
+        for name in [n for n, _ in self.named_children() if n != "embedding"]:
+            delattr(self, name)
+        self.plain = True
+
+
+def sizes_of(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    values = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
+    return values.get("text_config") or values
+
+
+class PromptCache(KVCache):
+    """A cache that does not show the `virtual` tokens at its beginning."""
+
+    def __init__(self, inner: KVCache, virtual: int) -> None:
+        super().__init__(inner.stores)
+        self.inner = inner
+        self.virtual = virtual
+
+    @property
+    def length(self) -> int:
+        return max(0, self.inner.length - self.virtual)
+
+    def crop(self, length: int) -> None:
+        self.inner.crop(length + self.virtual if length else 0)
+
+
+def through_backbone(
+    model: Any,
+    prompt: Prompt,
+    input_ids: Tensor | None,
+    *,
+    inputs_embeds: Tensor | None = None,
+    positions: Tensor | None = None,
+    lengths: tuple[int, ...] | None = None,
+    attention_mask: Tensor | None = None,
+    cache: Any = None,
+    task_ids: Tensor | None = None,
+) -> Tensor:
+    """`model.backbone` with the virtual tokens before each document; hidden states [B, T, C] of
+    the given tokens."""
+    given = input_ids if inputs_embeds is None else inputs_embeds
+    if given is None:
+        raise ConfigError("backbone needs input_ids or inputs_embeds")
+    if positions is not None:
+        raise ConfigError("positions cannot be given together with virtual tokens")
+    batch, virtual = given.shape[0], prompt.config.num_virtual_tokens
+    if cache is not None and not isinstance(cache, PromptCache):
+        raise ConfigError("this cache does not hold virtual tokens; take the model's new_cache()")
+    inner = None if cache is None else cache.inner
+    if attention_mask is not None:
+        ones = attention_mask.new_ones(batch, virtual)
+        attention_mask = torch.cat([ones, attention_mask], 1)
+    if inner is not None and inner.length:
+        return model.backbone(
+            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=inner
+        )
+    if prompt.is_prefix:
+        if lengths is not None:
+            return _documents(model, prompt, given, inputs_embeds is not None, lengths)
+        inner = model.new_cache() if inner is None else inner
+        for layer, (k, v) in enumerate(keys_values(prompt, batch)):
+            inner.update(layer, k.to(model.dtype), v.to(model.dtype))
+        return model.backbone(
+            input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask, cache=inner
+        )
+    embeds = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    if lengths is None:
+        made = prompt(batch, task_ids).to(embeds.dtype)
+        hidden = model.backbone(
+            inputs_embeds=torch.cat([made, embeds], 1), attention_mask=attention_mask, cache=inner
+        )
+        return hidden[:, virtual:]
+    made = prompt(len(lengths), task_ids).to(embeds.dtype)
+    parts = [part for pair in zip(made, embeds[0].split(lengths)) for part in pair]
+    longer = tuple(n + virtual for n in lengths)
+    hidden = model.backbone(inputs_embeds=torch.cat(parts)[None], lengths=longer)
+    return torch.cat([part[virtual:] for part in hidden[0].split(longer)])[None]
+
+
+def _documents(
+    model: Any, prompt: Prompt, given: Tensor, embedded: bool, lengths: tuple[int, ...]
+) -> Tensor:
+    """Packed documents behind a prefix: a padded batch, for a cache is by row."""
+    rows = nn.utils.rnn.pad_sequence(list(given[0].split(lengths)), batch_first=True)
+    place = torch.arange(rows.shape[1], device=given.device)
+    keep = place < torch.tensor(lengths, device=given.device)[:, None]
+    hidden = through_backbone(
+        model,
+        prompt,
+        None if embedded else rows,
+        inputs_embeds=rows if embedded else None,
+        attention_mask=keep.long(),
+    )
+    return hidden[keep][None]
+
+
+def keys_values(prompt: Prompt, batch: int) -> list[tuple[Tensor, Tensor]]:
+    """A prefix as keys and values [B, n, heads, head size] of each layer."""
+    config = prompt.config
+    heads = config.num_attention_heads
+    made = prompt(batch).view(batch, config.num_virtual_tokens, config.num_layers, 2, heads, -1)
+    return [(k, v) for k, v in (layer.unbind(2) for layer in made.unbind(2))]
+
+
+def through_peer(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
+    """A model of transformers with the virtual tokens; its outputs without theirs."""
+    virtual = prompt.config.num_virtual_tokens
+    task_ids = call.pop("task_ids", None)
+    given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+    batch, tokens = given.shape[:2]
+    if call.get("attention_mask") is not None:
+        ones = call["attention_mask"].new_ones(batch, virtual)
+        call["attention_mask"] = torch.cat([ones, call["attention_mask"]], 1)
+    call.pop("position_ids", None)
+    if prompt.is_prefix:
+        call.pop("token_type_ids", None)
+        return model(**call, past_key_values=peer_cache(model, prompt, batch))
+    embeds = call.pop("inputs_embeds", None)
+    ids = call.pop("input_ids", None)
+    embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
+    call["inputs_embeds"] = torch.cat([prompt(batch, task_ids).to(embeds.dtype), embeds], 1)
+    labels = call.get("labels")
+    if labels is not None and labels.shape == (batch, tokens):
+        call["labels"] = torch.cat([labels.new_full((batch, virtual), -100), labels], 1)
+    if call.get("token_type_ids") is not None:
+        zeros = call["token_type_ids"].new_zeros(batch, virtual)
+        call["token_type_ids"] = torch.cat([zeros, call["token_type_ids"]], 1)
+    output = model(**call)
+    for name in ("logits", "last_hidden_state", "start_logits", "end_logits"):
+        tensor = getattr(output, name, None)
+        if tensor is not None and tensor.shape[:2] == (batch, virtual + tokens):
+            output[name] = tensor[:, virtual:]
+    return output
+
+
+def peer_cache(model: Any, prompt: Prompt, batch: int) -> Any:
+    """A cache of the library that `model` is of, with the prefix in it."""
+    library = sys.modules[type(model).__module__.partition(".")[0]]
+    make = getattr(library, "DynamicCache", None)
+    if make is None:
+        raise ConfigError(f"a prefix does not go to {type(model).__name__}: it has no known cache")
+    cache = make()
+    dtype = next(model.parameters()).dtype
+    for layer, (k, v) in enumerate(keys_values(prompt, batch)):
+        cache.update(k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype), layer)
+    return cache
+
+
+def generate_with_peer(model: Any, prompt: Prompt, call: dict[str, Any]) -> Tensor:
+    """`generate` of a model of transformers after the virtual tokens; returns [B, T + new]."""
+    ids, virtual = call.pop("input_ids"), prompt.config.num_virtual_tokens
+    batch = ids.shape[0]
+    mask = call.pop("attention_mask", None)
+    mask = torch.ones_like(ids) if mask is None else mask
+    mask = torch.cat([mask.new_ones(batch, virtual), mask], 1)
+    if "max_length" in call:
+        call["max_new_tokens"] = call.pop("max_length") - ids.shape[1]
+    if prompt.is_prefix:
+        # The cache holds the first tokens; which ids stand for them has no effect.
+        padded = torch.cat([ids.new_zeros(batch, virtual), ids], 1)
+        cache = peer_cache(model, prompt, batch)
+        out = model.generate(padded, attention_mask=mask, past_key_values=cache, **call)
+        return out[:, virtual:]
+    embeds = model.get_input_embeddings()(ids)
+    made = prompt(batch, call.pop("task_ids", None)).to(embeds.dtype)
+    out = model.generate(inputs_embeds=torch.cat([made, embeds], 1), attention_mask=mask, **call)
+    return torch.cat([ids, out], 1)

@@ -1,0 +1,72 @@
+"""Tiny random models that the comparisons with peft stand on."""
+
+from __future__ import annotations
+
+import torch
+import transformers
+from torch import nn
+
+import topwork
+
+IDS = torch.arange(22).view(2, 11)
+
+
+class Convs(nn.Module):
+    """One convolution of each dimension and one in groups."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Conv1d(4, 6, 3, padding=1)
+        self.two = nn.Conv2d(3, 8, 3, stride=2, padding=1)
+        self.three = nn.Conv3d(2, 4, (1, 3, 2), bias=False)
+        self.grouped = nn.Conv2d(8, 8, 3, groups=2)
+        self.square = nn.Conv2d(3, 4, 3)
+        self.head = nn.Linear(6, 5)
+
+    def forward(self, x):
+        one = self.one(x[:, :32].view(-1, 4, 8)).mean(2)
+        two = self.grouped(self.two(x[:, :192].view(-1, 3, 8, 8))).mean((1, 2, 3))
+        three = self.three(x[:, :96].view(-1, 2, 4, 4, 3)).mean((1, 2, 3, 4))
+        square = self.square(x[:, :192].view(-1, 3, 8, 8)).mean((1, 2, 3))
+        return self.head(one) + (two + three + square)[:, None]
+
+
+def base(kind):
+    torch.manual_seed(0)
+    if kind == "convs":
+        model = Convs()
+    else:
+        sizes = {
+            "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32},
+            "qwen2": {
+                "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2,
+            },
+        }[kind]  # fmt: skip
+        config = transformers.AutoConfig.for_model(
+            kind, vocab_size=37, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
+        )
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return model.eval()
+
+
+def randomise(model, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                noise = torch.randn(parameter.shape, generator=generator)
+                parameter.add_(noise.to(parameter.dtype) * 0.2)
+
+
+def our_base(kind, folder):
+    """The same model as `base(kind)`, as ours."""
+    base(kind).save_pretrained(folder / "base")
+    return topwork.AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
+def close(found, wanted, **tolerance):
+    torch.testing.assert_close(found, wanted, **{"rtol": 1e-5, "atol": 1e-5, **tolerance})
