@@ -10,7 +10,8 @@ from parity.bases import IDS, base, close
 from topwork.peft import PeftModel
 
 OPTIONS = {
-    "task_type": "CAUSAL_LM", "init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 12, "deltaT": 2,
+    "task_type": "CAUSAL_LM",
+    "init_r": 6, "target_r": 2, "tinit": 2, "tfinal": 3, "total_step": 12, "deltaT": 2,
     "target_modules": ["q_proj", "v_proj", "down_proj"],
 }  # fmt: skip
 

@@ -1,6 +1,25 @@
 """Adapters on any torch module."""
 
-from topwork.peft.config import PeftConfig, TaskType
+from topwork.peft.auto import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+)
+from topwork.peft.bare import (
+    cast_mixed_precision_params,
+    create_loraplus_optimizer,
+    get_peft_config,
+    get_peft_model_state_dict,
+    hotswap_adapter,
+    inject_adapter_in_model,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+    rescale_adapter_scale,
+    set_peft_model_state_dict,
+)
+from topwork.peft.config import PeftConfig, PeftType, TaskType
+from topwork.peft.convert import convert_to_lora, extract_lora, save_as_lora
 from topwork.peft.methods.adalora import AdaLoraConfig
 from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.boft import BOFTConfig
@@ -26,10 +45,26 @@ from topwork.peft.methods.shira import ShiraConfig
 from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
 from topwork.peft.methods.vblora import VBLoRAConfig
 from topwork.peft.methods.vera import VeraConfig
-from topwork.peft.model import PeftModel, get_peft_model
+from topwork.peft.model import (
+    PeftMixedModel,
+    PeftModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
+    get_peft_model,
+)
+from topwork.peft.prompts import PromptLearningConfig
+from topwork.peft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
+    "AutoPeftModelForCausalLM",
+    "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForSequenceClassification",
+    "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BeftConfig",
     "C3AConfig",
@@ -46,9 +81,18 @@ __all__ = [
     "MultitaskPromptTuningConfig",
     "OFTConfig",
     "PeftConfig",
+    "PeftMixedModel",
     "PeftModel",
+    "PeftModelForCausalLM",
+    "PeftModelForFeatureExtraction",
+    "PeftModelForQuestionAnswering",
+    "PeftModelForSeq2SeqLM",
+    "PeftModelForSequenceClassification",
+    "PeftModelForTokenClassification",
+    "PeftType",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "PromptLearningConfig",
     "PromptTuningConfig",
     "RandLoraConfig",
     "RoadConfig",
@@ -57,5 +101,20 @@ __all__ = [
     "TrainableTokensConfig",
     "VBLoRAConfig",
     "VeraConfig",
+    "cast_mixed_precision_params",
+    "convert_to_lora",
+    "create_loraplus_optimizer",
+    "extract_lora",
+    "get_layer_status",
+    "get_model_status",
+    "get_peft_config",
     "get_peft_model",
+    "get_peft_model_state_dict",
+    "hotswap_adapter",
+    "inject_adapter_in_model",
+    "load_peft_weights",
+    "prepare_model_for_kbit_training",
+    "rescale_adapter_scale",
+    "save_as_lora",
+    "set_peft_model_state_dict",
 ]

@@ -33,6 +33,9 @@ class TaskType(StrEnum):
     FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 
+PeftType = StrEnum("PeftType", [(name, name) for name in methods.NAMES])
+"""The methods, by name."""
+
 # Heads of a task that start untrained, and so are trained and saved with every adapter.
 TASK_HEADS = {
     TaskType.SEQ_CLS: ("classifier", "score"),

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
-from topwork.peft import inject, methods, prompts, state
+from topwork.peft import card, inject, methods, prompts, state, status, weighted
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import AdaptedLayer, Rows, check_name
+from topwork.peft.methods.lora import Lora
 
 
 def get_peft_model(
@@ -287,6 +288,49 @@ class PeftModel(nn.Module):
             for layer in self._layers():
                 layer.rows = None
 
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Make one LoRA (or IA3) adapter out of several: "linear", "cat", "svd", "ties",
+        "dare_linear", "dare_ties", "magnitude_prune", and the last four with "_svd".
+
+        `density`: the share of entries that those four keep. `svd_clamp`: the quantile at which
+        the new matrices are cut off. `svd_full_matrices` and `svd_driver` change nothing.
+        """
+        if len(adapters) != len(weights) or not adapters:
+            raise ConfigError(f"{len(adapters)} adapters and {len(weights)} weights were given")
+        configs = [self._known(name) for name in adapters]
+        kind = "linear" if len(adapters) == 1 else combination_type
+        config = weighted.combined_config(configs, kind, svd_rank)
+        self.add_adapter(adapter_name, config)
+        for layer in self._layers():
+            target: Any = layer.grafts.get(adapter_name)
+            sources: list[Any] = [
+                (layer.grafts[n], w) for n, w in zip(adapters, weights) if n in layer.grafts
+            ]
+            if isinstance(target, Lora):
+                how = (kind, density, majority_sign_method, svd_clamp)
+                weighted.fill_lora(target, sources, *how)
+            elif target is not None:
+                weighted.fill_ia3(target, sources)
+        inject.activate(self.get_base_model(), self._active, home=self.base_model)
+
+    def get_layer_status(self) -> list[status.LayerStatus]:
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.ModelStatus:
+        return status.get_model_status(self)
+
     # -- merging ---------------------------------------------------------------------------------
 
     def merge_adapter(
@@ -348,14 +392,30 @@ class PeftModel(nn.Module):
         return named | (self.prompt_encoder[name].saved() if name in self.prompt_encoder else {})  # type: ignore[operator]
 
     def save_pretrained(
-        self, save_directory: str | Path, selected_adapters: list[str] | None = None
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        selected_adapters: list[str] | None = None,
+        save_embedding_layers: bool | str = "auto",
+        is_main_process: bool = True,
     ) -> None:
-        """Write each adapter as peft does: "default" into the folder, others below it by name."""
-        for name in selected_adapters or list(self.peft_config):
+        """Write each adapter as peft does: "default" into the folder, others below it by name.
+
+        `save_embedding_layers=True` writes the base's embeddings too, for those that were changed.
+        """
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False is refused: pickles run code when read")
+        for name in (selected_adapters or list(self.peft_config)) if is_main_process else ():
             config = self._known(name)
             home = Path(save_directory)
             home = home if name == "default" else home / name
-            state.write(self.adapter_state(name), config, home)
+            tensors = self.adapter_state(name)
+            numbers = sum(t.numel() for t in tensors.values())
+            if save_embedding_layers is True:
+                words = state.embeddings_of(self.base_model, self.get_base_model())
+                tensors |= {state.PREFIX + key: tensor for key, tensor in words.items()}
+            state.write(tensors, config, home)
+            card.write(home, config, numbers)
 
     @classmethod
     def from_pretrained(
@@ -398,4 +458,17 @@ class PeftModel(nn.Module):
             prompt: Any = self.prompt_encoder[name]
             wanted = {k: v for k, v in wanted.items() if k not in prompt.saved()}
             prompt.load(given, source)
+        words = state.embeddings_of(self.base_model, self.get_base_model())
+        words = {state.PREFIX + key: tensor for key, tensor in words.items()}
+        wanted |= {key: words[key] for key in words.keys() & given.keys()}
         state.fill(wanted, given, source)
+
+
+# The names that scripts import; one class serves every task and mixes methods.
+PeftMixedModel = PeftModel
+PeftModelForCausalLM = PeftModel
+PeftModelForFeatureExtraction = PeftModel
+PeftModelForQuestionAnswering = PeftModel
+PeftModelForSeq2SeqLM = PeftModel
+PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModel

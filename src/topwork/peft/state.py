@@ -15,6 +15,7 @@ from topwork.errors import CheckpointError
 from topwork.peft.config import PeftConfig
 from topwork.peft.inject import banks_of, layers_of
 from topwork.peft.layer import AdaptedLayer, SavedModule
+from topwork.peft.targets import base_of
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model."
@@ -58,6 +59,18 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
             trained = module.modules_to_save[name].state_dict(keep_vars=True)
             state |= {f"{path}.{key}": tensor for key, tensor in trained.items()}
     return state | dict(bias_parameters(home, config))
+
+
+def embeddings_of(home: nn.Module, model: Any) -> dict[str, Tensor]:
+    """The weights of the base's input embedding and output head, by their names below `home`."""
+    gets = (getattr(model, n, None) for n in ("get_input_embeddings", "get_output_embeddings"))
+    found = [get() for get in gets if callable(get)]
+    bases = {id(base_of(module)) for module in found if module is not None}
+    return {
+        f"{path}.weight": module.get_parameter("weight")
+        for path, module in home.named_modules()
+        if id(module) in bases
+    }
 
 
 @torch.no_grad()

@@ -67,12 +67,17 @@ class Lora(Graft):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.r = by_pattern(self.config.rank_pattern, self.path, self.config.r)
-        alpha = by_pattern(self.config.alpha_pattern, self.path, self.config.lora_alpha)
-        self.scale = alpha / (math.sqrt(self.r) if self.config.use_rslora else self.r)
+        self.scale = self.scale_of(self.config)
         self.dropout = self.config.lora_dropout
         self._norm: tuple[Any, Tensor] | None = None
         prefix = "lora_embedding_" if self.site.kind == "embedding" else "lora_"
         self.names = (prefix + "A", prefix + "B")
+
+    def scale_of(self, config: LoraConfig) -> float:
+        """By what B A counts on this layer: alpha/r or alpha/√r."""
+        r = by_pattern(config.rank_pattern, self.path, config.r)
+        alpha = by_pattern(config.alpha_pattern, self.path, config.lora_alpha)
+        return alpha / (math.sqrt(r) if config.use_rslora else r)
 
     def create(self) -> dict[str, Tensor | nn.Module]:
         site = self.site

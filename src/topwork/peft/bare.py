@@ -1,0 +1,221 @@
+"""Verbs on any module, without `PeftModel` around it, and helpers that scripts import."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from topwork import hub
+from topwork.errors import CheckpointError, ConfigError
+from topwork.peft import inject, state
+from topwork.peft.config import LayerConfig, PeftConfig
+from topwork.peft.layer import check_name
+from topwork.peft.methods.lora import Lora
+from topwork.peft.model import PeftModel
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """The configuration of the method that `config_dict["peft_type"]` names."""
+    return PeftConfig.from_dict(config_dict)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: Any,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+) -> nn.Module:
+    """Freeze `model`, put an adapter on its layers in place, make it active; returns `model`.
+
+    Adapters are made where the layers are, so `low_cpu_mem_usage` has no effect.
+    """
+    if not isinstance(peft_config, LayerConfig):
+        raise ConfigError(f"{type(peft_config).__name__} does not go to layers; use get_peft_model")
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    check_name(adapter_name, configs)
+    if not configs:
+        model.requires_grad_(False)
+        model.peft_config = configs
+    config = inject.inject(model, adapter_name, peft_config)
+    configs[adapter_name] = config
+    inject.activate(model, (adapter_name,), not config.inference_mode)
+    for _, parameter in state.bias_parameters(model, config):
+        parameter.requires_grad_(not config.inference_mode)
+    return model
+
+
+def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+    """The adapter's tensors: of a `PeftModel` under their names in files, of another module (see
+    `inject_adapter_in_model`) under those less the prefix."""
+    found = _wanted(model, adapter_name)
+    return {key: tensor.detach() for key, tensor in found.items()}
+
+
+def _wanted(model: Any, name: str) -> dict[str, Tensor]:
+    if isinstance(model, PeftModel):
+        return model.adapter_state(name)
+    configs = getattr(model, "peft_config", {})
+    if name not in configs:
+        raise ConfigError(f"{type(model).__name__} has no adapter {name!r}")
+    return state.tensors_of(model, configs[name], name)
+
+
+class LoadResult(NamedTuple):
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@torch.no_grad()
+def set_peft_model_state_dict(
+    model: Any,
+    peft_model_state_dict: dict[str, Tensor],
+    adapter_name: str = "default",
+    ignore_mismatched_sizes: bool = False,
+) -> LoadResult:
+    """Copy tensors into an adapter; returns the keys that were missing and those not known.
+
+    Raises CheckpointError for a tensor of another shape, unless `ignore_mismatched_sizes`.
+    """
+    wanted = _wanted(model, adapter_name)
+    if not isinstance(model, PeftModel):
+        prefix = state.PREFIX + "model."
+        peft_model_state_dict = {
+            k.removeprefix(prefix): v for k, v in peft_model_state_dict.items()
+        }
+    for key in sorted(wanted.keys() & peft_model_state_dict.keys()):
+        own, given = wanted[key], peft_model_state_dict[key]
+        if own.shape == given.shape:
+            own.copy_(given)
+        elif not ignore_mismatched_sizes:
+            raise CheckpointError(f"{key} is {list(given.shape)}, but {list(own.shape)} here")
+    return LoadResult(
+        sorted(wanted.keys() - peft_model_state_dict.keys()),
+        sorted(peft_model_state_dict.keys() - wanted.keys()),
+    )
+
+
+def load_peft_weights(model_id: str | Path, device: str | None = None, **where: Any
+                      ) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors of an adapter's folder or Hub id."""
+    given = state.read(hub.resolve(model_id, want=("adapter",), **where).folder)
+    return {k: v.to(device) for k, v in given.items()} if device else given
+
+
+def hotswap_adapter(
+    model: PeftModel, model_name_or_path: str | Path, adapter_name: str, **where: Any
+) -> None:
+    """Put another adapter's tensors into the parameters of `adapter_name`, which stay the same
+    objects. LoRA of a smaller rank fits; a larger one is refused. Layers that the other does not
+    target get no change.
+    """
+    folder = hub.resolve(model_name_or_path, want=("adapter",), **where).folder
+    new: Any = PeftConfig.from_pretrained(folder)
+    old: Any = model.peft_config[adapter_name]
+    for field in ("peft_type", "use_dora", "lora_bias"):
+        if getattr(new, field, None) != getattr(old, field, None):
+            raise ConfigError(
+                f"{folder} has {field}={getattr(new, field, None)!r}, the adapter "
+                f"{getattr(old, field, None)!r}: it cannot be swapped in"
+            )
+    if old.peft_type not in ("LORA", "IA3"):
+        raise ConfigError(f"adapters of {old.peft_type} cannot be swapped; load it beside this one")
+    given, wanted = state.read(folder), model.adapter_state(adapter_name)
+    strangers = sorted(set(given) - set(wanted))
+    if strangers:
+        raise CheckpointError(f"{folder}: the adapter has no place for {', '.join(strangers[:20])}")
+    for key, tensor in given.items():
+        if any(n > m for n, m in zip(tensor.shape, wanted[key].shape)):
+            raise CheckpointError(
+                f"{folder}: {key} is {list(tensor.shape)}, more than the {list(wanted[key].shape)} "
+                "there is room for"
+            )
+    with torch.no_grad():
+        for key, own in wanted.items():
+            own.fill_(1.0 if "ia3_l" in key else 0.0)
+            if key in given:
+                own[tuple(slice(n) for n in given[key].shape)].copy_(given[key])
+    for graft in inject.grafts_of(model, adapter_name):
+        if isinstance(graft, Lora):
+            graft.scale = graft.scale_of(new)
+
+
+def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
+    """Frozen parameters to `dtype`, trained ones to fp32."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else dtype)
+
+
+def prepare_model_for_kbit_training(
+    model: Any,
+    use_gradient_checkpointing: bool = True,
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+) -> Any:
+    """Freeze `model` and switch activation checkpointing on. Norms and the head compute in the
+    dtype that they have: adapters are fp32 already."""
+    model.requires_grad_(False)
+    if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
+        if hasattr(model, "enable_input_require_grads"):
+            model.enable_input_require_grads()
+        model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": False}
+        )
+    return model
+
+
+def create_loraplus_optimizer(
+    model: nn.Module,
+    optimizer_cls: type[Optimizer],
+    *,
+    lr: float,
+    loraplus_lr_ratio: float,
+    loraplus_lr_embedding: float = 1e-6,
+    loraplus_weight_decay: float = 0.0,
+    **kwargs: Any,
+) -> Optimizer:
+    """LoRA+ (arXiv:2402.12354): B learns `loraplus_lr_ratio` times as fast as A, embeddings at
+    their own rate, vectors as fast as B; biases have no weight decay."""
+    groups: dict[str, list[nn.Parameter]] = {"a": [], "embedding": [], "b": [], "bias": []}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if "lora_embedding" in name:
+            groups["embedding"].append(parameter)
+        elif "lora_B" in name or parameter.dim() == 1:
+            groups["bias" if "bias" in name else "b"].append(parameter)
+        else:
+            groups["a"].append(parameter)
+    decay, fast = loraplus_weight_decay, lr * loraplus_lr_ratio
+    rates = {
+        "a": (lr, decay),
+        "embedding": (loraplus_lr_embedding, decay),
+        "b": (fast, decay),
+        "bias": (fast, 0.0),
+    }
+    made = [
+        {"params": groups[key], "lr": rate, "weight_decay": decayed}
+        for key, (rate, decayed) in rates.items()
+        if groups[key]
+    ]
+    return optimizer_cls(made, lr=lr, **kwargs)  # type: ignore[call-arg]
+
+
+@contextmanager
+def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
+    """Within it every LoRA counts `multiplier` times as much."""
+    grafts = [g for layer in inject.layers_of(model) for g in layer.grafts.values()]
+    loras = [(graft, graft.scale) for graft in grafts if isinstance(graft, Lora)]
+    if not loras:
+        raise ConfigError(f"{type(model).__name__} has no LoRA layer")
+    for graft, scale in loras:
+        graft.scale = scale * multiplier
+    try:
+        yield
+    finally:
+        for graft, scale in loras:
+            graft.scale = scale
