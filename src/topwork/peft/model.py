@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -112,9 +113,11 @@ class PeftModel(nn.Module):
             run = model if name == "forward" else getattr(model, name)
             return run(*args, **kwargs)
         if callable(getattr(model, "backbone", None)):
-            # The model's own method over this object's `backbone` and `new_cache`.
             self._task_ids = kwargs.pop("task_ids", None)
-            return getattr(type(model), name)(self, *args, **kwargs)
+            # The same modules, whose own methods find this object's `backbone` and `new_cache`.
+            view: Any = copy.copy(model)
+            view.backbone, view.new_cache = self.backbone, self.new_cache
+            return getattr(view, name)(*args, **kwargs)
         call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
         enter = prompts.through_peer if name == "forward" else prompts.generate_with_peer
         return enter(model, prompt, call)
