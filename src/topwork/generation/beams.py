@@ -105,10 +105,13 @@ def _extend(task: Task, live: Beams, scores: Tensor, at: int) -> Beams:
     count = max(2, 1 + len(task.stops)) * n
     total = (scores.view(batch, n, vocab) + live.scores[:, :, None]).flatten(1)
     if task.config.do_sample:
-        index = torch.multinomial(total.softmax(-1), count, generator=task.generator)
+        chances = total.softmax(-1)
+        task.check(chances)
+        index = torch.multinomial(chances, count, generator=task.generator)
         values = total.gather(1, index)
     else:
         values, index = total.topk(count)
+    task.check(values)
     beam, token = index // vocab, index % vocab
     best = live.pick(beam)
     best.ids[:, :, at] = token

@@ -41,6 +41,7 @@ def search(task: Task) -> GenerateOutput:
         raw.append(logits)
         shaped.append(scores)
         chances, tokens = scores.softmax(-1).topk(min(k, task.vocab))  # [B, k]
+        task.check(chances)
         width = tokens.shape[1]
         step.cache.select(every.repeat_interleave(width))
         step.mask = None if whole_mask is None else whole_mask.repeat_interleave(width, 0)

@@ -93,7 +93,7 @@ def _task(
     cache = cache or _cache(model, config, length + new)
     if cache.length >= length:
         cache.crop(length - 1)
-    step = Stepper(model, cache, row_mask, config.prefill_chunk_size)
+    step = Stepper(model, cache, row_mask, config.prefill_chunk_size, length + new)
     return Task(config, step, ids, mask, new, model.config.vocab_size)
 
 

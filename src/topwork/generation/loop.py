@@ -13,6 +13,7 @@ from torch import Tensor
 from topwork.errors import TopworkError
 from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import Processor, apply
+from topwork.generation.program import CachedProgram
 
 
 class Streamer(Protocol):
@@ -46,14 +47,20 @@ class GenerateOutput:
 class Stepper:
     """The model over its cache: new ids in, the logits of what follows out.
 
-    `mask` [B, all the tokens there will be], where rows are padded.
+    `mask` [B, all the tokens there will be], where rows are padded; `room`: how many that is. Once
+    the prompt is read, a native program makes the steps where there is one for the model.
     """
 
-    def __init__(self, model: Any, cache: Any, mask: Tensor | None, chunk: int | None) -> None:
+    def __init__(
+        self, model: Any, cache: Any, mask: Tensor | None, chunk: int | None, room: int = 0
+    ) -> None:
         self.model = model
         self.cache = cache
         self.mask = mask
         self.chunk = chunk
+        self.room = room
+        self._program: CachedProgram | None = None
+        self._asked = room == 0
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, C] of `ids` [B, T] that follow what the cache holds."""
@@ -63,16 +70,22 @@ class Stepper:
 
     def __call__(self, ids: Tensor, last: int = 1) -> Tensor:
         """Logits [B, last, V] fp32 after the last `last` of `ids`."""
-        size = self.chunk or ids.shape[1]
-        pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
-        hidden = pieces[-1] if last <= pieces[-1].shape[1] else torch.cat(pieces, 1)
-        logits = self.model.head(hidden[:, -last:]).float()
-        if bool(logits.amax(-1).isnan().any()):  # a maximum hands a NaN on
-            place = self.cache.length
-            raise TopworkError(
-                f"the logits are not numbers at token {place}: the weights are damaged"
-            )
-        return logits
+        logits = self._natively(ids, last) if self.cache.length else None
+        if logits is None:
+            size = self.chunk or ids.shape[1]
+            pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
+            hidden = pieces[-1] if last <= pieces[-1].shape[1] else torch.cat(pieces, 1)
+            logits = self.model.head(hidden[:, -last:])
+        return logits.float()
+
+    def _natively(self, ids: Tensor, last: int) -> Tensor | None:
+        if not self._asked:
+            self._asked = True
+            self._program = CachedProgram.of(self.model, self.cache, self.mask, self.room)
+        program = self._program
+        if program is None or ids.numel() > program.rows or ids.shape[1] > 32:
+            return None
+        return program.step(ids, last)
 
 
 @dataclass
@@ -120,8 +133,20 @@ class Task:
     def choose(self, scores: Tensor) -> Tensor:
         """One id per row [B]: drawn, or the most likely."""
         if not self.config.do_sample:
-            return scores.argmax(-1)
-        return torch.multinomial(scores.softmax(-1), 1, generator=self.generator)[:, 0]
+            best = scores.max(-1)
+            self.check(best.values)
+            return best.indices
+        chances = scores.softmax(-1)
+        self.check(chances[:, 0])
+        return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+
+    def check(self, values: Tensor) -> None:
+        """TopworkError when a value (a maximum or a sum, which hand it on) is NaN."""
+        if bool(values.isnan().any()):
+            place = self.step.cache.length
+            raise TopworkError(
+                f"the logits are not numbers at token {place}: the weights are damaged"
+            )
 
     def ended(self, ids: Tensor) -> Tensor:
         """Which rows of `ids` [B, T] end with their last id [B]."""

@@ -39,7 +39,19 @@ class Growing:
     def __init__(self, room: int | None = None) -> None:
         self.length = 0
         self.room = room
+        self._least = 64
         self._held: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def buffers(self) -> tuple[Tensor, Tensor] | None:
+        """Keys and values [B, room, K, D] as they lie in memory; room is a multiple of 16."""
+        return self._held
+
+    def reserve(self, room: int) -> None:
+        """Let there be room for so many tokens without growing again."""
+        self._least = max(self._least, room)
+        if self._held is not None and self._held[0].shape[1] < room:
+            self._held = self._grown(*self._held, room)
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = self.length, self.length + k.shape[1]
@@ -54,7 +66,8 @@ class Growing:
     def _grown(self, k: Tensor, v: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         if self.room is not None and stop > self.room:
             raise ValueError(f"a static cache of {self.room} tokens cannot hold {stop}")
-        room = self.room or max(64, 2 * stop)
+        room = self.room or (self._least if stop <= self._least else 2 * stop)
+        room = -(-room // 16) * 16
         grown = k.new_empty(len(k), room, *k.shape[2:]), v.new_empty(len(v), room, *v.shape[2:])
         if self._held is not None:
             for new, old in zip(grown, self._held):

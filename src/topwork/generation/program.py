@@ -1,0 +1,288 @@
+"""A model's step for a few rows as one native program, where the model is of a kind that it says.
+
+`compile_step` reads a decoder's modules and writes down what they compute; what it does not know it
+leaves to the modules themselves, by giving None. The weights are used where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.models.decoder import Block, Decoder
+from topwork.nn.cache import Growing, KVCache
+from topwork.nn.layers import ACTIVATIONS, Attention, Mlp, RmsNorm
+from topwork.nn.rotary import RotarySpec, rotary_table
+from topwork.ops.native import decode
+from topwork.ops.native.decode import Low, Program, Weight
+from topwork.peft.layer import AdaptedLayer
+
+LENGTH_DEPENDENT = ("dynamic", "longrope")
+
+
+class UnknownError(Exception):
+    """Something that the program has no words for."""
+
+
+def _known(fits: object, what: object) -> None:
+    if not fits:
+        raise UnknownError(str(what))
+
+
+@dataclass
+class StepProgram:
+    """A compiled step for up to `rows` rows at positions below `length`."""
+
+    program: Program
+    logits: Tensor  # [rows, V]
+    places: list[list[int]]  # per layer, what is bound to its keys and values
+    shapes: list[tuple[int, int]]  # per layer, K and D
+    length: int
+
+    @property
+    def rows(self) -> int:
+        return self.program.rows
+
+    def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Use these keys and values, per layer [pages, size, K, D]; size is a multiple of 16."""
+        for places, k, v in zip(self.places, keys, values):
+            self.program.bind(places, k, v)
+
+    def run(
+        self, ids: Tensor, positions: Tensor, pages: Tensor, first: Tensor | None = None,
+        adapter: Tensor | None = None, wanted: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Logits [wanted, V] bf16 of rows with `ids` and `positions` [R]; overwritten by the next.
+
+        `pages` [R, n] int32; `first` [R]: how many padding tokens stand before; `adapter` [R]: the
+        index of each row's adapter (-1: none; by default the first); `wanted`: rows, by default
+        all.
+        """
+        count = len(ids)
+        zeros = torch.zeros(count, dtype=torch.int32)
+        every = torch.arange(count, dtype=torch.int32)
+        wanted = every if wanted is None else wanted
+        self.program.run(
+            ids.contiguous(),
+            positions.contiguous(),
+            pages,
+            zeros if first is None else first,
+            zeros if adapter is None else adapter,
+            wanted,
+        )
+        return self.logits[: len(wanted)]
+
+
+class CachedProgram:
+    """A step program over a KVCache: each row's text is one page, as long as the cache's room."""
+
+    def __init__(self, step: StepProgram, cache: KVCache, batch: int, pads: Tensor) -> None:
+        self._step = step
+        self._cache = cache
+        self._pads = pads.to(torch.int32)
+        self._pages = torch.arange(batch, dtype=torch.int32)[:, None]
+        self._bound: list[Any] = []
+
+    @classmethod
+    def of(cls, model: Any, cache: Any, mask: Tensor | None, room: int) -> CachedProgram | None:
+        """For a cache that holds the prompt already, padded where `mask` says so; None without."""
+        stores = getattr(cache, "stores", [None])
+        if not all(type(store) is Growing and store.buffers is not None for store in stores):
+            return None
+        batch = len(stores[0].buffers[0])
+        active = getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []
+        if len(active) > 1 or batch > decode.MOST_ROWS:
+            return None
+        rows = min(max(2 * batch, 32), decode.MOST_ROWS)
+        step = compile_step(model, rows, room, active)
+        if step is None:
+            return None
+        for store in stores:
+            store.reserve(room)
+        pads = torch.zeros(batch) if mask is None else mask.long().argmax(1)
+        return cls(step, cache, batch, pads)
+
+    @property
+    def rows(self) -> int:
+        return self._step.rows
+
+    def step(self, ids: Tensor, last: int) -> Tensor | None:
+        """Logits [B, last, V] after the last of `ids` [B, T]; None when the cache has changed."""
+        batch, new = ids.shape
+        stores: Any = self._cache.stores
+        held = [store.buffers for store in stores]
+        if len(held[0][0]) != batch or batch != len(self._pads):
+            return None
+        if not self._bound or held[0][0] is not self._bound[0][0]:
+            self._step.bind([k for k, _ in held], [v for _, v in held])
+            self._bound = held
+        at = self._cache.length
+        if at + new > held[0][0].shape[1]:
+            return None
+        positions = at - self._pads.long()[:, None] + torch.arange(new)
+        wanted = torch.arange(batch * new, dtype=torch.int32).view(batch, new)[:, -last:]
+        logits = self._step.run(
+            ids.reshape(-1),
+            positions.flatten(),
+            self._pages.repeat_interleave(new, 0),
+            self._pads.repeat_interleave(new, 0),
+            wanted=wanted.flatten().contiguous(),
+        )
+        for store in stores:
+            store.length += new
+        return logits.view(batch, last, -1)
+
+
+def compile_step(
+    model: Any, rows: int, length: int, adapters: Sequence[str] = (), portable: bool = False
+) -> StepProgram | None:
+    """The step of `model` for `rows` rows and texts of up to `length` tokens, or None.
+
+    `adapters`: which adapters a row may name by their index.
+    """
+    if rows > decode.MOST_ROWS or not decode.ready():
+        return None
+    try:
+        return _Writer(model, rows, length, adapters, portable).written()
+    except UnknownError:
+        return None
+
+
+class _Writer:
+    """Writes the program of one model."""
+
+    def __init__(
+        self, model: Any, rows: int, length: int, adapters: Sequence[str], portable: bool
+    ) -> None:
+        trunk, head = model.trunk, getattr(model, "lm_head", None)
+        _known(type(trunk) is Decoder and head is not None, type(trunk))
+        self.trunk: Decoder = trunk
+        self.head: Any = head
+        self.length = length
+        self.adapters = adapters
+        self.program = Program(rows, portable)
+        self.tables: dict[RotarySpec, tuple[Tensor, Tensor]] = {}
+        spec = trunk.spec
+        _known(_plain(spec, "vocab", "hidden", "context", "norm_eps", "layers", "tied"), spec)
+        self.x = self.program.buffer(spec.hidden)
+        self.normed = self.program.buffer(spec.hidden)
+
+    def written(self) -> StepProgram:
+        table: Any = self.trunk.embed_tokens
+        _known(type(table) is nn.Embedding and table.weight.dtype == torch.bfloat16, table)
+        self.program.embed(table.weight, self.x)
+        places, shapes = [], []
+        for block in self.trunk.layers:
+            _known(type(block) is Block, block)
+            places.append(self._attention(block))
+            shapes.append((block.self_attn.spec.kv_heads, block.self_attn.spec.head_dim))
+            self._mlp(block)
+        last = self.program.buffer(self.trunk.spec.hidden)
+        self.program.select(self.x, last, last.shape[1])
+        self._norm(self.trunk.norm, last, last)
+        logits = self.program.buffer(self.trunk.spec.vocab)
+        self._linears(last, [(self.head, logits)])
+        return StepProgram(self.program, logits, places, shapes, self.length)
+
+    def _attention(self, block: Any) -> list[int]:
+        layer: Any = block.self_attn
+        spec = layer.spec
+        _known(
+            type(layer) is Attention
+            and _plain(
+                spec, "heads", "kv_heads", "head_dim", "rotary", "qkv_bias", "out_bias", "qk_norm",
+                "window",
+            )
+            and spec.heads // spec.kv_heads <= 16 and spec.head_dim % 32 == 0,
+            spec,
+        )  # fmt: skip
+        heads, kv, size = spec.heads, spec.kv_heads, spec.head_dim
+        q, out = self._shared("q", heads * size), self._shared("out", heads * size)
+        k, v = self._shared("k", kv * size), self._shared("v", kv * size)
+        self._norm(block.input_layernorm, self.x, self.normed)
+        self._linears(self.normed, [(layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)])
+        if spec.qk_norm:
+            self._norm(layer.q_norm, q, q)
+            self._norm(layer.k_norm, k, k)
+        cos, sin = self._table(spec.rotary, size)
+        self.program.rotary(q, heads, cos, sin)
+        self.program.rotary(k, kv, cos, sin)
+        places = [
+            self.program.append(k, v, kv * size),
+            self.program.attend(q, out, heads, kv, size, scale=size**-0.5, window=spec.window),
+        ]
+        self._linears(out, [(layer.o_proj, self.x)], add=True)
+        return places
+
+    def _mlp(self, block: Any) -> None:
+        mlp: Any = block.mlp
+        names = [name for name in decode.ACTIVATIONS if ACTIVATIONS[name] is mlp.activation]
+        names += [name for name in ("gelu_pytorch_tanh",) if mlp.activation is ACTIVATIONS[name]]
+        _known(type(mlp) is Mlp and names, mlp)
+        width = mlp.down_proj.in_features
+        gate, up = self._shared("gate", width), self._shared("up", width)
+        inner = self._shared("inner", width)
+        self._norm(block.post_attention_layernorm, self.x, self.normed)
+        self._linears(self.normed, [(mlp.gate_proj, gate), (mlp.up_proj, up)])
+        self.program.gate(gate, up, inner, names[0])
+        self._linears(inner, [(mlp.down_proj, self.x)], add=True)
+
+    def _shared(self, name: str, width: int) -> Tensor:
+        """One buffer for all layers that need it in this width."""
+        key = f"{name}{width}"
+        if not hasattr(self, key):
+            setattr(self, key, self.program.buffer(width))
+        return getattr(self, key)
+
+    def _table(self, spec: RotarySpec, size: int) -> tuple[Tensor, Tensor]:
+        _known(spec.dim == size and spec.kind not in LENGTH_DEPENDENT, spec)
+        if spec not in self.tables:
+            positions = torch.arange(self.length)[None]
+            cos, sin = rotary_table(spec, positions, torch.bfloat16)
+            self.tables[spec] = cos[0].contiguous(), sin[0].contiguous()
+        return self.tables[spec]
+
+    def _norm(self, module: Any, x: Tensor, to: Tensor) -> None:
+        _known(type(module) is RmsNorm and module.weight.dtype == torch.bfloat16, module)
+        self.program.norm(x, module.weight, to, module.eps)
+
+    def _linears(self, x: Tensor, parts: list[tuple[Any, Tensor]], add: bool = False) -> None:
+        """Linears of `x` into their buffers, with the low-rank terms of the adapters."""
+        self.program.linears(x, [(self._weight(module), to) for module, to in parts], add)
+        for module, to in parts:
+            terms = [self._term(module, name) for name in self.adapters]
+            if any(term is not None for term in terms):
+                self.program.low_rank(x, to, terms)
+
+    def _weight(self, module: Any) -> Weight:
+        base = module.base_layer if isinstance(module, AdaptedLayer) else module
+        tell = getattr(base, "native_weight", None)
+        if tell is not None:
+            weight = tell()
+        else:
+            hooked = base._forward_hooks or base._forward_pre_hooks
+            _known(type(base) is nn.Linear and not hooked, base)
+            out, inputs = base.weight.shape
+            weight = Weight(base.weight, out, inputs, bias=base.bias)
+        _known(weight is not None and weight.fits(), base)
+        return weight
+
+    def _term(self, module: Any, name: str) -> Low | None:
+        if not isinstance(module, AdaptedLayer) or module.disabled or module.merged:
+            return None
+        graft = module.grafts.get(name)
+        if graft is None:
+            return None
+        term = graft.term()
+        _known(term is not None, graft)
+        a, b = (t.detach().to(torch.bfloat16).contiguous() for t in (term.a, term.b))  # type: ignore[union-attr]
+        return Low(a, b, float(term.scale))  # type: ignore[union-attr]
+
+
+def _plain(spec: Any, *known: str) -> bool:
+    """Whether every option of `spec` that is not among `known` is at its default."""
+    return all(getattr(spec, f.name) == f.default for f in fields(spec) if f.name not in known)
