@@ -28,7 +28,7 @@ from topwork.generation.generate import budget, resolve_config
 from topwork.generation.loop import Criterion
 from topwork.generation.processors import Processor
 from topwork.generation.request import ACTIVE, Event, Request
-from topwork.generation.runner import ModuleRunner, Piece, Runner
+from topwork.generation.runner import NativeRunner, Piece, Runner
 from topwork.nn.paged import PagePool
 
 
@@ -57,7 +57,7 @@ class Engine:
         self.step_tokens = step_tokens
         self.piece = piece
         self.pool = PagePool(model.layer_count, -(-cache_tokens // page_size), page_size)
-        self.runner = runner or ModuleRunner(model, self.pool)
+        self.runner = runner or NativeRunner(model, self.pool)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrived: deque[Request] = deque()  # appended to by any thread
@@ -183,6 +183,8 @@ class Engine:
         state = tuple(p._version for p in self.model.parameters() if not p.is_inference())
         if state != self._weights:
             self.pool.forget()
+            if self._weights:
+                self.runner.refresh()
             self._weights = state
         promised = {name for request in self._running for name in request.promised()}
         for request in list(self._waiting):

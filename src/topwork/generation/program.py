@@ -7,16 +7,17 @@ leaves to the modules themselves, by giving None. The weights are used where the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.models.decoder import Block, Decoder
+from topwork.models.decoder import Block, Decoder, HeadSpec
 from topwork.nn.cache import Growing, KVCache
-from topwork.nn.layers import ACTIVATIONS, Attention, Mlp, RmsNorm
-from topwork.nn.rotary import RotarySpec, rotary_table
+from topwork.nn.layers import ACTIVATIONS, Attention, Mlp, ScaledEmbedding
+from topwork.nn.norms import OffsetRmsNorm, RmsNorm, WideRmsNorm
+from topwork.nn.rotary import RotarySpec
 from topwork.ops.native import decode
 from topwork.ops.native.decode import Low, Program, Weight
 from topwork.peft.layer import AdaptedLayer
@@ -41,7 +42,7 @@ class StepProgram:
     logits: Tensor  # [rows, V]
     places: list[list[int]]  # per layer, what is bound to its keys and values
     shapes: list[tuple[int, int]]  # per layer, K and D
-    length: int
+    head: HeadSpec
 
     @property
     def rows(self) -> int:
@@ -74,7 +75,11 @@ class StepProgram:
             zeros if adapter is None else adapter,
             wanted,
         )
-        return self.logits[: len(wanted)]
+        logits = self.logits[: len(wanted)]
+        if self.head.scale != 1:
+            logits = logits * self.head.scale
+        cap = self.head.softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
 
 class CachedProgram:
@@ -138,16 +143,17 @@ class CachedProgram:
 
 
 def compile_step(
-    model: Any, rows: int, length: int, adapters: Sequence[str] = (), portable: bool = False
+    model: Any, rows: int, length: int, adapters: Sequence[str] = (), **how: bool
 ) -> StepProgram | None:
     """The step of `model` for `rows` rows and texts of up to `length` tokens, or None.
 
-    `adapters`: which adapters a row may name by their index.
+    `adapters`: which adapters a row may name by their index. `how`: portable and steady, see
+    `Program`.
     """
     if rows > decode.MOST_ROWS or not decode.ready():
         return None
     try:
-        return _Writer(model, rows, length, adapters, portable).written()
+        return _Writer(model, rows, length, adapters, how).written()
     except UnknownError:
         return None
 
@@ -156,7 +162,7 @@ class _Writer:
     """Writes the program of one model."""
 
     def __init__(
-        self, model: Any, rows: int, length: int, adapters: Sequence[str], portable: bool
+        self, model: Any, rows: int, length: int, adapters: Sequence[str], how: dict[str, bool]
     ) -> None:
         trunk, head = model.trunk, getattr(model, "lm_head", None)
         _known(type(trunk) is Decoder and head is not None, type(trunk))
@@ -164,114 +170,156 @@ class _Writer:
         self.head: Any = head
         self.length = length
         self.adapters = adapters
-        self.program = Program(rows, portable)
+        self.program = Program(rows, **how)
         self.tables: dict[RotarySpec, tuple[Tensor, Tensor]] = {}
-        spec = trunk.spec
-        _known(_plain(spec, "vocab", "hidden", "context", "norm_eps", "layers", "tied"), spec)
-        self.x = self.program.buffer(spec.hidden)
-        self.normed = self.program.buffer(spec.hidden)
+        self.buffers: dict[tuple[str, int], Tensor] = {}
+        _known(trunk.spec.input_scale == 1, trunk.spec)
+        self.x = self._shared("x", trunk.spec.hidden)
 
     def written(self) -> StepProgram:
         table: Any = self.trunk.embed_tokens
-        _known(type(table) is nn.Embedding and table.weight.dtype == torch.bfloat16, table)
-        self.program.embed(table.weight, self.x)
+        spec = self.trunk.spec
+        _known(type(table) in (nn.Embedding, ScaledEmbedding), table)
+        _known(table.weight.dtype == torch.bfloat16, table.weight.dtype)
+        scale = float(torch.tensor(getattr(table, "scale", 1.0), dtype=torch.bfloat16))
+        self.program.embed(table.weight, self.x, scale)
         places, shapes = [], []
         for block in self.trunk.layers:
-            _known(type(block) is Block, block)
+            _known(type(block) is Block and not block.spec.parallel, block)
             places.append(self._attention(block))
             shapes.append((block.self_attn.spec.kv_heads, block.self_attn.spec.head_dim))
             self._mlp(block)
-        last = self.program.buffer(self.trunk.spec.hidden)
-        self.program.select(self.x, last, last.shape[1])
+        last = self._shared("last", spec.hidden)
+        self.program.select(self.x, last, spec.hidden)
         self._norm(self.trunk.norm, last, last)
-        logits = self.program.buffer(self.trunk.spec.vocab)
+        logits = self._shared("logits", spec.vocab)
         self._linears(last, [(self.head, logits)])
-        return StepProgram(self.program, logits, places, shapes, self.length)
+        return StepProgram(self.program, logits, places, shapes, spec.head)
 
     def _attention(self, block: Any) -> list[int]:
         layer: Any = block.self_attn
-        spec = layer.spec
+        spec, norm = layer.spec, layer.spec.qk_norm
         _known(
             type(layer) is Attention
-            and _plain(
-                spec, "heads", "kv_heads", "head_dim", "rotary", "qkv_bias", "out_bias", "qk_norm",
-                "window",
-            )
+            and not (spec.chunk or spec.sinks or spec.clip or spec.temperature)
             and spec.heads // spec.kv_heads <= 16 and spec.head_dim % 32 == 0,
             spec,
         )  # fmt: skip
         heads, kv, size = spec.heads, spec.kv_heads, spec.head_dim
         q, out = self._shared("q", heads * size), self._shared("out", heads * size)
         k, v = self._shared("k", kv * size), self._shared("v", kv * size)
-        self._norm(block.input_layernorm, self.x, self.normed)
-        self._linears(self.normed, [(layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)])
-        if spec.qk_norm:
-            self._norm(layer.q_norm, q, q)
-            self._norm(layer.k_norm, k, k)
-        cos, sin = self._table(spec.rotary, size)
-        self.program.rotary(q, heads, cos, sin)
-        self.program.rotary(k, kv, cos, sin)
+        seen = self._normed(block, block.spec.norms.attention_in)
+        if spec.fused:
+            self._linears(seen, [(layer.qkv_proj, q), (layer.qkv_proj, k), (layer.qkv_proj, v)])
+        else:
+            self._linears(seen, [(layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)])
+        if norm is not None:
+            _known(norm.over != "heads" and not norm.after_rotary, norm)
+            for name, x in zip(norm.names, (q, k)):
+                self._norm(getattr(layer, name), x, x)
+        if spec.rotary is not None:
+            cos, sin = self._table(spec.rotary, size)
+            self.program.rotary(q, heads, cos, sin)
+            self.program.rotary(k, kv, cos, sin)
+        scale = size**-0.5 if spec.scale is None else spec.scale
         places = [
             self.program.append(k, v, kv * size),
-            self.program.attend(q, out, heads, kv, size, scale=size**-0.5, window=spec.window),
+            self.program.attend(
+                q, out, heads, kv, size, scale=scale, window=spec.window, softcap=spec.softcap
+            ),
         ]
-        self._linears(out, [(layer.o_proj, self.x)], add=True)
+        self._branch(block, out, getattr(layer, spec.out), block.spec.norms.attention_out)
         return places
 
     def _mlp(self, block: Any) -> None:
-        mlp: Any = block.mlp
-        names = [name for name in decode.ACTIVATIONS if ACTIVATIONS[name] is mlp.activation]
-        names += [name for name in ("gelu_pytorch_tanh",) if mlp.activation is ACTIVATIONS[name]]
-        _known(type(mlp) is Mlp and names, mlp)
+        mlp: Any = getattr(block, block.spec.mlp_name)
+        _known(type(mlp) is Mlp, mlp)
+        names = [name for name in decode.ACTIVATIONS if ACTIVATIONS.get(name) is mlp.activation]
+        _known(names, mlp.activation)
         width = mlp.down_proj.in_features
         gate, up = self._shared("gate", width), self._shared("up", width)
         inner = self._shared("inner", width)
-        self._norm(block.post_attention_layernorm, self.x, self.normed)
-        self._linears(self.normed, [(mlp.gate_proj, gate), (mlp.up_proj, up)])
+        seen = self._normed(block, block.spec.norms.mlp_in)
+        pair = (mlp.gate_up_proj,) * 2 if mlp.fused else (mlp.gate_proj, mlp.up_proj)
+        self._linears(seen, list(zip(pair, (gate, up))))
         self.program.gate(gate, up, inner, names[0])
-        self._linears(inner, [(mlp.down_proj, self.x)], add=True)
+        self._branch(block, inner, mlp.down_proj, block.spec.norms.mlp_out)
+
+    def _normed(self, block: Any, name: str | None) -> Tensor:
+        if name is None:
+            return self.x
+        to = self._shared("normed", self.trunk.spec.hidden)
+        self._norm(getattr(block, name), self.x, to)
+        return to
+
+    def _branch(self, block: Any, inner: Tensor, linear: Any, name: str | None) -> None:
+        """x += norm(linear(inner)), times the block's factor."""
+        if name is None and block.spec.residual == 1:
+            self._linears(inner, [(linear, self.x)], add=True)
+            return
+        branch = self._shared("branch", self.trunk.spec.hidden)
+        self._linears(inner, [(linear, branch)])
+        if name is not None:
+            self._norm(getattr(block, name), branch, branch)
+        self.program.add(self.x, branch, block.spec.residual)
 
     def _shared(self, name: str, width: int) -> Tensor:
         """One buffer for all layers that need it in this width."""
-        key = f"{name}{width}"
-        if not hasattr(self, key):
-            setattr(self, key, self.program.buffer(width))
-        return getattr(self, key)
+        if (name, width) not in self.buffers:
+            self.buffers[name, width] = self.program.buffer(width)
+        return self.buffers[name, width]
 
     def _table(self, spec: RotarySpec, size: int) -> tuple[Tensor, Tensor]:
-        _known(spec.dim == size and spec.kind not in LENGTH_DEPENDENT, spec)
+        plain = spec.dim == size and not spec.interleaved and not spec.wide
+        _known(plain and spec.kind not in LENGTH_DEPENDENT, spec)
         if spec not in self.tables:
             positions = torch.arange(self.length)[None]
-            cos, sin = rotary_table(spec, positions, torch.bfloat16)
+            cos, sin = spec.table(positions, torch.bfloat16)
             self.tables[spec] = cos[0].contiguous(), sin[0].contiguous()
         return self.tables[spec]
 
     def _norm(self, module: Any, x: Tensor, to: Tensor) -> None:
-        _known(type(module) is RmsNorm and module.weight.dtype == torch.bfloat16, module)
-        self.program.norm(x, module.weight, to, module.eps)
+        known = type(module) in (RmsNorm, WideRmsNorm, OffsetRmsNorm)
+        _known(known and module.weight.dtype == torch.bfloat16, module)
+        offset = 1.0 if module.offset else 0.0
+        self.program.norm(x, module.weight, to, module.eps, offset=offset, wide=module.wide)
 
     def _linears(self, x: Tensor, parts: list[tuple[Any, Tensor]], add: bool = False) -> None:
-        """Linears of `x` into their buffers, with the low-rank terms of the adapters."""
-        self.program.linears(x, [(self._weight(module), to) for module, to in parts], add)
-        for module, to in parts:
-            terms = [self._term(module, name) for name in self.adapters]
-            if any(term is not None for term in terms):
-                self.program.low_rank(x, to, terms)
+        """Linears of `x` into their buffers, with the low-rank terms of the adapters.
 
-    def _weight(self, module: Any) -> Weight:
+        A linear that stands several times is split: its rows go to one buffer after the other.
+        """
+        weights: list[tuple[Weight, Tensor]] = []
+        terms: list[tuple[list[Low | None], Tensor]] = []
+        start, before = 0, None
+        for module, to in parts:
+            start = start if module is before else 0
+            rows, before = slice(start, start + to.shape[1]), module
+            start = rows.stop
+            weights.append((self._weight(module, rows), to))
+            found = [self._term(module, name, rows) for name in self.adapters]
+            if any(term is not None for term in found):
+                terms.append((found, to))
+        self.program.linears(x, weights, add)
+        for found, to in terms:
+            self.program.low_rank(x, to, found)
+
+    def _weight(self, module: Any, rows: slice) -> Weight:
         base = module.base_layer if isinstance(module, AdaptedLayer) else module
         tell = getattr(base, "native_weight", None)
         if tell is not None:
-            weight = tell()
+            weight: Weight = tell()
+            _known(rows == slice(0, weight.out), "a fused linear of few bits")
         else:
             hooked = base._forward_hooks or base._forward_pre_hooks
             _known(type(base) is nn.Linear and not hooked, base)
-            out, inputs = base.weight.shape
-            weight = Weight(base.weight, out, inputs, bias=base.bias)
-        _known(weight is not None and weight.fits(), base)
+            bias = None if base.bias is None else base.bias[rows]
+            part = base.weight[rows]
+            weight = Weight(part, len(part), part.shape[1], bias=bias)
+        _known(weight.fits(), base)
         return weight
 
-    def _term(self, module: Any, name: str) -> Low | None:
+    def _term(self, module: Any, name: str, rows: slice) -> Low | None:
         if not isinstance(module, AdaptedLayer) or module.disabled or module.merged:
             return None
         graft = module.grafts.get(name)
@@ -279,10 +327,6 @@ class _Writer:
             return None
         term = graft.term()
         _known(term is not None, graft)
-        a, b = (t.detach().to(torch.bfloat16).contiguous() for t in (term.a, term.b))  # type: ignore[union-attr]
-        return Low(a, b, float(term.scale))  # type: ignore[union-attr]
-
-
-def _plain(spec: Any, *known: str) -> bool:
-    """Whether every option of `spec` that is not among `known` is at its default."""
-    return all(getattr(spec, f.name) == f.default for f in fields(spec) if f.name not in known)
+        assert term is not None
+        a, b = (t.detach().to(torch.bfloat16).contiguous() for t in (term.a, term.b[rows]))
+        return Low(a, b, float(term.scale))

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from topwork import ops
+from topwork.generation.program import StepProgram, compile_step
 from topwork.nn.paged import PagedRows, PagePool
+from topwork.ops.native.decode import MOST_ROWS
 
 NO_ADAPTER = "__base__"
 
@@ -36,6 +38,10 @@ class Runner(Protocol):
         """Logits [pieces, V] fp32 after each piece's last id."""
         ...
 
+    def refresh(self) -> None:
+        """The model's weights or adapters have changed."""
+        ...
+
 
 class ModuleRunner:
     """Runs the model's own modules: single tokens as one batch, longer pieces one by one."""
@@ -43,6 +49,9 @@ class ModuleRunner:
     def __init__(self, model: Any, pool: PagePool) -> None:
         self.model = model
         self.pool = pool
+
+    def refresh(self) -> None:
+        """The modules are read at each step."""
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         groups: list[list[int]] = [[i for i, p in enumerate(pieces) if len(p.ids) == 1]]
@@ -73,3 +82,74 @@ class ModuleRunner:
         if by_row is None:
             return nullcontext()
         return by_row([name or NO_ADAPTER for name in names])
+
+
+class NativeRunner:
+    """Runs all new tokens as rows of one native program, each bitwise as it would be alone.
+
+    Models (or adapters) that the program has no words for go through `ModuleRunner`.
+    """
+
+    def __init__(self, model: Any, pool: PagePool) -> None:
+        self.model = model
+        self.pool = pool
+        self._modules = ModuleRunner(model, pool)
+        self._step: StepProgram | None = None
+        self._adapters: list[str] = []
+        self.refresh()
+
+    @property
+    def native(self) -> bool:
+        return self._step is not None
+
+    def refresh(self) -> None:
+        """Read the model again: its weights or adapters have changed."""
+        self._adapters = list(getattr(self.model, "peft_config", {}))
+        context = self.model.config.get("max_position_embeddings") or 1 << 16
+        length = min(context, self.pool.pages * self.pool.size)
+        step = None
+        if self.pool.size % 16 == 0:
+            step = compile_step(self.model, MOST_ROWS, length, self._adapters, steady=True)
+        if step is not None:
+            for layer, (heads, size) in enumerate(step.shapes):
+                like = torch.empty(heads, size, dtype=torch.bfloat16)
+                self.pool.allocate(like, like, layer)
+            step.bind(
+                [t for t in self.pool.keys if t is not None],
+                [t for t in self.pool.values if t is not None],
+            )
+        self._step = step
+
+    def run(self, pieces: Sequence[Piece]) -> Tensor:
+        if self._step is None:
+            return self._modules.run(pieces)
+        found: list[Tensor] = []
+        group: list[Piece] = []
+        for piece in pieces:
+            if group and sum(len(p.ids) for p in group) + len(piece.ids) > MOST_ROWS:
+                found.append(self._rows(group))
+                group = []
+            group.append(piece)
+        found.append(self._rows(group))
+        return torch.cat(found)
+
+    def _rows(self, pieces: Sequence[Piece]) -> Tensor:
+        assert self._step is not None
+        counts = torch.tensor([len(p.ids) for p in pieces])
+        ends = counts.cumsum(0)
+        ids = torch.tensor([i for p in pieces for i in p.ids])
+        starts = torch.tensor([p.start for p in pieces])
+        offsets = torch.arange(len(ids)) - (ends - counts).repeat_interleave(counts)
+        longest = max(len(p.pages) for p in pieces)
+        pages = torch.tensor(
+            [[*p.pages, *[0] * (longest - len(p.pages))] for p in pieces], dtype=torch.int32
+        )
+        index = {name: i for i, name in enumerate(self._adapters)}
+        adapter = torch.tensor([index.get(p.adapter or "", -1) for p in pieces], dtype=torch.int32)
+        return self._step.run(
+            ids,
+            starts.repeat_interleave(counts) + offsets,
+            pages.repeat_interleave(counts, 0),
+            adapter=adapter.repeat_interleave(counts),
+            wanted=(ends - 1).to(torch.int32),
+        ).float()

@@ -127,7 +127,8 @@ class QuantisedLinear(nn.Module):
         """Codes [out, in] and scales [out, in/group] with the least squared error of a few."""
         groups = weight.view(len(weight), -1, self.group)
         far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-        whole = far / (self.levels[0] if self.kind == "int4" else 1.0)
+        # int4 has one level more below zero: the farthest value goes there, whatever its sign.
+        whole = far / -8 if self.kind == "int4" else far.abs()
         best = torch.full_like(whole, float("inf"))
         scales = torch.zeros_like(whole, dtype=torch.bfloat16)
         codes = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)

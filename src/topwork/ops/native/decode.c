@@ -24,7 +24,7 @@
 typedef uint16_t bf16;
 typedef int64_t i64;
 
-enum { EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT };
+enum { EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD };
 enum { BF16, INT8, CODE4 };
 enum { SILU, GELU_TANH, GELU };
 enum { TILE = 512, MAX_GROUPS = 16, MAX_HEADS = 16 };
@@ -418,7 +418,8 @@ static float dot(const bf16 *a, const bf16 *b, i64 n) {
   return total;
 }
 
-// (x, weight, y, C, eps, vectors per row, weight offset): y = (offset + weight) x / rms(x)
+// (x, weight, y, C, eps, vectors per row, offset, wide): y = (offset + weight) x / rms(x), rounded
+// before the weight unless `wide`
 static void norm(const Instruction *at, i64 rows, int me, int threads) {
   const i64 width = at->a[3], vectors = rows * at->a[5];
   const bf16 *weight = (const bf16 *)at->a[1];
@@ -429,7 +430,7 @@ static void norm(const Instruction *at, i64 rows, int me, int threads) {
     const bf16 *x = (const bf16 *)at->a[0] + r * width;
     bf16 *y = (bf16 *)at->a[2] + r * width;
     const float inverse = 1.0f / sqrtf(dot(x, x, width) / width + eps);
-    if (offset != 0) {
+    if (at->a[7]) {
 #pragma omp simd
       for (i64 i = 0; i < width; i++) y[i] = put(get(x[i]) * inverse * (offset + get(weight[i])));
     } else {
@@ -627,6 +628,19 @@ static void choose(const Instruction *at, const Step *step, int me, int threads)
     memcpy((bf16 *)at->a[1] + r * width, (const bf16 *)at->a[0] + step->choice[r] * width, 2 * width);
 }
 
+// (x, y, C, scale): x += scale y
+static void add(const Instruction *at, i64 rows, int me, int threads) {
+  const i64 width = at->a[2];
+  float scale;
+  memcpy(&scale, &at->a[3], 4);
+  for (i64 r = me; r < rows; r += threads) {
+    bf16 *x = (bf16 *)at->a[0] + r * width;
+    const bf16 *y = (const bf16 *)at->a[1] + r * width;
+#pragma omp simd
+    for (i64 c = 0; c < width; c++) x[c] = put(get(x[c]) + get(put(scale * get(y[c]))));
+  }
+}
+
 // (table, x, C, scale)
 static void embed(const Instruction *at, const Step *step, i64 rows, int me, int threads) {
   const i64 width = at->a[2];
@@ -656,6 +670,7 @@ void topwork_decode(const Instruction *program, i64 count, const Step *step) {
         case ATTEND: attend(at, step, rows, me, threads); break;
         case GATE: gate(at, rows, me, threads); break;
         case LOW_RANK: low_rank(at, step, rows, me, threads); break;
+        case ADD: add(at, rows, me, threads); break;
         case SELECT: choose(at, step, me, threads); rows = step->wanted; break;
       }
 #pragma omp barrier

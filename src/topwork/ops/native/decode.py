@@ -16,7 +16,7 @@ from topwork.ops.native.build import library
 MOST_ROWS = 256
 FORMATS = {"bf16": 0, "int8": 1, "code4": 2}
 ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2}
-(EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT) = range(9)
+(EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD) = range(10)
 KEYS_AT = {APPEND: (2, 3), ATTEND: (5, 6)}  # which arguments are a layer's keys and values
 PAGE_AT = {APPEND: 5, ATTEND: 7}
 
@@ -70,9 +70,8 @@ _STEP = ("ids", "positions", "pages", "first", "adapter", "choice", "pack")
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        (n, ctypes.c_int64) for n in (
-            "rows", "wanted", "table_stride", "threads", "portable", "steady"
-        )
+        (n, ctypes.c_int64)
+        for n in ("rows", "wanted", "table_stride", "threads", "portable", "steady")
     ] + [(n, ctypes.c_void_p) for n in _STEP]
 
 
@@ -129,11 +128,18 @@ class Program:
     def embed(self, table: Tensor, to: Tensor, scale: float = 1.0) -> None:
         self._add(EMBED, table, to, table.shape[1], scale)
 
-    def norm(self, x: Tensor, weight: Tensor, to: Tensor, eps: float, offset: float = 0.0) -> None:
+    def norm(
+        self, x: Tensor, weight: Tensor, to: Tensor, eps: float, *,
+        offset: float = 0.0, wide: bool = False,
+    ) -> None:  # fmt: skip
         """`x` [rows, …, C] by its last axis, which `weight` [C] has too."""
         width = weight.shape[-1]
         vectors = x.numel() // (self.rows * width)
-        self._add(NORM, x, weight, to, width, float(eps), vectors, float(offset))
+        self._add(NORM, x, weight, to, width, float(eps), vectors, float(offset), wide)
+
+    def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
+        """x += scale · y"""
+        self._add(ADD, x, y, x.shape[1], float(scale))
 
     def linears(self, x: Tensor, parts: list[tuple[Weight, Tensor]], add: bool = False) -> None:
         """Each weight's product with `x` into its buffer, or onto what is there."""

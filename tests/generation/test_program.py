@@ -1,0 +1,228 @@
+"""The native step against the modules, on tiny random models in bf16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from topwork import AutoModelForCausalLM, LoraConfig, get_peft_model
+from topwork.generation import loop
+from topwork.generation.engine import Engine
+from topwork.generation.program import compile_step
+from topwork.models import Config
+from topwork.ops.native import decode
+from topwork.quant import quantise
+
+pytestmark = pytest.mark.skipif(not decode.ready(), reason="there is no C compiler")
+
+BASE = {
+    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    "max_position_embeddings": 256,
+}  # fmt: skip
+FAMILIES = {
+    "llama": {"model_type": "llama", "rope_theta": 500.0},
+    "tied, biases, gelu": {
+        "model_type": "llama", "tie_word_embeddings": True, "attention_bias": True,
+        "mlp_bias": True, "hidden_act": "gelu",
+    },
+    "wide heads": {"model_type": "llama", "head_dim": 96, "num_key_value_heads": 1},
+    "windows": {"model_type": "mistral", "sliding_window": 7, "num_key_value_heads": 4},
+    "biases": {"model_type": "qwen2", "hidden_size": 128},
+    "head norms": {"model_type": "qwen3", "head_dim": 64, "num_attention_heads": 6},
+    "fused": {"model_type": "phi3", "sliding_window": None, "pad_token_id": 0},
+    "offset norms, caps": {
+        "model_type": "gemma2", "sliding_window": 9, "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 3.0, "final_logit_softcapping": 4.0,
+    },
+    "multipliers": {
+        "model_type": "granite", "residual_multiplier": 0.4, "logits_scaling": 3.0,
+        "embedding_multiplier": 1.0, "attention_multiplier": 0.2,
+    },
+}  # fmt: skip
+
+
+def make(name):
+    torch.manual_seed(0)
+    options = {**BASE, **FAMILIES[name]}
+    if options["model_type"] in ("phi3", "granite"):
+        options.pop("head_dim")
+        options["hidden_size"] = 128
+    model = AutoModelForCausalLM.from_config(Config(**options))
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            scale = 0.3 if "norm" in path else 0.15
+            parameter.copy_(torch.randn_like(parameter) * scale + ("norm" in path))
+    return model.to(torch.bfloat16).eval()
+
+
+def by_program(model, ids, splits, *, portable=False, **options):
+    """Logits [T, V] of one text, whose tokens are the rows of one run per split."""
+    step = compile_step(model, 64, 128, portable=portable, **options)
+    assert step is not None
+    size = 16
+    caches = [
+        [torch.randn(20, size, k, d).to(torch.bfloat16) for k, d in step.shapes] for _ in "kv"
+    ]
+    step.bind(*caches)
+    pages = torch.tensor([[7, 3, 12, 5, 1, 9]], dtype=torch.int32)
+    found, at = [], 0
+    for count in splits:
+        places = torch.arange(at, at + count)
+        found.append(step.run(ids[places], places, pages.repeat(count, 1)).clone())
+        at += count
+    return torch.cat(found)
+
+
+def agree(found, wanted, exact):
+    """Both are bf16's distance from the fp32 result `exact`."""
+    scale = exact.std()
+    mine, theirs = ((t.float() - exact).pow(2).mean().sqrt() / scale for t in (found, wanted))
+    assert mine < 1.3 * theirs + 2e-3, (mine, theirs)
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["amx", "portable"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_program_computes_what_the_modules_do(name, portable):
+    model = make(name)
+    ids = torch.randint(0, 96, (45,))
+    found = by_program(model, ids, [45], portable=portable)
+    with torch.no_grad():
+        wanted = model(ids[None]).logits[0]
+        exact = model.float()(ids[None]).logits[0]
+    agree(found, wanted, exact)
+
+
+@pytest.mark.parametrize("bits", [None, "int8", "int4"])
+def test_a_row_is_the_same_to_the_bit_in_any_company(bits):
+    model = make("head norms")
+    if bits:
+        quantise(model, bits)
+    ids = torch.randint(0, 96, (45,))
+    whole = by_program(model, ids, [45], steady=True)
+    assert torch.equal(by_program(model, ids, [1] * 45, steady=True), whole)
+    assert torch.equal(by_program(model, ids, [3, 17, 1, 1, 23], steady=True), whole)
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["amx", "portable"])
+@pytest.mark.parametrize("count", [1, 2, 20])
+@pytest.mark.parametrize("bits", ["int8", "int4", "nf4"])
+def test_weights_of_few_bits_compute_as_dequantised(bits, count, portable):
+    model = quantise(make("llama"), bits)
+    ids = torch.randint(0, 96, (40,))
+    found = by_program(model, ids, [count] * (40 // count), portable=portable)
+    with torch.no_grad():
+        wanted = model(ids[None]).logits[0]
+    assert (found.float() - wanted.float()).abs().max() < 0.05 * wanted.abs().max()
+
+
+def without_program(monkeypatch):
+    monkeypatch.setattr(loop.CachedProgram, "of", classmethod(lambda *_: None))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"prompt_lookup_num_tokens": 3}, {"cache_implementation": "static"}],
+)
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "left-padded"])
+def test_generate_scores_as_without_it(monkeypatch, options, padded):
+    model = make("windows")
+    ids = torch.randint(0, 96, (1 if "prompt_lookup_num_tokens" in options else 2, 12))
+    mask = torch.ones_like(ids)
+    if padded and len(ids) > 1:
+        mask[1, :5] = 0
+    options = {
+        "attention_mask": mask, "max_new_tokens": 30, "return_dict_in_generate": True,
+        "output_scores": True, **options,
+    }  # fmt: skip
+    found = model.generate(ids, **options)
+    without_program(monkeypatch)
+    wanted = model.generate(ids, **options)
+    # Rounding may turn a near tie; until then the scores agree.
+    for mine, theirs in zip(found.scores, wanted.scores):
+        if (mine.argmax(-1) != theirs.argmax(-1)).any():
+            break
+        assert (mine - theirs).abs().max() < 0.1 * theirs.abs().max()
+    assert found.sequences.shape[0] == wanted.sequences.shape[0]
+    assert torch.equal(found.sequences[:, :14], wanted.sequences[:, :14])
+
+
+def test_a_mask_of_padding_gives_what_the_row_gives_alone():
+    model = make("llama")
+    ids = torch.randint(1, 96, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[1, :5] = 0
+    options = {"max_new_tokens": 1, "return_dict_in_generate": True}
+    both = model.generate(ids, attention_mask=mask, **options).past_key_values
+    alone = model.generate(ids[1:, 5:], **options).past_key_values
+    new = torch.tensor([[4], [9]])
+    step = loop.Stepper(model, both, torch.cat((mask, mask.new_ones(2, 9)), 1), None, 21)
+    lone = loop.Stepper(model, alone, None, None, 16)
+    found = [step(new)[1, -1], lone(new[1:])[0, -1]]
+    assert step._program is not None
+    assert (found[0] - found[1]).abs().max() < 0.05 * found[1].abs().max()
+
+
+def adapted():
+    model = get_peft_model(
+        make("llama"), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False), "a"
+    )
+    model.add_adapter(
+        "b", LoraConfig(r=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    )
+    return model.eval()
+
+
+def test_adapters_of_rows_compute_as_in_the_modules(monkeypatch):
+    model = adapted()
+    rows = [torch.randint(0, 96, (n,)).tolist() for n in (9, 20, 13, 7, 30)]
+    names = ["a", None, "b", "a", "b"]
+    engine = Engine(model, page_size=16)
+    assert engine.runner.native
+    asked = [engine.submit(r, max_new_tokens=6, adapter=n) for r, n in zip(rows, names)]
+    list(engine.run())
+    for ids, name, request in zip(rows, names, asked):
+        one = Engine(model, page_size=16)
+        alone = one.submit(ids, max_new_tokens=6, adapter=name)
+        list(one.run())
+        assert alone.ids == request.ids
+        with torch.no_grad():
+            if name is None:
+                with model.disable_adapter():
+                    logits = model(torch.tensor([request.ids])).logits[0]
+            else:
+                model.set_adapter(name)
+                logits = model(torch.tensor([request.ids])).logits[0]
+        for place in range(len(ids) - 1, len(request.ids) - 1):
+            row = logits[place].float()
+            assert row.max() - row[request.ids[place + 1]] < 0.05 * row.abs().max(), name
+
+
+def test_a_changed_adapter_is_read_again():
+    model = adapted()
+    engine = Engine(model, page_size=16)
+    ids = list(range(3, 20))
+    before = engine.submit(ids, max_new_tokens=12, adapter="a")
+    list(engine.run())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B.a" in name:
+                parameter.mul_(-4)
+    after = engine.submit(ids, max_new_tokens=12, adapter="a")
+    list(engine.run())
+    fresh = Engine(model, page_size=16)
+    again = fresh.submit(ids, max_new_tokens=12, adapter="a")
+    list(fresh.run())
+    assert after.ids == again.ids != before.ids
+
+
+def test_what_has_no_words_is_left_to_the_modules():
+    model = make("llama")
+    assert compile_step(model.float(), 4, 32) is None
+    model = make("llama")
+    model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: None)
+    assert compile_step(model, 4, 32) is None
+    odd = AutoModelForCausalLM.from_config(
+        Config(**{**BASE, "model_type": "llama", "head_dim": 20})
+    )
+    assert compile_step(odd.to(torch.bfloat16), 4, 32) is None
