@@ -6,7 +6,7 @@ leaves to the modules themselves, by giving None. The weights are used where the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,7 +162,7 @@ class _Writer:
     """Writes the program of one model."""
 
     def __init__(
-        self, model: Any, rows: int, length: int, adapters: Sequence[str], how: dict[str, bool]
+        self, model: Any, rows: int, length: int, adapters: Sequence[str], how: Mapping[str, Any]
     ) -> None:
         trunk, head = model.trunk, getattr(model, "lm_head", None)
         _known(type(trunk) is Decoder and head is not None, type(trunk))
@@ -184,6 +184,7 @@ class _Writer:
         scale = float(torch.tensor(getattr(table, "scale", 1.0), dtype=torch.bfloat16))
         self.program.embed(table.weight, self.x, scale)
         places, shapes = [], []
+        block: Any
         for block in self.trunk.layers:
             _known(type(block) is Block and not block.spec.parallel, block)
             places.append(self._attention(block))
@@ -305,7 +306,7 @@ class _Writer:
             self.program.low_rank(x, to, found)
 
     def _weight(self, module: Any, rows: slice) -> Weight:
-        base = module.base_layer if isinstance(module, AdaptedLayer) else module
+        base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
         tell = getattr(base, "native_weight", None)
         if tell is not None:
             weight: Weight = tell()

@@ -56,6 +56,8 @@ class Growing:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         start, stop = self.length, self.length + k.shape[1]
         held = self._held
+        if self.room is not None and stop > self.room:
+            raise ValueError(f"a static cache of {self.room} tokens cannot hold {stop}")
         if held is None or held[0].shape[1] < stop:
             held = self._held = self._grown(k, v, stop)
         keys, values = held
@@ -64,8 +66,6 @@ class Growing:
         return keys[:, :stop], values[:, :stop]
 
     def _grown(self, k: Tensor, v: Tensor, stop: int) -> tuple[Tensor, Tensor]:
-        if self.room is not None and stop > self.room:
-            raise ValueError(f"a static cache of {self.room} tokens cannot hold {stop}")
         room = self.room or (self._least if stop <= self._least else 2 * stop)
         room = -(-room // 16) * 16
         grown = k.new_empty(len(k), room, *k.shape[2:]), v.new_empty(len(v), room, *v.shape[2:])
