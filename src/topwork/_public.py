@@ -19,6 +19,8 @@ HOMES = {
     "BeftConfig": "topwork.peft",
     "C3AConfig": "topwork.peft",
     "Config": "topwork.models",
+    "DPOConfig": "topwork.objectives",
+    "DPOTrainer": "topwork.objectives",
     "DeloraConfig": "topwork.peft",
     "EarlyStoppingCallback": "topwork.training",
     "FourierFTConfig": "topwork.peft",

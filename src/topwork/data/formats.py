@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,18 +80,27 @@ class Format:
     name: str
     what: str
     holds: Callable[[Row], bool]
-    read: Callable[[Row], Example]
+    read: Callable[[Row], Any]
+
+    @property
+    def columns(self) -> set[str]:
+        """The words of `what` that may be columns."""
+        return set(re.findall(r"[a-z_]{4,}", self.what))
 
 
-def recognise(rows: Sequence[Row], text_field: str = "text") -> Format:
-    """The format of all `rows`. DataError naming the first row that has none, or another one."""
-    known = formats(text_field)
+def recognise(
+    rows: Sequence[Row], text_field: str = "text", known: Sequence[Format] | None = None
+) -> Format:
+    """The format of all `rows`, one of `known` (default: those of fine-tuning).
+
+    DataError naming the first row that has none, or another one.
+    """
+    known = known or formats(text_field)
     first = next((f for f in known if f.holds(rows[0])), None)
     if first is None:
         columns = list(rows[0])
         hints = "".join(
-            nearest(str(c), ("messages", "prompt", "completion", "instruction", "output", "text"))
-            for c in columns
+            nearest(str(c), sorted({w for f in known for w in f.columns})) for c in columns
         )
         raise DataError(
             f"the rows have the columns {columns}{hints}; known are: "
@@ -116,7 +126,7 @@ def formats(text_field: str = "text") -> tuple[Format, ...]:
         Format(
             "prompt-completion",
             "prompt + completion (texts, or messages)",
-            lambda r: _either(r.get("prompt")) and _either(r.get("completion")),
+            lambda r: is_text_or_chat(r.get("prompt")) and is_text_or_chat(r.get("completion")),
             _prompt_completion,
         ),
         Format("messages", "messages (role, content)", lambda r: _has_chat(r, "role"), _chat),
@@ -134,11 +144,11 @@ def formats(text_field: str = "text") -> tuple[Format, ...]:
     )  # fmt: skip
 
 
-def _either(value: Any) -> bool:
-    return isinstance(value, str) or _is_messages(value, "role")
+def is_text_or_chat(value: Any) -> bool:
+    return isinstance(value, str) or is_chat(value, "role")
 
 
-def _is_messages(value: Any, key: str) -> bool:
+def is_chat(value: Any, key: str) -> bool:
     value = _parsed(value)
     return (
         isinstance(value, Sequence)
@@ -159,7 +169,7 @@ def _parsed(value: Any) -> Any:
 
 
 def _chat_column(row: Row, key: str) -> str | None:
-    return next((c for c in CHAT_COLUMNS if _is_messages(row.get(c), key)), None)
+    return next((c for c in CHAT_COLUMNS if is_chat(row.get(c), key)), None)
 
 
 def _has_chat(row: Row, key: str) -> bool:
@@ -183,11 +193,11 @@ def message(given: Mapping[str, Any]) -> Message:
     return {**kept, "role": known, "content": "" if content is None else content}
 
 
-def _messages(value: Any) -> list[Message]:
+def messages_of(value: Any) -> list[Message]:
     return [message(m) for m in _parsed(value)]
 
 
-def _extras(row: Row) -> dict[str, Any]:
+def extras_of(row: Row) -> dict[str, Any]:
     tools = row.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) and tools.strip() else tools
     return {"tools": tools or None, "variables": dict(row.get("chat_template_kwargs") or {})}
@@ -195,26 +205,26 @@ def _extras(row: Row) -> dict[str, Any]:
 
 def _chat(row: Row) -> Chat:
     column = _chat_column(row, "role") or _chat_column(row, "from")
-    chat = _messages(row[column or "messages"])
+    chat = messages_of(row[column or "messages"])
     system = row.get("system")
     if isinstance(system, str) and system and chat[0]["role"] != "system":
         chat = [{"role": "system", "content": system}, *chat]
     if not any(m["role"] == "assistant" for m in chat):
         raise DataError("the conversation has no assistant message, so nothing to train")
-    return Chat(chat, **_extras(row))
+    return Chat(chat, **extras_of(row))
 
 
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
-        if not _is_messages(prompt, "role"):
+        if not is_chat(prompt, "role"):
             return Completion(prompt, completion)
     elif isinstance(prompt, str) != isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
-    before, after = _messages(prompt), _messages(completion)
-    return Chat([*before, *after], len(before), **_extras(row))
+    before, after = messages_of(prompt), messages_of(completion)
+    return Chat([*before, *after], len(before), **extras_of(row))
 
 
 def _alpaca(row: Row) -> Chat:

@@ -36,7 +36,8 @@ def collate_groups(groups: Sequence[Group]) -> Batch:
     for group in groups:
         begin = len(group.prompt)
         pieces.append(group.prompt)
-        lengths.append((begin, *(len(a) for a in group.answers)))
+        sizes = [len(a) for a in group.answers]
+        lengths.append((begin, *sizes) if len(sizes) > 1 else begin + sizes[0])
         last = at + begin - 1  # predicts the first token of every answer
         at += begin
         for sample in group.answers:

@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from topwork.text import Tokenizer
 from topwork.text.spans import Rendered, render_spans_batch
 from topwork.text.template import TemplateError
 
+K = TypeVar("K")
 SHOWN = 5  # bad rows named in an error before "and N more"
 
 
@@ -123,11 +124,8 @@ def prepare(
             examples[number] = example
         except DataError as error:
             bad[number] = error
-    tokenized = _tokenize(examples, tokenizer, marking, bad)
-    if bad:
-        first = "; ".join(f"row {n}: {bad[n]}" for n in sorted(bad)[:SHOWN])
-        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise DataError(f"{len(bad)} of {len(rows)} rows cannot be used: {first}{more}")
+    tokenized = tokenize(examples, tokenizer, marking, bad)
+    refuse(bad, len(rows))
     for number in sorted(tokenized):
         _add(prepared, number, tokenized[number], marking.max_length)
     if not prepared.supervised:
@@ -136,6 +134,14 @@ def prepare(
             + (", ".join(f"{n} {why}" for why, n in prepared.dropped.items()) or "all were empty")
         )
     return prepared
+
+
+def refuse(bad: Mapping[int, DataError], rows: int) -> None:
+    """DataError naming the first of the `bad` rows, if there are any."""
+    if bad:
+        first = "; ".join(f"row {n}: {bad[n]}" for n in sorted(bad)[:SHOWN])
+        more = f"; and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise DataError(f"{len(bad)} of {rows} rows cannot be used: {first}{more}")
 
 
 def _add(prepared: Prepared, number: int, row: Tokenized, limit: int | None) -> None:
@@ -152,10 +158,9 @@ def _add(prepared: Prepared, number: int, row: Tokenized, limit: int | None) -> 
     prepared.samples.append(sample)
 
 
-def _tokenize(
-    examples: Mapping[int, Example], tokenizer: Tokenizer, marking: Marking,
-    bad: dict[int, DataError],
-) -> dict[int, Tokenized]:  # fmt: skip
+def tokenize(
+    examples: Mapping[K, Example], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError]
+) -> dict[K, Tokenized]:
     """Every example as tokens, many at a time; what cannot be is noted in `bad`."""
     done = _chats({n: e for n, e in examples.items() if isinstance(e, Chat)}, tokenizer, marking,
                   bad)  # fmt: skip
@@ -174,8 +179,8 @@ def _tokenize(
 
 
 def _chats(
-    chats: Mapping[int, Chat], tokenizer: Tokenizer, marking: Marking, bad: dict[int, DataError]
-) -> dict[int, Tokenized]:
+    chats: Mapping[K, Chat], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError]
+) -> dict[K, Tokenized]:
     if not chats:
         return {}
     numbers = list(chats)
@@ -217,8 +222,8 @@ def _given(example: Tokens, size: int) -> Tokenized:
 
 
 def _texts(
-    texts: Mapping[int, tuple[str, str]], tokenizer: Tokenizer, marking: Marking
-) -> dict[int, Tokenized]:
+    texts: Mapping[K, tuple[str, str]], tokenizer: Tokenizer, marking: Marking
+) -> dict[K, Tokenized]:
     """Prompt and completion as one text, ended by the end token.
 
     A token across their border belongs to the completion.
@@ -241,7 +246,7 @@ def _texts(
     return done
 
 
-def describe_losses(prepared: Prepared) -> list[str]:
+def describe_losses(prepared: Any) -> list[str]:
     """What was cut or dropped, in words; nothing when nothing was."""
     lines = [f"{n} rows dropped, {why}" for why, n in prepared.dropped.items()]
     if prepared.cut:

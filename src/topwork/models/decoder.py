@@ -196,7 +196,7 @@ class Decoder(nn.Module):
         parts = {part for layer in self.spec.layers for part in layer.attention.positional()}
         tables = {part: part.table(positions, x.dtype) for part in parts}
         for block in self.layers:
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, tables, layout, cache, use_reentrant=False)
             else:
                 x = block(x, tables, layout, cache)

@@ -326,7 +326,7 @@ class Gpt(nn.Module):
         tables = {kind: rotary_table(kind, positions, x.dtype) for kind in kinds if kind}
         terms = spec.alibi.terms(longest, x.device) if spec.alibi else ops.ScoreTerms()
         for block in at(self, names.layers):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
+            if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, tables, terms, layout, cache, use_reentrant=False)
             else:
                 x = block(x, tables, terms, layout, cache)

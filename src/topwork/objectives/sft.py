@@ -13,11 +13,11 @@ from torch import nn
 from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
 from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
 from topwork.data.rows import read_rows
-from topwork.errors import ConfigError, nearest
-from topwork.models import AutoModelForCausalLM
+from topwork.errors import ConfigError
 from topwork.objectives.logprobs import token_logprobs
-from topwork.peft import LoraConfig, PeftModel, get_peft_model
-from topwork.text import AutoTokenizer, Tokenizer
+from topwork.objectives.setup import adapted, end_token, load_pair, named_sets, one_of
+from topwork.peft import PeftConfig
+from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments
 
 LOSSES = ("nll", "dft")
@@ -51,15 +51,8 @@ class SFTConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.loss_type not in LOSSES:
-            raise ConfigError(
-                f"loss_type={self.loss_type!r}{nearest(self.loss_type, LOSSES)}; one of {LOSSES}"
-            )
-        if self.packing_strategy not in STRATEGIES:
-            raise ConfigError(
-                f"packing_strategy={self.packing_strategy!r}"
-                f"{nearest(self.packing_strategy, STRATEGIES)}; one of {STRATEGIES}"
-            )
+        one_of("loss_type", self.loss_type, LOSSES)
+        one_of("packing_strategy", self.packing_strategy, STRATEGIES)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length={self.max_length} must be at least 2")
         if self.packing and self.max_length is None:
@@ -72,7 +65,9 @@ class SFT:
 
     loss_type: str = "nll"
 
-    def assemble(self, model: nn.Module, groups: Sequence[Sequence[Any]]) -> list[Batch]:
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
+    ) -> list[Batch]:
         device = next(model.parameters()).device
         return [collate(_flat(group)).to(device) for group in groups]
 
@@ -113,29 +108,25 @@ class SFTTrainer(Trainer):
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Tokenizer | None = None,
-        peft_config: LoraConfig | None = None,
+        peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         formatting_func: Callable[[Any], str] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         args = args or SFTConfig()
-        model, tokenizer = load_pair(model, processing_class, args.bf16)
-        if args.chat_template is not None:
-            tokenizer.chat_template = args.chat_template
+        model, tokenizer = load_pair(model, processing_class, args)
         marking = marking_of(args, tokenizer)
         if train_dataset is None:
             raise ConfigError("SFTTrainer needs train_dataset")
         train = _read(train_dataset, tokenizer, marking, formatting_func)
-        named = eval_dataset if _is_named(eval_dataset) else {"": eval_dataset}
         evals = {
             name: _read(rows, tokenizer, marking, formatting_func)
-            for name, rows in named.items()
-            if rows is not None
+            for name, rows in named_sets(eval_dataset).items()
         }
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         self.prepared, self.prepared_eval = train, evals
         super().__init__(
-            adapted(model, peft_config, args.bf16),
+            adapted(model, peft_config),
             args,
             SFT(args.loss_type),
             samples_of(train, args, args.packing),
@@ -148,50 +139,14 @@ class SFTTrainer(Trainer):
         )
 
 
-def _is_named(given: Any) -> bool:
-    """Whether `given` is several data sets by name rather than columns of one."""
-    if not isinstance(given, Mapping):
-        return False
-    lists = [v for v in given.values() if isinstance(v, list)]
-    return len(lists) < len(given) or all(v and isinstance(v[0], Mapping) for v in lists)
-
-
-def load_pair(
-    model: nn.Module | str | Path, tokenizer: Tokenizer | None, bf16: bool | None
-) -> tuple[nn.Module, Tokenizer]:
-    """The model, loaded if it is a name, and its tokenizer."""
-    if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        dtype = {True: "bfloat16", False: "float32", None: "auto"}[bf16]
-        return AutoModelForCausalLM.from_pretrained(model, dtype=dtype), tokenizer
-    if tokenizer is None:
-        raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
-    return model, tokenizer
-
-
-def adapted(model: nn.Module, config: LoraConfig | None, bf16: bool | None) -> nn.Module:
-    """`model` with the adapter of `config`, if there is one."""
-    if config is None:
-        return model
-    if isinstance(model, PeftModel):
-        raise ConfigError("the model has an adapter already; leave peft_config out")
-    return get_peft_model(model, config)
-
-
 def marking_of(args: SFTConfig, tokenizer: Tokenizer) -> Marking:
     """What `args` and the tokenizer say of which tokens are trained."""
-    end = tokenizer.eos_token_id
-    if args.eos_token is not None:
-        end = tokenizer.get_vocab().get(args.eos_token)
-        if end is None:
-            near = nearest(args.eos_token, tokenizer.get_vocab())
-            raise ConfigError(f"eos_token={args.eos_token!r} is no token of the tokenizer{near}")
     return Marking(
         assistant_only=args.assistant_only_loss is not False,
         completion_only=args.completion_only_loss is not False,
         max_length=None if args.packing and args.packing_strategy == "wrapped" else args.max_length,
         text_field=args.dataset_text_field,
-        end_token=end,
+        end_token=end_token(tokenizer, args.eos_token),
     )
 
 

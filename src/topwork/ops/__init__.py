@@ -3,13 +3,19 @@
 from topwork.ops.activation import swiglu
 from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, attention, unshared
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
-from topwork.ops.logprobs import token_logprobs, token_logprobs_of
+from topwork.ops.logprobs import (
+    TokenStatistics,
+    token_logprobs,
+    token_logprobs_of,
+    token_statistics,
+)
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
 from topwork.ops.rotary import rotary
 from topwork.ops.scan import selective_scan
 
 __all__ = [
+    "TokenStatistics",
     "Layout",
     "Lengths",
     "LinearParts",
@@ -28,5 +34,6 @@ __all__ = [
     "through_experts",
     "token_logprobs",
     "token_logprobs_of",
+    "token_statistics",
     "unshared",
 ]

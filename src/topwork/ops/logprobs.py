@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +40,33 @@ def token_logprobs_of(head: Callable[[Tensor], Tensor], hidden: Tensor, targets:
         else:
             pieces.append(one(rows, wanted))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)
+
+
+class TokenStatistics(NamedTuple):
+    """Of the distribution at each of N positions, all [N] fp32: `entropy` in nats; `collision`,
+    log Σ p², the log-probability of drawing one token twice; `hit`, 1 where the target is the
+    likeliest token."""
+
+    entropy: Tensor
+    collision: Tensor
+    hit: Tensor
+
+
+@torch.no_grad()
+def token_statistics(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor
+) -> TokenStatistics:
+    """Statistics at `hidden` [N, C] of the logits of `head`, in chunks and without gradients."""
+    pieces = []
+    for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
+        logprobs = head(rows).float().log_softmax(1)
+        squares = (2 * logprobs).logsumexp(1)
+        hit = (logprobs.argmax(1) == wanted).float()
+        entropy = logprobs.exp().mul_(logprobs).sum(1).neg_()
+        pieces.append((entropy, squares, hit))
+    if not pieces:
+        return TokenStatistics(*(hidden.new_zeros(0, dtype=torch.float32) for _ in range(3)))
+    return TokenStatistics(*(torch.cat(column) for column in zip(*pieces)))
 
 
 class _FrozenHead(torch.autograd.Function):

@@ -177,3 +177,17 @@ def disabled(model: nn.Module) -> Iterator[None]:
     finally:
         for part, was in zip(parts, before):
             part.disabled = was
+
+
+@contextmanager
+def using(model: nn.Module, names: tuple[str, ...]) -> Iterator[None]:
+    """Within it the model computes with the adapters `names`; what is trained stays."""
+    parts = [*layers_of(model), *saved_of(model)]
+    before = [part.active for part in parts]
+    for part in parts:
+        part.active = names
+    try:
+        yield
+    finally:
+        for part, was in zip(parts, before):
+            part.active = was

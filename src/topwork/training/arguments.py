@@ -70,6 +70,8 @@ class TrainingArguments:
     as the model was loaded."""
     gradient_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third more time."""
+    disable_dropout: bool = False
+    """No dropout anywhere, the adapter's included."""
     seed: int = 42
     data_seed: int | None = None
     """Seed of the order of the rows; None: `seed`."""

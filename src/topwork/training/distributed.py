@@ -32,6 +32,19 @@ class World:
         return sums.tolist()
 
     @torch.no_grad()
+    def gather(self, values: Tensor) -> tuple[Tensor, slice]:
+        """`values` [n, ...] of all processes, one after the other, and where the own ones are."""
+        if self.size == 1:
+            return values, slice(0, len(values))
+        sizes = self.total(*(len(values) if r == self.rank else 0 for r in range(self.size)))
+        start = int(sum(sizes[: self.rank]))
+        own = slice(start, start + len(values))
+        whole = values.new_zeros(int(sum(sizes)), *values.shape[1:])
+        whole[own] = values
+        dist.all_reduce(whole)
+        return whole, own
+
+    @torch.no_grad()
     def add_gradients(self, tensors: Iterable[Tensor]) -> None:
         """Sum every gradient over all processes; where one has none it counts as zero."""
         if self.size == 1:

@@ -8,32 +8,55 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from topwork.training.distributed import World
+
 
 @dataclass(frozen=True)
 class Loss:
     """The loss of one micro-batch as a SUM over its units (tokens, pairs …).
 
     The trainer divides by the units of the whole step, over all micro-batches and devices, so a
-    loss does not depend on how the step is cut. `metrics`: name → (sum, count), averaged likewise.
+    loss does not depend on how the step is cut. A loss of several terms, each over units of its
+    own, is a `total` [terms]. `metrics`: name → (sum, count), averaged likewise.
     """
 
     total: Tensor
     metrics: dict[str, tuple[float, float]] = field(default_factory=dict)
 
+    def over(self, units: Sequence[float]) -> Tensor:
+        """Each term divided by its units, summed; a term without units is nothing."""
+        divisors = self.total.new_tensor([max(u, 1e-12) for u in units])
+        return (self.total.reshape(-1) / divisors).sum()
+
+
+def total_units(weights: Sequence[float | Sequence[float]]) -> list[float]:
+    """Units of several micro-batches together, one number for each term of the loss."""
+    terms = [(w,) if isinstance(w, (int, float)) else tuple(w) for w in weights]
+    return [sum(column) for column in zip(*terms)]
+
 
 class Objective(Protocol):
-    """An algorithm over the one trainer: SFT, DPO, GRPO … Samples and batches are its own."""
+    """An algorithm over the one trainer: SFT, DPO, GRPO … Samples and batches are its own.
 
-    def assemble(self, model: nn.Module, groups: Sequence[Sequence[Any]]) -> list[Any]:
-        """The micro-batches of one step, one for each group of samples."""
+    One that holds tensors which change in training (a reference that follows the model) also has
+    `state()` → {name: tensor}; checkpoints keep them, and a resumed run copies them back.
+    """
+
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Any]], world: World | None = None
+    ) -> list[Any]:
+        """The micro-batches of one step, one for each group of samples.
+
+        `world`: all processes, which take this step together; None outside of training.
+        """
         ...
 
     def size(self, sample: Any) -> int:
         """Tokens of one sample, to plan the memory."""
         ...
 
-    def weight(self, batch: Any) -> float:
-        """Units of `batch` that the loss is normalised by (supervised tokens, pairs …)."""
+    def weight(self, batch: Any) -> float | Sequence[float]:
+        """Units of `batch` that the loss (each of its terms) is normalised by."""
         ...
 
     def tokens(self, batch: Any) -> int:

@@ -20,7 +20,7 @@ from topwork.training import distributed, files
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.interrupt import StopRequest
-from topwork.training.objective import Objective
+from topwork.training.objective import Objective, total_units
 from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, make_plan, resident_memory
 from topwork.training.plot import plot_losses
@@ -31,6 +31,7 @@ from topwork.training.schedule import Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
 
 OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
+OBJECTIVE = "objective.safetensors"
 LOG, PLOT = "log.jsonl", "loss.svg"
 
 
@@ -141,7 +142,7 @@ class Trainer:
             args.lr_scheduler_type, steps, args.warmup(steps), **args.lr_scheduler_kwargs
         )
         torch.manual_seed(args.seed + self.world.rank)
-        self.model.train()
+        self.model.train(not args.disable_dropout)
 
     def _step(self, stop: StopRequest) -> None:
         """One optimiser step over all its micro-batches."""
@@ -149,16 +150,15 @@ class Trainer:
         self._fire("on_step_begin")
         groups = self.sampler.groups(state.global_step)
         batches = self.objective.assemble(
-            self.model, [[self.train_data[i] for i in group] for group in groups]
+            self.model, [[self.train_data[i] for i in group] for group in groups], self.world
         )
-        own = sum(self.objective.weight(b) for b in batches)
-        (weight,) = self.world.total(own)
-        if weight == 0:
+        units = self.world.total(*total_units([self.objective.weight(b) for b in batches]))
+        if not any(units):
             raise TrainingError(
                 f"step {state.global_step}: its rows {self._rows(batches)} have nothing to train"
             )
         for batch in batches[state.micro_step :]:
-            self._micro_step(batch, weight)
+            self._micro_step(batch, units)
             self._fire("on_substep_end")
             if stop.signal is not None:
                 folder = self.save_checkpoint()
@@ -182,10 +182,10 @@ class Trainer:
         pending["steps"] = pending.get("steps", 0) + 1
         pending["grad_norm"], pending["learning_rate"] = norm, rate
 
-    def _micro_step(self, batch: Any, weight: float) -> None:
+    def _micro_step(self, batch: Any, units: Sequence[float]) -> None:
         """Forward and backward of one micro-batch, its loss a share of the whole step's."""
         loss = self.objective.loss(self.model, batch)
-        part = loss.total / weight
+        part = loss.over(units)
         value = float(part.detach())
         if not math.isfinite(value):
             raise TrainingError(
@@ -265,20 +265,23 @@ class Trainer:
     def _means(self, data: Sequence[Any]) -> dict[str, float]:
         size = self.args.per_device_eval_batch_size
         started = time.perf_counter()
-        sums: dict[str, list[float]] = {"loss": [0.0, 0.0]}
+        sums: dict[str, list[float]] = {"loss#0": [0.0, 0.0]}
         mine = range(self.world.rank, len(data), self.world.size)
         groups = [[data[i] for i in mine[at : at + size]] for at in range(0, len(mine), size)]
         for group in groups:
             (batch,) = self.objective.assemble(self.model, [group])
             loss = self.objective.loss(self.model, batch)
-            parts = {"loss": (float(loss.total), self.objective.weight(batch)), **loss.metrics}
-            for name, (total, count) in parts.items():
+            terms = loss.total.reshape(-1).tolist()
+            units = total_units([self.objective.weight(batch)])
+            parts = {f"loss#{i}": part for i, part in enumerate(zip(terms, units))}
+            for name, (total, count) in {**parts, **loss.metrics}.items():
                 old = sums.setdefault(name, [0.0, 0.0])
                 sums[name] = [old[0] + total, old[1] + count]
         names = sorted(sums)
         flat = self.world.total(*(v for n in names for v in sums[n]))
         means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-12) for i, n in enumerate(names)}
-        return {**means, "runtime": time.perf_counter() - started}
+        loss = sum(means.pop(n) for n in names if n.startswith("loss#"))
+        return {"loss": loss, **means, "runtime": time.perf_counter() - started}
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         name, state = self.args.metric_for_best_model, self.state
@@ -393,6 +396,8 @@ class Trainer:
         )
         if gradients := self.optimiser.gradients():
             save_file({k: v.contiguous() for k, v in gradients.items()}, folder / GRADIENTS)
+        if held := self._objective_state():
+            save_file({k: v.contiguous() for k, v in held.items()}, folder / OBJECTIVE)
         save_rng(folder)
         self.args.save(folder / "training_args.json")
         kept = {
@@ -426,11 +431,20 @@ class Trainer:
         self.optimiser.load(load_file(folder / OPTIMISER))
         if (folder / GRADIENTS).exists():
             self.optimiser.set_gradients(load_file(folder / GRADIENTS))
+        if held := self._objective_state():
+            found = load_file(folder / OBJECTIVE)
+            for name, tensor in held.items():
+                tensor.copy_(found[name])
         for i, callback in enumerate(self.callbacks):
             kept = saved.callbacks.get(f"{i}.{type(callback).__name__}")
             if kept is not None:
                 callback.load_state_dict(kept)  # type: ignore[attr-defined]
         load_rng(folder)
+
+    def _objective_state(self) -> dict[str, Tensor]:
+        """What the objective holds that changes in training."""
+        state = getattr(self.objective, "state", None)
+        return {k: v.detach() for k, v in state().items()} if state else {}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The model (or its adapters) and the tokenizer, ready to use."""

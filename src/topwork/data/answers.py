@@ -1,0 +1,183 @@
+"""From judged rows to tokens: a shared prompt once, its answers after it; lost rows are counted."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from topwork.data.formats import Chat, Completion, Format, recognise, without_template
+from topwork.data.groups import Group
+from topwork.data.preferences import Answered
+from topwork.data.prepare import Marking, Sample, Tokenized, refuse, tokenize
+from topwork.data.rows import Row
+from topwork.errors import DataError
+from topwork.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Rated(Group):
+    """A group with what its row says of the answers: the margin of a pair, the label of one.
+
+    `reference`: log-probabilities of the answers under another model, where they are known.
+    """
+
+    value: float | None = None
+    reference: tuple[float, ...] | None = None
+
+    @property
+    def supervised(self) -> int:
+        first = 0 if len(self.prompt) else 1
+        return sum(int(a.trained[first:].sum()) for a in self.answers)
+
+
+@dataclass
+class PreparedAnswers:
+    """The groups of a data set and what became of each row."""
+
+    samples: list[Rated]
+    format: str
+    rows: int
+    cut: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    unterminated: int = 0
+    """Answers whose end-of-turn token is not trained (cut off, or the template writes none)."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def answers(self) -> int:
+        return sum(len(s.answers) for s in self.samples)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens with each prompt counted once, as they are computed."""
+        return sum(len(s) for s in self.samples)
+
+    @property
+    def apart(self) -> int:
+        """Tokens if every answer carried its prompt."""
+        return sum(s.apart for s in self.samples)
+
+    @property
+    def supervised(self) -> int:
+        return sum(s.supervised for s in self.samples)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of every token, mark and value: two equal ones train alike."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            digest.update(sample.prompt.tobytes() + repr(sample.value).encode())
+            for answer in sample.answers:
+                digest.update(answer.ids.tobytes() + b"|" + answer.trained.tobytes())
+        return digest.hexdigest()
+
+
+def prepare_answers(
+    rows: Sequence[Row],
+    tokenizer: Tokenizer,
+    marking: Marking,
+    known: Sequence[Format],
+    whole: bool = False,
+) -> PreparedAnswers:
+    """All `rows`, in one of the `known` formats, as groups of a prompt and its answers.
+
+    An answer ends with its last trained token, and is cut at `marking.max_length`; with `whole`
+    (for what reads an answer's end) it keeps everything, and longer rows are dropped. DataError
+    names the rows that cannot be used, or says why none is left.
+    """
+    found = recognise(rows, known=known)
+    bad: dict[int, DataError] = {}
+    parts: dict[tuple[int, int], Chat | Completion] = {}
+    values: dict[int, float | None] = {}
+    for number, row in enumerate(rows):
+        try:
+            answered: Answered = found.read(row)
+            for k, example in enumerate(answered.examples()):
+                if isinstance(example, Chat) and tokenizer.chat_template is None:
+                    example = without_template(example)
+                parts[number, k] = example
+            values[number] = answered.value
+        except DataError as error:
+            bad[number] = error
+    refused: dict[tuple[int, int], DataError] = {}
+    tokenized = tokenize(parts, tokenizer, marking, refused)
+    bad |= {number: error for (number, _), error in refused.items()}
+    refuse(bad, len(rows))
+    prepared = PreparedAnswers([], found.name, len(rows))
+    for number, value in values.items():
+        answers = [tokenized[number, k] for k in range(2) if (number, k) in tokenized]
+        _add(prepared, number, answers, value, marking.max_length, whole)
+    if not prepared.samples:
+        why = ", ".join(f"{n} {reason}" for reason, n in prepared.dropped.items())
+        raise DataError(f"no row is left of {len(rows)} in the {found.name} format: {why}")
+    return prepared
+
+
+def _add(
+    prepared: PreparedAnswers, number: int, answers: Sequence[Tokenized], value: float | None,
+    limit: int | None, whole: bool,
+) -> None:  # fmt: skip
+    """Count the row's answers, and keep them unless they are lost."""
+    longest = max(len(a.ids) for a in answers)
+    if whole and limit is not None and longest > limit:
+        prepared.dropped[f"longer than max_length={limit}"] += 1
+        return
+    ids = [np.asarray(a.ids, np.int32) for a in answers]
+    marks = [np.asarray(a.trained, np.bool_) for a in answers]
+    if not whole:
+        if not all(m.any() for m in marks):
+            prepared.dropped["without a trained token in an answer"] += 1
+            return
+        stops = [int(np.flatnonzero(m)[-1]) + 1 for m in marks]
+        ids = [i[:stop][:limit] for i, stop in zip(ids, stops)]
+        marks = [m[: len(i)] for m, i in zip(marks, ids)]
+        cut = [len(i) < stop for i, stop in zip(ids, stops)]
+        if not all(m[1:].any() for m in marks):
+            beyond = f"with an answer that lies beyond max_length={limit}"
+            prepared.dropped[beyond if any(cut) else "without a trained token in an answer"] += 1
+            return
+    else:
+        cut = [False] * len(ids)
+    if len(ids) > 1 and all(np.array_equal(i, ids[0]) for i in ids):
+        prepared.dropped["whose answers are the same tokens"] += 1
+        return
+    shared = _shared(ids, marks, whole)
+    prepared.cut += any(cut)
+    prepared.unterminated += sum(c or not a.closed for c, a in zip(cut, answers))
+    prepared.samples.append(
+        Rated(
+            number,
+            ids[0][:shared],
+            tuple(Sample(number, i[shared:], m[shared:]) for i, m in zip(ids, marks)),
+            value,
+        )
+    )
+
+
+def _shared(ids: Sequence[np.ndarray], marks: Sequence[np.ndarray], whole: bool) -> int:
+    """Tokens that all answers begin with and that none of them trains."""
+    size = min(len(i) - 1 for i in ids)
+    if not whole:
+        size = min(size, *(int(m.argmax()) for m in marks))
+    heads = np.stack([i[:size] for i in ids])
+    apart = np.flatnonzero((heads != heads[0]).any(0))
+    return int(apart[0]) if len(apart) else size
+
+
+def unpaired(prepared: PreparedAnswers) -> PreparedAnswers:
+    """Each answer as a sample of its own: of a pair the first is good (1), the second bad (0)."""
+    singles = [
+        Rated(s.row, s.prompt, (answer,), s.value if len(s.answers) == 1 else 1.0 - k)
+        for s in prepared.samples
+        for k, answer in enumerate(s.answers)
+    ]
+    return PreparedAnswers(
+        singles, prepared.format, prepared.rows, prepared.cut, prepared.dropped,
+        prepared.unterminated,
+    )  # fmt: skip

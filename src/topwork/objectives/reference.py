@@ -1,0 +1,230 @@
+"""The policy that a preference loss compares with: four ways to have it, one way to use it."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from topwork.data.answers import Rated
+from topwork.errors import ConfigError
+from topwork.objectives.answers import AnswersConfig
+from topwork.objectives.setup import adapted, at_least, load_model
+from topwork.peft import PeftConfig, PeftModel
+from topwork.training import Trainer, TrainerCallback
+from topwork.training.distributed import World
+from topwork.training.precision import cast
+
+REF = "ref"
+
+
+@dataclass(kw_only=True)
+class ReferenceConfig(AnswersConfig):
+    """What runs with a reference policy share."""
+
+    beta: float = 0.1
+    """How strongly the policy is held to the reference."""
+    precompute_ref_log_probs: bool = False
+    """Compute the reference's log-probabilities once, before the first step, and keep them beside
+    the run; the reference then needs neither time nor memory."""
+    precompute_ref_batch_size: int | None = None
+    """None: as `per_device_train_batch_size`."""
+    sync_ref_model: bool = False
+    """The reference follows the policy. With an adapter it is a second adapter, "ref", whose
+    tensors are mixed one by one."""
+    ref_model_mixup_alpha: float = 0.6
+    """The policy's share in each mixture."""
+    ref_model_sync_steps: int = 512
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("beta", self.beta, 0, above=True)
+        at_least("precompute_ref_batch_size", self.precompute_ref_batch_size, 1)
+        at_least("ref_model_sync_steps", self.ref_model_sync_steps, 1)
+        if not 0 <= self.ref_model_mixup_alpha <= 1:
+            raise ConfigError(
+                f"ref_model_mixup_alpha={self.ref_model_mixup_alpha} must be in [0, 1]"
+            )
+        if self.sync_ref_model and self.precompute_ref_log_probs:
+            raise ConfigError(
+                "sync_ref_model moves the reference, so precompute_ref_log_probs cannot hold"
+            )
+
+
+@dataclass(frozen=True)
+class Reference:
+    """`model`: one of its own; else the policy under `adapter`, or without any adapter."""
+
+    model: nn.Module | None = None
+    adapter: str | None = None
+    follows: bool = False
+
+    @contextmanager
+    def of(self, policy: nn.Module) -> Iterator[nn.Module]:
+        """The reference as a model, without gradients and dropout."""
+        model: Any = policy if self.model is None else self.model
+        using = nullcontext()
+        if self.model is None and isinstance(policy, PeftModel):
+            using = policy.use_adapter(self.adapter) if self.adapter else policy.disable_adapter()
+        was = model.training
+        if was:
+            model.eval()
+        try:
+            with torch.no_grad(), using:
+                yield model
+        finally:
+            if was:
+                model.train()
+
+    @torch.no_grad()
+    def follow(self, policy: nn.Module, share: float) -> None:
+        """reference ← share · policy + (1 - share) · reference (TR-DPO, arXiv:2404.09656)."""
+        now = self._tensors(policy, own=False)
+        for name, tensor in self._tensors(policy, own=True).items():
+            tensor.lerp_(now[name].to(tensor.dtype), share)
+
+    def _tensors(self, policy: nn.Module, own: bool) -> dict[str, Tensor]:
+        """The reference's tensors (or the policy's that they follow), by name."""
+        if self.model is not None:
+            return dict((self.model if own else policy).named_parameters())
+        assert isinstance(policy, PeftModel)
+        assert self.adapter is not None
+        return policy.adapter_state(self.adapter if own else policy.active_adapter)
+
+    def state(self, policy: nn.Module) -> dict[str, Tensor]:
+        """What changes in training, for checkpoints."""
+        if not self.follows:
+            return {}
+        return {f"reference.{k}": v for k, v in self._tensors(policy, own=True).items()}
+
+
+def choose_reference(
+    model: nn.Module, given: nn.Module | None, fresh: bool, follows: bool, precomputed: bool
+) -> Reference:
+    """The reference of a policy: `given`; or its adapter "ref"; or the base below a `fresh`
+    adapter; or a copy of the adapter or model as it is now."""
+    if given is not None:
+        if given is model:
+            raise ConfigError("ref_model is the model itself: leave it out for a copy of its start")
+        return Reference(given.requires_grad_(False).eval(), None, follows)
+    if isinstance(model, PeftModel):
+        if REF not in model.peft_config:
+            if fresh and not follows:
+                return Reference()
+            model.copy_adapter(model.active_adapter, REF)
+        return Reference(None, REF, follows)
+    if precomputed:
+        return Reference()
+    return Reference(copy.deepcopy(model).requires_grad_(False).eval(), None, follows)
+
+
+class FollowPolicy(TrainerCallback):
+    """Lets the reference follow every `steps` steps."""
+
+    def __init__(self, reference: Reference, steps: int, share: float) -> None:
+        self.reference, self.steps, self.share = reference, steps, share
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step % self.steps == 0:
+            self.reference.follow(more["model"], self.share)
+
+
+Score = Callable[[Sequence[Rated]], Tensor]
+
+
+def precompute(
+    samples: Sequence[Rated], score: Score, size: int, folder: Path, key: str, world: World
+) -> list[Rated]:
+    """`samples` with the reference's log-probability of each answer.
+
+    `score` gives those of `size` samples at a time [A]; they are kept in `folder` under `key` and
+    read from there by the next run that has the same key.
+    """
+    path = folder / f"reference-{key[:16]}.safetensors"
+    if path.is_file():
+        found = load_file(path)["logprobs"]
+    else:
+        share = -(-len(samples) // world.size)
+        own = samples[world.rank * share : (world.rank + 1) * share]
+        pieces = [score(own[at : at + size]).float() for at in range(0, len(own), size)]
+        found, _ = world.gather(torch.cat(pieces) if pieces else torch.zeros(0))
+        found = found.cpu()
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            staged = path.with_suffix(".part")
+            save_file({"logprobs": found.contiguous()}, staged)
+            staged.replace(path)
+        world.wait()
+    counts = [len(s.answers) for s in samples]
+    parts = found.split(counts)
+    return [replace(s, reference=tuple(p.tolist())) for s, p in zip(samples, parts)]
+
+
+def fingerprint(model: nn.Module, *facts: object) -> str:
+    """A digest of every weight of `model` and of `facts`."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode() + str(tensor.dtype).encode())
+        plain = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(plain.numpy().data)
+    return digest.hexdigest()
+
+
+def with_reference(
+    model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
+    args: ReferenceConfig,
+) -> tuple[nn.Module, Reference]:  # fmt: skip
+    """The policy with its adapter, and its reference."""
+    ref_model = None if given is None else load_model(given, args.bf16)
+    policy = adapted(model, config)
+    reference = choose_reference(
+        policy, ref_model, config is not None, args.sync_ref_model, args.precompute_ref_log_probs
+    )
+    return policy, reference
+
+
+def followers(reference: Reference, args: ReferenceConfig) -> list[TrainerCallback]:
+    """What lets the reference follow, if it shall."""
+    if not args.sync_ref_model:
+        return []
+    return [FollowPolicy(reference, args.ref_model_sync_steps, args.ref_model_mixup_alpha)]
+
+
+def settle_reference(
+    trainer: Trainer, reference: Reference, args: ReferenceConfig, *facts: object
+) -> None:
+    """Bring the reference to the policy's device and precision, or do its work in advance."""
+    if reference.model is not None:
+        if args.bf16 is not None:
+            cast(reference.model, args.bf16)
+        reference.model.to(trainer.device)
+    if not args.precompute_ref_log_probs:
+        return
+    objective: Any = trainer.objective
+    size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+    weights = fingerprint(reference.model or trainer.model, reference.adapter, *facts)
+    prepared: Any = trainer
+
+    def done(samples: Sequence[Rated], data: str) -> Sequence[Any]:
+        return precompute(
+            samples,
+            lambda part: objective.reference_of(trainer.model, part),
+            size,
+            Path(args.output_dir),
+            hashlib.sha256(f"{weights}|{data}".encode()).hexdigest(),
+            trainer.world,
+        )
+
+    trainer.train_data = done(trainer.train_data, prepared.prepared.fingerprint)
+    trainer.eval_data = {
+        name: done(samples, prepared.prepared_eval[name].fingerprint)
+        for name, samples in trainer.eval_data.items()
+    }

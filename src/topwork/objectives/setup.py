@@ -1,0 +1,85 @@
+"""What every trainer does before it runs: load the model, add the adapter, tell data sets apart."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topwork.errors import ConfigError, nearest
+from topwork.models import AutoModelForCausalLM
+from topwork.peft import PeftConfig, PeftModel, get_peft_model
+from topwork.text import AutoTokenizer, Tokenizer
+
+
+def load_pair(
+    model: nn.Module | str | Path, tokenizer: Tokenizer | None, args: Any,
+    auto: Any = AutoModelForCausalLM, **options: Any,
+) -> tuple[nn.Module, Tokenizer]:  # fmt: skip
+    """The model, loaded by `auto` if it is a name, and its tokenizer as `args` say."""
+    if isinstance(model, (str, Path)):
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
+        model = load_model(model, args.bf16, auto, **options)
+    if tokenizer is None:
+        raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
+    if args.chat_template is not None:
+        tokenizer.chat_template = args.chat_template
+    return model, tokenizer
+
+
+def load_model(
+    model: nn.Module | str | Path, bf16: bool | None, auto: Any = AutoModelForCausalLM,
+    **options: Any,
+) -> nn.Module:  # fmt: skip
+    """`model` itself, or the one of this name."""
+    if isinstance(model, nn.Module):
+        return model
+    dtype = {True: "bfloat16", False: "float32", None: "auto"}[bf16]
+    return auto.from_pretrained(model, dtype=dtype, **options)
+
+
+def adapted(model: nn.Module, config: PeftConfig | None) -> nn.Module:
+    """`model` with the adapter of `config`, if there is one."""
+    if config is None:
+        return model
+    if isinstance(model, PeftModel):
+        raise ConfigError("the model has an adapter already; leave peft_config out")
+    return get_peft_model(model, config)
+
+
+def named_sets(given: Any) -> Mapping[str, Any]:
+    """Evaluation data by name: several sets as they are, a single one under ""."""
+    if given is None:
+        return {}
+    if isinstance(given, Mapping):
+        lists = [v for v in given.values() if isinstance(v, list)]
+        if len(lists) < len(given) or all(v and isinstance(v[0], Mapping) for v in lists):
+            return {name: rows for name, rows in given.items() if rows is not None}
+    return {"": given}
+
+
+def end_token(tokenizer: Tokenizer, eos_token: str | None) -> int | None:
+    """The id that ends plain texts: the tokenizer's, unless `eos_token` names another."""
+    if eos_token is None:
+        return tokenizer.eos_token_id
+    found = tokenizer.get_vocab().get(eos_token)
+    if found is None:
+        near = nearest(eos_token, tokenizer.get_vocab())
+        raise ConfigError(f"eos_token={eos_token!r} is no token of the tokenizer{near}")
+    return found
+
+
+def one_of(name: str, value: Any, choices: Any) -> None:
+    """ConfigError unless `value` is among `choices`."""
+    if value not in choices:
+        raise ConfigError(
+            f"{name}={value!r}{nearest(str(value), choices)}; one of {', '.join(choices)}"
+        )
+
+
+def at_least(name: str, value: float | None, low: float, above: bool = False) -> None:
+    """ConfigError unless `value` is None or from `low` on (or `above` it)."""
+    if value is not None and not (value > low if above else value >= low):
+        raise ConfigError(f"{name}={value} must be {'above' if above else 'at least'} {low}")

@@ -1,0 +1,163 @@
+"""Preference losses against TRL's in the same process: losses, gradients, metrics."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import transformers
+import trl
+from datasets import Dataset
+
+import tiny
+from topwork import DPOConfig, DPOTrainer
+
+# No template line feed behind the end of the turn: TRL would train it, though no model writes it.
+TEMPLATE = tiny.CHATML.replace("'<|im_end|>' + '\n'", "'<|im_end|>'")
+
+
+def text_pairs(count=4):
+    words = ["yes", "no", "perhaps so", "it is"]
+    return [
+        {
+            "prompt": f"ask {i}{'?' * (i % 3)}",
+            "chosen": f" {words[i % 4]} {'a' * (i % 5)}",
+            "rejected": f" {words[(i + 1) % 4]}{'b' * (2 * i % 7)}.",
+        }
+        for i in range(count)
+    ]
+
+
+def chat_pairs(count=4):
+    return [
+        {
+            "prompt": [{"role": "user", "content": row["prompt"]}],
+            "chosen": [{"role": "assistant", "content": row["chosen"].strip()}],
+            "rejected": [{"role": "assistant", "content": row["rejected"].strip()}],
+        }
+        for row in text_pairs(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def homes(tmp_path_factory):
+    """Folders of a base and of a policy that has moved away from it."""
+    folder = tmp_path_factory.mktemp("models")
+    base, other = tiny.model(0), tiny.model(1)
+    base.save_pretrained(folder / "base")
+    with torch.no_grad():
+        for p, q in zip(base.parameters(), other.parameters()):
+            p.add_(0.3 * q)
+    base.save_pretrained(folder / "policy")
+    for name in ("base", "policy"):
+        tiny.tokenizer(TEMPLATE).save_pretrained(folder / name)
+    return folder
+
+
+def peer_options(folder, **options):
+    return {
+        "output_dir": str(folder / "theirs"), "use_cpu": True, "bf16": False, "report_to": "none",
+        "gradient_checkpointing": False, "save_strategy": "no", "disable_tqdm": True,
+        "learning_rate": 0, "optim": "sgd", "max_steps": 1, "logging_steps": 1, "seed": 0,
+        "per_device_train_batch_size": 4, "max_grad_norm": 1e9, **options,
+    }  # fmt: skip
+
+
+def our_options(folder, **options):
+    return {
+        "output_dir": str(folder / "ours"), "disable_tqdm": True, "save_strategy": "no",
+        "learning_rate": 0.0, "max_steps": 1, "logging_steps": 1, "optim": "sgd", "seed": 0,
+        "per_device_train_batch_size": 4, "max_grad_norm": 1e9, **options,
+    }  # fmt: skip
+
+
+def both_dpo(homes, tmp_path, rows=None, theirs=None, ours=None, **options):
+    """The logs of one step of both."""
+    import topwork
+
+    rows = rows or text_pairs()
+    name = "policy"
+    run = DPOTrainer(
+        topwork.AutoModelForCausalLM.from_pretrained(homes / name),
+        topwork.AutoModelForCausalLM.from_pretrained(homes / "base"),
+        DPOConfig(**our_options(tmp_path, **{**options, **(ours or {})})),
+        rows,
+        processing_class=topwork.AutoTokenizer.from_pretrained(homes / name),
+    )
+    run.train()
+    peer = trl.DPOTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(homes / name),
+        transformers.AutoModelForCausalLM.from_pretrained(homes / "base"),
+        trl.DPOConfig(**peer_options(tmp_path, **{**options, **(theirs or {})})),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(homes / name),
+    )
+    peer.train()
+    return run.state.log_history[0], peer.state.log_history[0]
+
+
+def assert_same(ours, theirs, *more, rel=2e-5):
+    for key in ("loss", "grad_norm", *more):
+        assert ours[key] == pytest.approx(float(theirs[key]), rel=rel, abs=1e-6), key
+
+
+METRICS = ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+           "logps/chosen", "logps/rejected")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "hinge"},
+        {"loss_type": "ipo"},
+        {"loss_type": "sigmoid_norm"},
+        {"loss_type": "robust", "label_smoothing": 0.1},
+        {"loss_type": "exo_pair", "label_smoothing": 0.01},
+        {"loss_type": "nca_pair"},
+        {"loss_type": "bco_pair"},
+        {"loss_type": "sppo_hard"},
+        {"loss_type": "aot", "label_smoothing": 0.1},
+        {"loss_type": "aot_unpaired", "label_smoothing": 0.1},
+        {"loss_type": "apo_zero"},
+        {"loss_type": "apo_down"},
+        {"loss_type": "discopop"},
+        {"loss_type": "sft"},
+        {"loss_type": "sigmoid", "f_divergence_type": "forward_kl"},
+        {"loss_type": "hinge", "f_divergence_type": "js_divergence"},
+        {"loss_type": "ipo", "f_divergence_type": "alpha_divergence"},
+        {"loss_type": "sigmoid", "ld_alpha": 0.3},
+        {"loss_type": "sigmoid", "use_weighting": True},
+        {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.5]},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
+def test_dpo_losses_gradients_and_metrics_equal_the_peer(homes, tmp_path, options):
+    assert_same(*both_dpo(homes, tmp_path, beta=0.3, **options), *METRICS)
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_chats_become_the_peers_tokens(homes, tmp_path, implicit):
+    rows = chat_pairs()
+    if implicit:
+        rows = [{k: r["prompt"] + r[k] for k in ("chosen", "rejected")} for r in rows]
+    assert_same(*both_dpo(homes, tmp_path, rows, loss_type="ipo", max_length=40), *METRICS)
+
+
+def test_long_answers_are_cut_as_the_peer_cuts_them(homes, tmp_path):
+    options = {"loss_type": "sigmoid", "max_length": 10, "beta": 0.3}
+    assert_same(*both_dpo(homes, tmp_path, **options), *METRICS)
+
+
+def test_the_peers_answer_term_depends_on_the_cut_of_a_step_and_ours_does_not(homes, tmp_path):
+    """Its mean over tokens is taken in each micro-batch; ours equals its uncut step."""
+    options = {"loss_type": ["sigmoid", "sft"]}
+    cut = {**options, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    whole = both_dpo(homes, tmp_path, **options)
+    ours, theirs = both_dpo(homes, tmp_path, ours=cut, theirs=cut)
+    assert ours["loss"] == pytest.approx(whole[1]["loss"], rel=1e-5)
+    assert theirs["loss"] != pytest.approx(whole[1]["loss"], rel=1e-3)
+
+
+def test_the_peer_crashes_on_a_weighted_answer_term(homes, tmp_path):
+    with pytest.raises(RuntimeError, match=r"expanded|single memory location"):
+        both_dpo(homes, tmp_path, loss_type=["sigmoid", "sft"], use_weighting=True)
