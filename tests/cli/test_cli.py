@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import tiny
+from topwork import AutoModelForCausalLM, PeftModel
 from topwork.cli.main import app
 from topwork.cli.settings import parse, read_settings
 from topwork.errors import ConfigError
@@ -89,6 +91,30 @@ def test_preview_shows_rows_with_their_trained_tokens(base, data):
     assert "row 0: " in text
     assert "row 1: " in text
     assert "row 2: " not in text
+
+
+def test_generate_prints_the_answer_and_merge_keeps_it(base, data, tmp_path):
+    out, merged = tmp_path / "adapter", tmp_path / "merged"
+    run("train", "--model", base, "--data", data, "--output_dir", out, "--max_steps", 3,
+        "--learning_rate", "1e-2", "--disable_tqdm", "true")  # fmt: skip
+    said = run("generate", base, "say 1", "--adapter", out, "--max-new-tokens", 8).output
+    assert said == run("generate", out, "say 1", "--max-new-tokens", 8).output
+    run("merge", base, out, merged)
+    assert run("generate", merged, "say 1", "--max-new-tokens", 8).output == said
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out)
+        again = AutoModelForCausalLM.from_pretrained(merged)
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_chat_remembers_what_was_said(base, monkeypatch):
+    text = run(
+        "chat", base, "--max-new-tokens", 3, "--temperature", 0, "--system", "s",
+        input="hello\nmore\n/new\nhello\n/quit\n",
+    ).output  # fmt: skip
+    answers = [part.split("\n")[0] for part in text.split("› ")[1:5]]
+    assert answers[0] == answers[3]
 
 
 def test_help_reads_well():

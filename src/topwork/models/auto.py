@@ -91,6 +91,9 @@ class _Auto:
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
         config = config or Config.of(checkpoint)
         config = config.with_labels(num_labels, id2label, label2id, problem_type)
+        config.__dict__["_name_or_path"] = str(
+            name_or_path
+        )  # an adapter's file says what its base is
         with torch.device("meta"):
             model = build(config, cls.task)
         report = weights.load_weights(

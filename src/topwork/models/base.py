@@ -100,7 +100,8 @@ class Model(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         saved = Config(**self.config.to_dict())
-        saved.__dict__.pop("torch_dtype", None)
+        for inert in ("torch_dtype", "_name_or_path"):
+            saved.__dict__.pop(inert, None)
         saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
         saved.save_pretrained(folder)
         if self.generation_config:
@@ -179,7 +180,8 @@ class CausalModel(Model):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
-        return self.lm_head(hidden)
+        # For rows that lie apart torch would repeat a frozen weight, once for each of them.
+        return self.lm_head(hidden.contiguous())
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""

@@ -228,7 +228,7 @@ class CausalDecoder(CausalModel):
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
-        spec, logits = self.model.spec.head, self.lm_head(hidden)
+        spec, logits = self.model.spec.head, super().head(hidden)
         if spec.scale != 1:
             logits = logits * spec.scale
         if spec.softcap is not None:

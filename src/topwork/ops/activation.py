@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topwork.ops.dispatch import Op
+from topwork.ops.dispatch import Op, apply
 from topwork.ops.native import elementwise as native
 
 
@@ -21,7 +21,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 @swiglu.variant("recompute", when=lambda gate, up: torch.is_grad_enabled() and gate.requires_grad)
 def recomputing_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """Saves `gate` and `up` alone: silu(gate) is formed again in the backward pass."""
-    return _SwiGlu.apply(gate, up)
+    return apply(_SwiGlu, gate, up)
 
 
 class _SwiGlu(torch.autograd.Function):

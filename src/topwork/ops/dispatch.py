@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from functools import update_wrapper
 from typing import Any, Generic, ParamSpec, TypeVar
 
+import torch
+from torch import Tensor
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,3 +48,23 @@ class Op(Generic[P, R]):
             if variant.when(*args, **kwargs):
                 return variant.run(*args, **kwargs)
         return self.reference(*args, **kwargs)
+
+
+class _Forgetful:
+    """Stands in for an autograd context where no backward pass will come."""
+
+    def __init__(self, count: int) -> None:
+        self.needs_input_grad = (False,) * count
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply`, or its forward alone where nothing needs a gradient.
+
+    A context outlives its call until the garbage collector comes, and with it all that it saved.
+    """
+    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        return function.apply(*args)
+    return function.forward(_Forgetful(len(args)), *args)

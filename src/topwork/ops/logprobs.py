@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from topwork.ops.dispatch import apply
 from topwork.ops.native import head as tiled
 
 CHUNK = 128  # rows of logits in memory at once; measured best of 64 … 512 on CPU
@@ -23,7 +24,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """
     if weight.requires_grad and torch.is_grad_enabled():
         return token_logprobs_of(lambda rows: rows @ weight.t(), hidden, targets)
-    return _FrozenHead.apply(hidden, weight, targets)
+    return apply(_FrozenHead, hidden, weight, targets)
 
 
 def token_logprobs_of(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from topwork.ops.dispatch import Op
+from topwork.ops.dispatch import Op, apply
 from topwork.ops.dropout import cut, drop, new_seed
 from topwork.ops.native import lora as native
 
@@ -87,7 +87,7 @@ def fused_lora_linears(
     rate = terms[0].dropout if training else 0.0
     matrices = [m for term in terms for m in (term.a, term.b)]
     flat = x.reshape(-1, x.shape[-1])
-    outputs = _FusedLinears.apply(flat, parts, rate, *matrices)
+    outputs = apply(_FusedLinears, flat, parts, rate, *matrices)
     return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in outputs)
 
 

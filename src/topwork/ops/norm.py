@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topwork.ops.dispatch import Op
+from topwork.ops.dispatch import Op, apply
 from topwork.ops.native import elementwise as native
 
 
@@ -29,7 +29,7 @@ def _frozen_weight(x: Tensor, weight: Tensor, eps: float, wide: bool = False) ->
 @rms_norm.variant("recompute", when=_frozen_weight)
 def recomputing_rms_norm(x: Tensor, weight: Tensor, eps: float, wide: bool = False) -> Tensor:
     """Saves `x` and one number per row; no gradient for the frozen weight."""
-    return _RmsNorm.apply(x, weight, eps, wide)
+    return apply(_RmsNorm, x, weight, eps, wide)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from topwork.ops.dispatch import Op
+from topwork.ops.dispatch import Op, apply
 from topwork.ops.native import elementwise as native
 
 
@@ -38,7 +38,7 @@ def _wants_grad(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) 
 @rotary.variant("recompute", when=_wants_grad)
 def linear_rotary(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
     """A rotation's gradient is the opposite rotation: nothing of `x` is saved."""
-    return _Rotary.apply(x, cos, sin, interleaved)
+    return apply(_Rotary, x, cos, sin, interleaved)
 
 
 class _Rotary(torch.autograd.Function):

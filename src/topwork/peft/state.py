@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
@@ -16,6 +16,7 @@ from topwork.peft.config import PeftConfig
 from topwork.peft.inject import banks_of, layers_of
 from topwork.peft.layer import AdaptedLayer, SavedModule
 from topwork.peft.targets import base_of
+from topwork.weights import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model."
@@ -105,8 +106,5 @@ def read(folder: Path) -> dict[str, Tensor]:
 def write(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
     """An adapter's two files; the weights appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept = {k: v.detach().contiguous() for k, v in state.items()}
-    staged = folder / f".{WEIGHTS}.part"
-    save_file(kept, staged, metadata={"format": "pt"})
     config.save_pretrained(folder)
-    staged.replace(folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, {k: v.detach().contiguous() for k, v in state.items()})

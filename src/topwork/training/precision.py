@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import re
-
 import torch
 from torch import nn
 
-from topwork.peft import PeftModel
-
-# The names under which methods keep their own parameters; they stay fp32 masters.
-_ADAPTER = re.compile(r"\.(lora|ia3|hada|lokr|vera|oft|boft|hra|fourierft|prompt|prefix)_?\w*\.")
+from topwork.peft.inject import layers_of
+from topwork.peft.layer import Tensors
 
 
 @torch.no_grad()
 def cast(model: nn.Module, bf16: bool) -> None:
-    """Cast the model's floating tensors to bfloat16 (or fp32); adapter matrices stay fp32."""
+    """Cast the model's floating tensors to bfloat16 (or fp32); adapters stay fp32 masters."""
     dtype = torch.bfloat16 if bf16 else torch.float32
-    adapted = isinstance(model, PeftModel)
-    for name, parameter in model.named_parameters():
-        own = adapted and _ADAPTER.search(f".{name}") is not None
-        if parameter.is_floating_point() and not own and parameter.dtype != dtype:
+    own = {id(t) for layer in layers_of(model) for n in layer.grafts for _, t in layer.held(n)}
+    own |= {id(t) for m in model.modules() if isinstance(m, Tensors) for t in m.parameters()}
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and id(parameter) not in own:
             parameter.data = parameter.data.to(dtype)

@@ -276,12 +276,12 @@ def save_weights(
     state = {k: v.detach() for k, v in module.state_dict().items() if k not in aliases}
     shards = _shards(table.stored(state), _bytes(max_shard_size))
     if len(shards) == 1:
-        return [_write(folder / "model.safetensors", shards[0])]
+        return [write_tensors(folder / "model.safetensors", {t.name: t.make() for t in shards[0]})]
     count = len(shards)
     paths, index = [], {}
     for i, shard in enumerate(shards, 1):
         path = folder / f"model-{i:05d}-of-{count:05d}.safetensors"
-        paths.append(_write(path, shard))
+        paths.append(write_tensors(path, {t.name: t.make() for t in shard}))
         index |= {tensor.name: path.name for tensor in shard}
     total = sum(tensor.nbytes for shard in shards for tensor in shard)
     text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
@@ -304,9 +304,13 @@ def _shards(tensors: Iterable[Stored], limit: int) -> list[list[Stored]]:
     return shards
 
 
-def _write(path: Path, tensors: Sequence[Stored]) -> Path:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Path:
+    """A safetensors file that appears whole or not at all, with the usual permissions."""
     staged = path.with_name(f".{path.name}.part")
-    save_file({t.name: t.make() for t in tensors}, staged, metadata={"format": "pt"})
+    staged.touch()
+    mode = staged.stat().st_mode  # safetensors' own files are closed to other users
+    save_file(dict(tensors), staged, metadata={"format": "pt"})
+    staged.chmod(mode)
     staged.replace(path)
     return path
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topwork.ops.dispatch import apply
 from topwork.ops.native.build import call, library
 
 STEP = 32  # rows to which a document is padded inside the kernel
@@ -40,7 +41,7 @@ def packed_attention(
 
     bf16 on a CPU with AMX; D a multiple of 32.
     """
-    return _Packed.apply(q, k, v, lengths, scale, causal, window)
+    return apply(_Packed, q, k, v, lengths, scale, causal, window)
 
 
 def _rows(x: Tensor) -> Tensor:
