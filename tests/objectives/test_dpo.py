@@ -308,7 +308,9 @@ def test_dropout_is_off_unless_asked_for(tmp_path):
                     parameter.normal_(std=0.3)
         run._prepare()
         (batch,) = run.objective.assemble(run.model, [run.train_data])
-        first, second = (float(run.objective.loss(run.model, batch).total[1].detach()) for _ in range(2))
+        first, second = (
+            float(run.objective.loss(run.model, batch).total[1].detach()) for _ in range(2)
+        )
         assert (first == second) is off
 
 

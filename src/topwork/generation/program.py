@@ -188,7 +188,8 @@ class _Writer:
         for block in self.trunk.layers:
             _known(type(block) is Block and not block.spec.parallel, block)
             places.append(self._attention(block))
-            shapes.append((block.self_attn.spec.kv_heads, block.self_attn.spec.head_dim))
+            mixer: Any = block.self_attn
+            shapes.append((mixer.spec.kv_heads, mixer.spec.head_dim))
             self._mlp(block)
         last = self._shared("last", spec.hidden)
         self.program.select(self.x, last, spec.hidden)
