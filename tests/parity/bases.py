@@ -38,13 +38,24 @@ def base(kind):
     else:
         sizes = {
             "gpt2": {"n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 32},
+            "moe": {
+                "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "num_key_value_heads": 2, "num_experts": 3, "num_experts_per_tok": 2,
+                "moe_intermediate_size": 10, "shared_expert_intermediate_size": 12,
+                "experts_implementation": "eager",
+            },
+            "llama": {
+                "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2,
+            },
             "qwen2": {
                 "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2,
             },
         }[kind]  # fmt: skip
+        name = {"moe": "qwen2_moe"}.get(kind, kind)
         config = transformers.AutoConfig.for_model(
-            kind, vocab_size=37, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
+            name, vocab_size=37, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False, **sizes
         )
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     with torch.no_grad():

@@ -42,7 +42,9 @@ CONVS = ["one", "two", "three", "head"]
 
 
 def row(config, base="qwen2", merges=True, same_count=True, wrong=False, **options):
-    targets = {"qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS}[base]
+    targets = {"qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS, "moe": None, "llama": MIX}[
+        base
+    ]
     return Row(config, {"target_modules": targets, **options}, base, merges, same_count, wrong)
 
 
@@ -55,6 +57,15 @@ ROWS = [
     row("LoraConfig", "convs", r=4, target_modules=["grouped"], merges=False),
     row("LoraConfig", r=4, lora_bias=True, target_modules=QV),
     row("LoraConfig", r=4, lora_bias=True, target_modules=["down_proj"], merges=False),
+    row("LoraConfig", r=4, trainable_token_indices=[1, 5, 2], target_modules=QV),
+    row("LoraConfig", r=4, trainable_token_indices={"embed_tokens": [7, 3]}, target_modules=QV),
+    row("LoraConfig", "llama", r=4, layer_replication=[(0, 2), (1, 2), (0, 1)]),
+    row("LoraConfig", "moe", r=2, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
+    row("LoraConfig", "moe", r=2, target_parameters=["experts.down_proj"], target_modules=QV,
+        use_rslora=True),
+    row("LoraConfig", r=3, target_modules=None, target_parameters=["mlp.down_proj.weight"]),
+    row("LoraConfig", r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=QV),
+    row("LoraConfig", r=4, init_lora_weights="olora", target_modules=QV),
     row("IA3Config", target_modules=None),
     row("IA3Config", feedforward_modules=["down_proj"]),
     row("IA3Config", "gpt2", feedforward_modules=["c_fc"]),
@@ -132,9 +143,15 @@ def our_config(row):
     return getattr(topwork, row.config)(**row.options)
 
 
-def shared(name):
-    """The peer shows what layers share below its first layer."""
-    return re.sub(r"^.*\.(vblora_vector_bank)", r"\1", name)
+def shared(name, peers=False):
+    """The peer shows what layers share below its first layer, and nests two stacked parameters."""
+    name = re.sub(r"^.*\.(vblora_vector_bank)", r"\1", name)
+    name = name.replace("token_adapter.", "")
+    if peers and "experts" in name:
+        if ".base_layer." not in name:
+            return re.sub(r"lora_([AB])", r"lora_\g<1>1", name)
+        return name.replace("experts.base_layer.", "experts.")
+    return name
 
 
 @each
@@ -150,8 +167,12 @@ def test_peers_adapter_gives_equal_outputs_gradients_and_counts(row, tmp_path):
     weight = torch.linspace(-1, 1, wanted.numel()).view_as(wanted)
     (wanted * weight).sum().backward()
     (found * weight).sum().backward()
-    grads = {shared(n): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    grads = {shared(n, True): p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     own = {shared(n): p.grad for n, p in ours.named_parameters() if p.requires_grad}
+    if not any("experts.lora_A1" in name for name in own):
+        grads = {
+            re.sub(r"experts.lora_([AB])1", r"experts.lora_\1", n): g for n, g in grads.items()
+        }
     assert set(own) == set(grads)
     if row.peer_gradient_is_wrong:
         assert any(not torch.allclose(own[n], grads[n], rtol=1e-3) for n in own)

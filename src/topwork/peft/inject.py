@@ -36,7 +36,12 @@ def inject(
     home = model if home is None else home
     graft = methods.method(config.peft_type).GRAFT
     config = graft.settle(config, model)
-    paths = target_names(model, config, graft.KINDS)
+    parts = graft.besides(config, model)
+    taken = [path for path, _, _ in parts]
+    paths = target_names(model, config, graft.KINDS) if config.target_modules or not parts else []
+    both = sorted(set(paths) & set(taken))
+    if both:
+        raise ConfigError(f"{', '.join(both)} would carry two parts of one adapter")
     save_whole(model, config, name)
     found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
     for key, tensor in graft.share(config, found).items():
@@ -45,6 +50,10 @@ def inject(
         getattr(home, key)[name] = tensor
     shared = Shared(home, name)
     made = {path: place(model, path, name, graft, config, shared) for path in paths}
+    for path, kind, own in parts:
+        made[path] = place(model, path, name, kind, own, shared)
+        for tied, owner in kind.companions(model, [path]).items():
+            place(model, tied, name, kind, own, shared, made[owner])
     for path, owner in graft.companions(model, paths).items():
         place(model, path, name, graft, config, shared, made[owner])
     return config
@@ -156,6 +165,31 @@ def remove(model: nn.Module, name: str, home: nn.Module | None = None) -> None:
 def wrappers(model: nn.Module) -> list[tuple[str, Any]]:
     """The modules with adapters, by path."""
     return [(path, m) for path, m in walk(model) if is_wrapper(m)]
+
+
+def own_weights(model: Any) -> None:
+    """Give each adapted layer a weight of its own where others use the same one (a tied head,
+    replicated layers), so that merging into it leaves them as they are. A head that follows the
+    embedding's adapter stays tied."""
+    users: dict[int, list[nn.Module]] = {}
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                users.setdefault(id(parameter), []).append(module)
+    following = {id(g.owner.base) for la in layers_of(model) for g in la.grafts.values() if g.owner}
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    for layer in layers_of(model):
+        base, companion = layer.base_layer, any(g.owner for g in layer.grafts.values())
+        if companion or id(base) in following or not layer.grafts:
+            continue
+        for name, parameter in base._parameters.items():
+            if parameter is None or len(users[id(parameter)]) == 1:
+                continue
+            if head is not None and base_of(head) in users[id(parameter)]:
+                model.config.tie_word_embeddings = False
+                getattr(model, "tied", {}).clear()
+            users[id(parameter)].remove(base)
+            base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
 def strip(model: nn.Module) -> nn.Module:

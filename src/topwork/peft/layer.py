@@ -131,6 +131,15 @@ class Graft:
         """What the method keeps once for all layers of an adapter, by the names in files."""
         return {}
 
+    def changes(self) -> dict[str, Tensor]:
+        """What is added to the layer's own parameters, by their names, while it computes."""
+        return {}
+
+    @classmethod
+    def besides(cls, config: Any, model: nn.Module) -> list[tuple[str, type[Graft], Any]]:
+        """Grafts of other kinds that the adapter has too: (path, kind, their configuration)."""
+        return []
+
     @classmethod
     def companions(cls, model: nn.Module, paths: list[str]) -> dict[str, str]:
         """Layers that an adapter goes to because they share a weight: path → the owner's."""
@@ -209,6 +218,7 @@ class AdaptedLayer(nn.Module):
         self.disabled = False
         self.rows: Rows | None = None
         self.original: tuple[Tensor, Tensor | None] | None = None
+        self.kept: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -289,7 +299,24 @@ class AdaptedLayer(nn.Module):
         parts = self.linear_parts()
         if parts is not None:
             return ops.lora_linears(x, (parts,), self.training)[0]
-        return self._through(x, self._using(), lambda x: self.base_layer(x, *args, **kwargs))
+        using = self._using()
+        changes = [graft.changes() for graft in using]
+        if any(changes):
+            return self._changed(changes, (x, *args), kwargs)
+        return self._through(x, using, lambda x: self.base_layer(x, *args, **kwargs))
+
+    def _changed(self, changes: list[dict[str, Tensor]], args: Any, kwargs: Any) -> Any:
+        """The base layer over parameters that adapters change."""
+        weights = self._parameters_with(changes)
+        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
+
+    def _parameters_with(self, changes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        weights: dict[str, Tensor] = {}
+        for change in changes:
+            for name, delta in change.items():
+                weight = weights.get(name, self.base_layer.get_parameter(name))
+                weights[name] = weight + delta.to(weight.dtype)
+        return weights
 
     def _through(self, x: Tensor, using: list[Graft], base: Callable[[Tensor], Tensor]) -> Tensor:
         if not using:
@@ -328,6 +355,11 @@ class AdaptedLayer(nn.Module):
         if not chosen:
             return
         base = self.base_layer
+        changes = [graft.changes() for graft in chosen]
+        if any(changes):
+            self._merge_changes(changes, safe, keep)
+            self.merged += [graft.name for graft in chosen]
+            return
         held: Tensor | None = getattr(base, "bias", None)
         before = sites.read_weight(base)
         weight, bias = before.float(), None if held is None else held.float()
@@ -346,9 +378,22 @@ class AdaptedLayer(nn.Module):
             held.copy_(bias)
         self.merged += [graft.name for graft in chosen]
 
+    def _merge_changes(self, changes: list[dict[str, Tensor]], safe: bool, keep: bool) -> None:
+        for name, weight in self._parameters_with(changes).items():
+            own = self.base_layer.get_parameter(name)
+            if safe and not bool(weight.isfinite().all()):
+                raise ConfigError(f"merging into {name} gives values that are not finite")
+            if keep:
+                self.kept.setdefault(name, own.clone())
+            own.copy_(weight)
+
     @torch.no_grad()
     def unmerge(self) -> None:
         """Put the original weight back, exactly."""
+        for name, weight in self.kept.items():
+            self.base_layer.get_parameter(name).copy_(weight)
+        if self.kept:
+            self.merged, self.kept = [], {}
         if self.original is None:
             return
         weight, bias = self.original

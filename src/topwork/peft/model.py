@@ -362,6 +362,7 @@ class PeftModel(nn.Module):
         for name in names or self._active:
             if self._known(name).is_prompt_learning:
                 raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
+        inject.own_weights(self.get_base_model())
         for layer in self._layers():
             layer.merge(names or list(layer.active), safe, keep)
 

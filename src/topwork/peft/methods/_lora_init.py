@@ -46,13 +46,19 @@ def matrices(graft: Lora) -> tuple[Tensor, Tensor]:
     if site.kind == "embedding":
         # As in peft: A starts at zero and B is random.
         return (a.normal_() if init is False else a.zero_()), b.normal_()
+    start(a, b, init, r)
+    return a, b
+
+
+def start(a: Tensor, b: Tensor, init: bool | str, r: int) -> None:
+    """Fill A and B; their product is zero unless `init` is False."""
+    b.zero_()
     if init == "gaussian":
         a.normal_(std=1 / r)
     else:
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
     if init is False:
         nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-    return a, b
 
 
 def _from_weight(graft: Lora, init: str) -> tuple[Tensor, Tensor]:

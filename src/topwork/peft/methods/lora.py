@@ -4,7 +4,7 @@ m ⊙ (W x + s · B A x) / ‖W + s · B A‖, the norm of each output's row tak
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
 from topwork.peft.layer import Bare, Graft, Matrix
-from topwork.peft.methods import _lora_init
+from topwork.peft.methods import _lora_init, _lora_parts
 from topwork.peft.targets import by_pattern
 
 BIASES = ("none", "all", "lora_only")
@@ -44,6 +44,12 @@ class LoraConfig(LayerConfig):
     init_lora_weights: bool | str = True
     """True: A uniform (Kaiming), B zero; "gaussian": A normal with 1/r; False: both random;
     "pissa", "pissa_niter_N" (arXiv:2404.02948), "olora" (arXiv:2406.01775), "orthogonal"."""
+    target_parameters: list[str] | None = None
+    """Parameters by the last parts of their path, where experts' weights are stacked in one."""
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    """Rows of the embedding (or of the modules named) that are trained beside it."""
+    layer_replication: list[Any] | None = None
+    """Ranges [start, end) of which the stack of layers is built anew, over the same weights."""
     fan_in_fan_out: bool = False
     """No effect: whether a weight is stored [in, out] is seen from the layer."""
     peft_type: str = "LORA"
@@ -56,6 +62,10 @@ class LoraConfig(LayerConfig):
         _lora_init.check(self)
         if self.lora_bias and self.use_dora:
             raise ConfigError("lora_bias=True does not go with use_dora=True")
+        if self.target_parameters:
+            off = [n for n in ("lora_dropout", "use_dora", "lora_bias") if getattr(self, n)]
+            if off:
+                raise ConfigError(f"target_parameters do not go with {', '.join(off)}")
 
 
 class Lora(Graft):
@@ -72,6 +82,18 @@ class Lora(Graft):
         self._norm: tuple[Any, Tensor] | None = None
         prefix = "lora_embedding_" if self.site.kind == "embedding" else "lora_"
         self.names = (prefix + "A", prefix + "B")
+
+    @classmethod
+    def settle(cls, config: LoraConfig, model: nn.Module) -> LoraConfig:
+        if config.layer_replication:
+            _lora_parts.replicate(model, config.layer_replication)
+        if config.target_parameters and config.target_modules is None:
+            return replace(config, target_modules=[])
+        return super().settle(config, model)
+
+    @classmethod
+    def besides(cls, config: Any, model: nn.Module) -> list[tuple[str, type[Graft], Any]]:
+        return _lora_parts.besides(config, model)
 
     def scale_of(self, config: LoraConfig) -> float:
         """By what B A counts on this layer: alpha/r or alpha/√r."""
