@@ -17,6 +17,7 @@ HOMES = {
     "AutoTokenizer": "topwork.text",
     "BOFTConfig": "topwork.peft",
     "BeftConfig": "topwork.peft",
+    "BottleneckConfig": "topwork.peft",
     "C3AConfig": "topwork.peft",
     "Config": "topwork.models",
     "DPOConfig": "topwork.objectives",

