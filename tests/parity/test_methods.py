@@ -228,9 +228,9 @@ def test_merging_keeps_the_outputs_and_unmerging_the_weights(row, tmp_path):
     ours.unmerge_adapter()
     assert all(torch.equal(before[k], v) for k, v in ours.state_dict().items())
     merged = ours.merge_and_unload()
-    assert {n for n, _ in merged.named_parameters()} == {
-        n for n, _ in base(row.base).named_parameters()
-    }
+    if "layer_replication" not in row.options:  # there are more layers than before
+        names = {n for n, _ in base(row.base).named_parameters()}
+        assert {n for n, _ in merged.named_parameters()} == names
     close(outputs(merged, row.base), wanted, rtol=1e-4, atol=1e-4)
 
 
