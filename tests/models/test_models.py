@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from topwork import AutoModelForCausalLM, Config, describe
 from topwork.errors import CheckpointError, ConfigError
+from topwork.models.capabilities import capabilities, families_page
 from topwork.models.families import NAMES, family
 from topwork.nn.cache import KVCache
 
@@ -177,3 +180,37 @@ def test_checkpointed_blocks_of_every_placing_of_norms_give_the_same_gradients()
         model.gradient_checkpointing_enable()
         model(ids, labels=ids).loss.backward()
         assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted))
+
+
+def test_an_unknown_llama_shaped_model_is_told_which_spec_to_try():
+    with pytest.raises(ConfigError, match=r"has a meaning for llama, .*model_type 'llama'"):
+        build(model_type="yi_new")
+    with pytest.raises(ConfigError, match="has a meaning for granite"):
+        build(model_type="newgranite", residual_multiplier=0.2, logits_scaling=8.0)
+    with pytest.raises(ConfigError) as caught:
+        build(model_type="strange", moon_phase=3)
+    assert "has a meaning" not in str(caught.value)
+
+
+def test_an_unknown_model_type_lists_the_near_ones():
+    with pytest.raises(ConfigError, match="nearest: 'qwen3_moe', 'qwen2_moe'"):
+        build(model_type="qwen4_moe", moon_phase=3)
+
+
+def test_the_page_of_families_is_the_codes_own():
+    page = Path(__file__).parents[2] / "docs" / "families.md"
+    assert page.read_text() == families_page(), "run topwork models --markdown > docs/families.md"
+    table = capabilities()
+    assert set(table) == set(NAMES)
+    assert table["llama"]["sequence-classification"]
+    assert not table["llama"]["masked-lm"]
+
+
+def test_describe_shows_runs_of_layers_and_what_differs_from_the_usual():
+    model = build(model_type="gemma2", head_dim=8, num_hidden_layers=3, sliding_window=7)
+    lines = describe(model).splitlines()
+    assert [line.split(":")[0] for line in lines[2:5]] == ["layer 0", "layer 1", "layer 2"]
+    assert "window=7" in lines[2]
+    assert "window" not in lines[3]
+    assert "softcap=50" in lines[3]
+    assert "rms-offset" in lines[-1]

@@ -9,11 +9,15 @@ import pytest
 import torch
 import transformers
 
+import peft
 from topwork.errors import CheckpointError, ConfigError
 from topwork.models import AutoModel, AutoModelForCausalLM, Config
 from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES as ALL
 from topwork.models.families import family as family_of
+from topwork.peft import PeftModel
+from topwork.peft.usual import LINEARS
+from topwork.weights import save_weights
 from topwork.weights.table import cut
 
 NAMES = [name for name in ALL if "causal-lm" in tasks_of(name)]
@@ -168,6 +172,16 @@ def test_what_we_save_loads_in_the_peer(row, tmp_path):
         assert relative(again(ids).logits, row.ours(ids).logits) < 1e-5
 
 
+def test_a_file_in_the_layout_of_the_memory_loads_too(row, tmp_path):
+    if not row.ours.table.rules:
+        pytest.skip("the layouts are one")
+    (tmp_path / "config.json").write_text((row.folder / "config.json").read_text())
+    save_weights(row.ours, tmp_path, tied=row.ours.tied)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for name, value in row.ours.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+
+
 def test_each_option_acts(row):
     """The case would fail if an option were ignored: without it the logits differ."""
     ids = torch.arange(40)[None] % 61
@@ -244,3 +258,34 @@ def test_bf16_stays_within_the_peers_own_spread(name, tmp_path):
         return off.median()
 
     assert error(ours) < 1.3 * error(theirs) + 1e-3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_adapters_on_the_usual_targets_pass_both_ways(name, tmp_path):
+    base = peer(name, family_of(name).CASES[0])
+    base.save_pretrained(tmp_path / "base")
+    ids = torch.arange(26).view(2, 13)
+    options = {"r": 3, "lora_alpha": 7, "fan_in_fan_out": name == "gpt2"}
+    theirs = peft.get_peft_model(
+        base,
+        peft.LoraConfig(**options, target_modules=LINEARS[name], init_lora_weights=False),
+    ).eval()
+    theirs.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = PeftModel.from_pretrained(model, tmp_path / "adapter", is_trainable=True)
+    wanted, found = theirs(ids, labels=ids), adapted(ids, labels=ids)
+    assert relative(found.logits, wanted.logits) < 1e-5
+    wanted.loss.backward()
+    found.loss.backward()
+    by_name = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    trained = {n: p.grad for n, p in adapted.named_parameters() if p.requires_grad}
+    assert set(trained) == set(by_name)
+    floor = 5e-2 * max(grad.norm() for grad in by_name.values())
+    for key, grad in trained.items():
+        error = (grad - by_name[key]).norm()
+        assert error < 1e-5 * max(by_name[key].norm(), floor), key
+    adapted.save_pretrained(tmp_path / "ours")
+    again = peft.PeftModel.from_pretrained(peer(name, family_of(name).CASES[0]), tmp_path / "ours")
+    with torch.no_grad():
+        assert relative(again(ids).logits, wanted.logits) < 1e-5
+        assert relative(adapted.merge_and_unload()(ids).logits, wanted.logits) < 1e-5

@@ -53,6 +53,20 @@ def train(words: Words = None) -> None:
     print(train(*_config(words)))
 
 
+@app.command()
+def models(
+    markdown: Annotated[bool, typer.Option(help="As the page docs/families.md.")] = False,
+) -> None:
+    """List the families of models and what each can do."""
+    from topwork.models.capabilities import capabilities, families_page
+
+    if markdown:
+        print(families_page(), end="")
+        return
+    for name, row in capabilities().items():
+        print(f"{name:14} {', '.join(task for task, can in row.items() if can)}")
+
+
 @app.command(context_settings=Extra)
 def preview(
     words: Words = None,

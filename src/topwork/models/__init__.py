@@ -11,13 +11,13 @@ from topwork.models.auto import (
     AutoModelForTokenClassification,
 )
 from topwork.models.base import CausalLMOutput, CausalModel, Model
+from topwork.models.capabilities import capabilities
 from topwork.models.config import Config
 from topwork.models.describe import describe
 
 __all__ = [
     "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM",
     "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification", "CausalLMOutput", "CausalModel", "Config", "Model",
-    "describe",
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "CausalLMOutput",
+    "CausalModel", "Config", "Model", "capabilities", "describe",
 ]  # fmt: skip

@@ -32,8 +32,9 @@ def build(config: Config, task: str) -> Any:
     kind = config.model_type.replace("-", "_")
     if kind not in families.NAMES:
         raise ConfigError(
-            f"model_type {config.model_type!r} is not known{nearest(kind, families.NAMES)}; "
-            f"known: {', '.join(families.NAMES)}"
+            f"model_type {config.model_type!r} is not known"
+            f"{nearest(kind, families.NAMES, count=3)}; known: {', '.join(families.NAMES)}"
+            + _fitting(config)
         )
     tasks = tasks_of(kind)
     if task not in tasks:
@@ -42,6 +43,29 @@ def build(config: Config, task: str) -> Any:
     model = tasks[task](config, read)
     read.finish()
     return model
+
+
+def _fitting(config: Config) -> str:
+    """What to try with an unknown model_type whose options one of our decoders reads in full."""
+    fits = []
+    for name in families.NAMES:
+        spec = getattr(families.family(name), "spec", None)
+        try:
+            read = ConfigReader(config)
+            if spec is not None:
+                spec(read)
+                read.finish()
+                fits.append(name)
+        except Exception:  # a strange configuration may fail anywhere; this is only a hint
+            continue
+    if not fits:
+        return ""
+    fits.sort(key=lambda name: name != "llama")
+    return (
+        f". Every option of this configuration has a meaning for {', '.join(fits[:4])}: if the "
+        f"architecture is the same, load it with model_type {fits[0]!r} in its configuration, and "
+        "compare its outputs with a reference"
+    )
 
 
 def tasks_of(model_type: str) -> dict[str, Callable[[Config, ConfigReader], Any]]:

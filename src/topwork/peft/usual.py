@@ -1,4 +1,4 @@
-"""The modules that a method usually goes to, by model_type: the peer's choices."""
+"""The modules that a method usually goes to, by model_type: the peer's where it has any."""
 
 from __future__ import annotations
 
@@ -9,6 +9,24 @@ LINEARS: dict[str, list[str] | str] = {
     "bert": ["query", "value"],
     "blip-2": ["q", "v", "q_proj", "v_proj"],
     "bloom": ["query_key_value"],
+    "cohere": ["q_proj", "v_proj"],
+    "cohere2": ["q_proj", "v_proj"],
+    "deepseek_v3": r".*\.self_attn\.(q_proj|q_b_proj|kv_b_proj)",
+    "glm": ["q_proj", "v_proj"],
+    "glm4": ["q_proj", "v_proj"],
+    "gpt_oss": ["q_proj", "v_proj"],
+    "granite": ["q_proj", "v_proj"],
+    "granitemoe": ["q_proj", "v_proj"],
+    "llama4_text": ["q_proj", "v_proj"],
+    "olmo": ["q_proj", "v_proj"],
+    "olmo2": ["q_proj", "v_proj"],
+    "olmo3": ["q_proj", "v_proj"],
+    "olmoe": ["q_proj", "v_proj"],
+    "phi3": ["qkv_proj"],
+    "qwen2_moe": ["q_proj", "v_proj"],
+    "qwen3_moe": ["q_proj", "v_proj"],
+    "smollm3": ["q_proj", "v_proj"],
+    "starcoder2": ["q_proj", "v_proj"],
     "btlm": ["c_proj", "c_attn"],
     "chatglm": ["query_key_value"],
     "codegen": ["qkv_proj"],
