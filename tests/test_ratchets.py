@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import topwork
+from topwork.models.capabilities import families_page
 
 SOURCE = Path(topwork.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
@@ -32,6 +33,12 @@ def test_import_is_quick_and_loads_no_torch():
 def test_public_names_are_these():
     assert sorted(topwork.__all__) == PUBLIC
     assert all(getattr(topwork, name) is not None for name in PUBLIC)
+
+
+def test_the_page_of_families_is_the_codes_own():
+    page = Path(__file__).parents[1] / "docs" / "families.md"
+    said = "write it anew: topwork models --markdown > docs/families.md"
+    assert page.read_text(encoding="utf-8") == families_page(), said
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import transformers
+from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 import topwork
 from topwork.errors import CheckpointError, ConfigError, TopworkWarning
+from topwork.models.auto import tasks_of
+from topwork.models.families import NAMES, family
 
 TINY = {
     "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -147,3 +152,40 @@ def test_texts_without_a_known_end_are_refused():
     model = topwork.AutoModelForSequenceClassification.from_config(config)
     with pytest.raises(ConfigError, match="nearest: 'regression'"):
         model(IDS, labels=torch.zeros(2))
+
+
+HEADED = [
+    name
+    for name in NAMES
+    if "sequence-classification" in tasks_of(name)
+    and "causal-lm" in tasks_of(name)
+    and name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    and hasattr(family(name), "spec")
+]
+
+
+@pytest.mark.parametrize("name", HEADED)
+def test_a_text_classifier_of_each_decoder_equals_the_peer(name, tmp_path):
+    sizes = {**TINY, "hidden_size": 40, "num_attention_heads": 5, "num_key_value_heads": 1}
+    sizes |= {"max_position_embeddings": 64, "num_labels": 3}
+    torch.manual_seed(0)
+    values = {**sizes, **getattr(family(name), "TINY", {}), **family(name).CASES[0]}
+    config = transformers.AutoConfig.for_model(name, **json.loads(json.dumps(values)))
+    theirs = transformers.AutoModelForSequenceClassification.from_config(
+        config, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = topwork.AutoModelForSequenceClassification.from_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        wanted = theirs(IDS, attention_mask=MASK).logits
+        found = ours(IDS, attention_mask=MASK).logits
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+    ours.save_pretrained(tmp_path / "ours")
+    _, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]

@@ -18,6 +18,7 @@ LINEARS: dict[str, list[str] | str] = {
     "granite": ["q_proj", "v_proj"],
     "granitemoe": ["q_proj", "v_proj"],
     "llama4_text": ["q_proj", "v_proj"],
+    "mamba": ["in_proj", "x_proj"],
     "olmo": ["q_proj", "v_proj"],
     "olmo2": ["q_proj", "v_proj"],
     "olmo3": ["q_proj", "v_proj"],
