@@ -15,7 +15,7 @@ from topwork.nn.moe import ClampedGate, ExpertsSpec, MoeSpec, TopKSoftmaxRouter
 
 SIZES = {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 12}
 YARN = {"rope_type": "yarn", "rope_theta": 1000.0, "factor": 8.0, "beta_fast": 32.0,
-        "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16}  # fmt: skip
+        "beta_slow": 2.0, "truncate": False, "original_max_position_embeddings": 16}  # fmt: skip
 CASES = [
     {**SIZES, "sliding_window": 4, "rope_parameters": YARN},
     {**SIZES, "attention_bias": False, "swiglu_limit": 0.5, "swiglu_alpha": 1.0,

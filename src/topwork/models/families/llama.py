@@ -13,14 +13,15 @@ CASES = [
     {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 12},
     {
         "rope_parameters": {
-            "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+            "rope_type": "llama3", "rope_theta": 1000.0, "factor": 8.0, "low_freq_factor": 2.0,
+            "high_freq_factor": 5.0, "original_max_position_embeddings": 32,
         },
     },
     {
         "rope_parameters": {
             "rope_type": "yarn", "rope_theta": 1000.0, "factor": 4.0,
             "original_max_position_embeddings": 32, "beta_fast": 8.0,
+            "attention_factor": 1.3,
         },
     },
     {
