@@ -131,6 +131,10 @@ class Graft:
         """What the method keeps once for all layers of an adapter, by the names in files."""
         return {}
 
+    def whole(self, x: Tensor) -> Tensor | None:
+        """The layer's output at once, where no other adapter computes on it; None: step by step."""
+        return None
+
     def changes(self) -> dict[str, Tensor]:
         """What is added to the layer's own parameters, by their names, while it computes."""
         return {}
@@ -300,6 +304,10 @@ class AdaptedLayer(nn.Module):
         if parts is not None:
             return ops.lora_linears(x, (parts,), self.training)[0]
         using = self._using()
+        if len(using) == 1:
+            y = using[0].whole(x)
+            if y is not None:
+                return y
         changes = [graft.changes() for graft in using]
         if any(changes):
             return self._changed(changes, (x, *args), kwargs)

@@ -292,8 +292,10 @@ class PeftModel(nn.Module):
             yield
             return
         for name in names:
-            if name != "__base__":
-                self._known(name)
+            if name != "__base__" and self._known(name).is_prompt_learning:
+                raise ConfigError(f"adapter_names: {name!r} is virtual tokens, not of one row")
+        if any(True for _ in inject.saved_of(self.base_model)):
+            raise ConfigError("adapter_names does not go with modules that are trained whole")
         if self.training:
             raise ConfigError("adapter_names is for inference; call eval() first")
         call = call or {}

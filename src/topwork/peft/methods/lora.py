@@ -135,6 +135,18 @@ class Lora(Graft):
             return None
         return ops.LoraTerm(*self.matrices(), self.scale, self.dropout)
 
+    def whole(self, x: Tensor) -> Tensor | None:
+        """DoRA on a linear: the fused sum of weight and term, then the gain and the bias."""
+        parts = sites.linear_parts(self.base) if self.config.use_dora else None
+        if parts is None or self.site.kind != "linear":
+            return None
+        term = ops.LoraTerm(*self.matrices(), self.scale, self.dropout)
+        bare = replace(parts, bias=None, terms=(*parts.terms, term))
+        z = ops.lora_linears(x, (bare,), self.layer.training)[0]
+        gain = self["lora_magnitude_vector"].flatten() / self.norm_of(*self.matrices())
+        gain = gain.to(z.dtype)
+        return z * gain if parts.bias is None else torch.addcmul(parts.bias, z, gain)
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = (m.to(y.dtype) for m in self.matrices())
         bias = None if self.bias is None else self.bias.to(y.dtype)
@@ -167,7 +179,7 @@ class Lora(Graft):
             key = (weight.data_ptr(), weight._version, weight.device)
             if self._norm is None or self._norm[0] != key:
                 self._norm = (key, weight.float().flatten(1).square().sum(1))
-            cross = weight.flatten(1).float() @ a.t()
+            cross = (weight.flatten(1) @ a.t().to(weight.dtype)).float()
             squared = self._norm[1] + 2 * self.scale * (b * cross).sum(1)
             squared += self.scale**2 * (b @ (a @ a.t()) * b).sum(1)
             return squared.clamp_(min=0).sqrt_()
