@@ -68,3 +68,10 @@ def join() -> World:
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def choose_device(named: str | None, use_cpu: bool) -> torch.device:
+    """The device of a run: the one that is named, else a GPU where there is one."""
+    if named is not None:
+        return torch.device(named)
+    return torch.device("cuda" if torch.cuda.is_available() and not use_cpu else "cpu")

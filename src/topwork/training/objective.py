@@ -39,7 +39,11 @@ class Objective(Protocol):
     """An algorithm over the one trainer: SFT, DPO, GRPO … Samples and batches are its own.
 
     One that holds tensors which change in training (a reference that follows the model) also has
-    `state()` → {name: tensor}; checkpoints keep them, and a resumed run copies them back.
+    `state()` → {name: tensor}; checkpoints keep them, and a resumed run copies them back. One whose
+    batches are drawn (rollouts) has `draws` = True, so that a run is stopped between steps only;
+    `sketch(model, sample)`, a batch of the usual shape made without drawing, to plan the memory;
+    `repeat`, how many steps take the same samples; and `answers`, how many items of the batch size
+    one sample stands for.
     """
 
     def assemble(

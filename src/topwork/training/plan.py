@@ -165,3 +165,12 @@ def make_plan(
         largest_batch,
         available_memory(device),
     )
+
+
+def main_dtype(model: nn.Module) -> str:
+    """The dtype that most parameters have."""
+    sizes: dict[str, int] = {}
+    for parameter in model.parameters():
+        name = str(parameter.dtype).removeprefix("torch.")
+        sizes[name] = sizes.get(name, 0) + parameter.numel()
+    return max(sizes, key=lambda name: sizes[name])

@@ -12,7 +12,8 @@ import torch
 @dataclass(frozen=True)
 class Sampler:
     """`size` samples in micro-batches of `micro`, `accumulation` of them a step on each of `world`
-    devices. Each epoch has its own order, drawn from `seed` alone.
+    devices. Each epoch has its own order, drawn from `seed` alone. `repeat`: so many steps in a row
+    have the same samples.
     """
 
     size: int
@@ -22,14 +23,15 @@ class Sampler:
     shuffle: bool = True
     rank: int = 0
     world: int = 1
+    repeat: int = 1
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(self.size / (self.micro * self.accumulation * self.world))
+        return self.repeat * math.ceil(self.size / (self.micro * self.accumulation * self.world))
 
     def groups(self, step: int) -> list[list[int]]:
         """This device's micro-batches of `step` (from 0); an epoch's last step may be smaller."""
-        epoch, place = divmod(step, self.steps_per_epoch)
+        epoch, place = divmod(step // self.repeat, self.steps_per_epoch // self.repeat)
         whole = self.micro * self.accumulation * self.world
         chosen = _order(self.size, epoch, self.seed, self.shuffle)[place * whole :][:whole]
         # Every device gets its part of each micro-batch, so that a short step is shared as well.

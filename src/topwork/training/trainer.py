@@ -19,10 +19,11 @@ from topwork.training import checkpoint as checkpoints
 from topwork.training import distributed, files
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
+from topwork.training.distributed import choose_device
 from topwork.training.interrupt import StopRequest
 from topwork.training.objective import Objective, total_units
 from topwork.training.optim import Optimiser, clip
-from topwork.training.plan import Plan, make_plan, resident_memory
+from topwork.training.plan import Plan, main_dtype, make_plan, resident_memory
 from topwork.training.plot import plot_losses
 from topwork.training.precision import cast
 from topwork.training.progress import Show
@@ -71,7 +72,7 @@ class Trainer:
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
         self.eval_data = {name: data for name, data in named.items() if len(data)}
         self.callbacks = list(callbacks)
-        self.device = _device(args)
+        self.device = choose_device(args.device, args.use_cpu)
         if args.bf16 is not None:
             cast(model, args.bf16)
         self.model = model.to(self.device)
@@ -114,6 +115,8 @@ class Trainer:
                     self._fire("on_epoch_begin")
                 self._step(stop)
                 self._after_step()
+                if stop.signal is not None:
+                    self._stop(stop)
             self._finish()
         losses = [e["loss"] for e in state.log_history if "loss" in e]
         last = losses[-1] if losses else float("nan")
@@ -128,10 +131,10 @@ class Trainer:
         if not self.optimiser.named:
             raise ConfigError("no parameter of the model is trainable: add an adapter")
         self.sampler = Sampler(
-            len(self.train_data), args.per_device_train_batch_size,
+            len(self.train_data), self._samples(args.per_device_train_batch_size),
             args.gradient_accumulation_steps,
             args.seed if args.data_seed is None else args.data_seed,
-            args.shuffle, self.world.rank, self.world.size,
+            args.shuffle, self.world.rank, self.world.size, getattr(self.objective, "repeat", 1),
         )  # fmt: skip
         steps = args.max_steps
         if steps <= 0:
@@ -149,9 +152,7 @@ class Trainer:
         state, args = self.state, self.args
         self._fire("on_step_begin")
         groups = self.sampler.groups(state.global_step)
-        batches = self.objective.assemble(
-            self.model, [[self.train_data[i] for i in group] for group in groups], self.world
-        )
+        batches = self._assembled(groups)
         units = self.world.total(*total_units([self.objective.weight(b) for b in batches]))
         if not any(units):
             raise TrainingError(
@@ -160,10 +161,8 @@ class Trainer:
         for batch in batches[state.micro_step :]:
             self._micro_step(batch, units)
             self._fire("on_substep_end")
-            if stop.signal is not None:
-                folder = self.save_checkpoint()
-                self.show.lines([f"stopped; resume from {folder}"])
-                stop.end(f"saved as {folder}")
+            if stop.signal is not None and not getattr(self.objective, "draws", False):
+                self._stop(stop)
         tensors = self.optimiser.parameters
         self.world.add_gradients(tensors)
         norm = clip(tensors, args.max_grad_norm)
@@ -181,6 +180,20 @@ class Trainer:
         pending = state.pending
         pending["steps"] = pending.get("steps", 0) + 1
         pending["grad_norm"], pending["learning_rate"] = norm, rate
+
+    def _assembled(self, groups: Sequence[Sequence[int]]) -> list[Any]:
+        """The micro-batches of a step; when they cannot be made the run so far is saved first."""
+        samples = [[self.train_data[i] for i in group] for group in groups]
+        try:
+            return self.objective.assemble(self.model, samples, self.world)
+        except TrainingError as error:
+            folder = self.save_checkpoint()
+            raise TrainingError(f"{error}. The run so far is saved as {folder}") from error
+
+    def _stop(self, stop: StopRequest) -> None:
+        folder = self.save_checkpoint()
+        self.show.lines([f"stopped; resume from {folder}"])
+        stop.end(f"saved as {folder}")
 
     def _micro_step(self, batch: Any, units: Sequence[float]) -> None:
         """Forward and backward of one micro-batch, its loss a share of the whole step's."""
@@ -263,7 +276,7 @@ class Trainer:
         return found
 
     def _means(self, data: Sequence[Any]) -> dict[str, float]:
-        size = self.args.per_device_eval_batch_size
+        size = self._samples(self.args.per_device_eval_batch_size)
         started = time.perf_counter()
         sums: dict[str, list[float]] = {"loss#0": [0.0, 0.0]}
         mine = range(self.world.rank, len(data), self.world.size)
@@ -353,18 +366,23 @@ class Trainer:
         done = f", {state.global_step} done" if state.global_step else ""
         return [
             f"{state.max_steps} steps of {batch} samples{devices}, {sampler.steps_per_epoch} an "
-            f"epoch{done}; {self.device}, {_dtype(self.model)}"
+            f"epoch{done}; {self.device}, {main_dtype(self.model)}"
         ]
 
     def plan(self) -> Plan:
         """What the run will need, from a trial on a sample of middling size."""
-        data, micro = self.train_data, self.args.per_device_train_batch_size
+        data, micro = self.train_data, self._samples(self.args.per_device_train_batch_size)
         sizes = sorted((self.objective.size(data[i]), i) for i in range(len(data)))
         largest = sum(n for n, _ in sizes[-micro:])
         middle = sizes[len(sizes) // 2][1]
 
+        sketch = getattr(self.objective, "sketch", None)
+
         def probe() -> tuple[Tensor, int]:
-            (batch,) = self.objective.assemble(self.model, [[data[middle]]])
+            if sketch is not None:
+                batch = sketch(self.model, data[middle])
+            else:
+                (batch,) = self.objective.assemble(self.model, [[data[middle]]])
             return self.objective.loss(self.model, batch).total, self.objective.tokens(batch)
 
         trained = sum(p.numel() for p in self.optimiser.parameters)
@@ -463,6 +481,10 @@ class Trainer:
                 processing_class=self.tokenizer, trainer=self, **more,
             )  # fmt: skip
 
+    def _samples(self, items: int) -> int:
+        """Samples that make up a batch size."""
+        return max(1, items // getattr(self.objective, "answers", 1))
+
     def _rows(self, batches: Sequence[Any]) -> list[int]:
         return [row for batch in batches for row in self.objective.rows(batch)]
 
@@ -471,17 +493,3 @@ def _due(strategy: str, every: int | None, step: int, epoch_over: bool) -> bool:
     if strategy == "epoch":
         return epoch_over
     return strategy == "steps" and every is not None and step % every == 0
-
-
-def _device(args: TrainingArguments) -> torch.device:
-    if args.device is not None:
-        return torch.device(args.device)
-    return torch.device("cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu")
-
-
-def _dtype(model: nn.Module) -> str:
-    sizes: dict[str, int] = {}
-    for parameter in model.parameters():
-        name = str(parameter.dtype).removeprefix("torch.")
-        sizes[name] = sizes.get(name, 0) + parameter.numel()
-    return max(sizes, key=lambda name: sizes[name])

@@ -1,0 +1,140 @@
+"""Rewards of completions: Python functions (plain or async) and reward models."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.errors import ConfigError, TrainingError
+
+RewardFunc = Callable[..., Any] | nn.Module
+NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One answer to a prompt: its text (or messages), its ids, and the row it answers."""
+
+    prompt: Any
+    answer: Any
+    text: str
+    ids: list[int]
+    row: Mapping[str, Any]
+
+
+def name_of(func: RewardFunc) -> str:
+    """The name under which a reward is logged."""
+    return getattr(func, "__name__", type(func).__name__)
+
+
+def judge(
+    funcs: Sequence[RewardFunc], completions: Sequence[Completion], state: Any, tokenizers: Any = ()
+) -> Tensor:
+    """Each function's reward of each completion [N, F], NaN where it returned None.
+
+    A function is called as f(prompts=, completions=, completion_ids=, trainer_state=, **columns)
+    and returns a list of numbers or None. TrainingError, with the function's name and the
+    completion, when it raises, returns NaN, or not one number for each completion.
+    """
+    columns = {
+        key: [c.row.get(key) for c in completions]
+        for key in completions[0].row
+        if key not in ("prompt", "completion")
+    }
+    found = []
+    for index, func in enumerate(funcs):
+        if isinstance(func, nn.Module):
+            values = _scores(func, completions, tokenizers[index])
+        else:
+            values = _called(func, completions, state, columns)
+        found.append(_checked(func, values, completions))
+    return torch.tensor(found, dtype=torch.float32).t()
+
+
+def _called(
+    func: Callable[..., Any], completions: Sequence[Completion], state: Any, columns: dict[str, Any]
+) -> Any:
+    given = {
+        "prompts": [c.prompt for c in completions],
+        "completions": [c.answer for c in completions],
+        "completion_ids": [c.ids for c in completions],
+        "trainer_state": state,
+        **columns,
+    }
+    try:
+        values = func(**_accepted(func, given))
+        return asyncio.run(_awaited(values)) if inspect.isawaitable(values) else values
+    except Exception as error:
+        raise TrainingError(
+            f"the reward function {name_of(func)} failed: {type(error).__name__}: {error}; it was "
+            f"called with {len(completions)} completions, the first {completions[0].text[:200]!r}"
+        ) from error
+
+
+async def _awaited(value: Any) -> Any:
+    return await value
+
+
+def check_columns(funcs: Sequence[RewardFunc], columns: Sequence[str]) -> None:
+    """ConfigError when a function wants an argument that neither the rows nor the run have."""
+    known = {"prompts", "completions", "completion_ids", "trainer_state", *columns}
+    for func in funcs:
+        if isinstance(func, nn.Module):
+            continue
+        missing = [
+            p.name for p in inspect.signature(func).parameters.values()
+            if p.default is p.empty and p.name not in known
+            and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+        ]  # fmt: skip
+        if missing:
+            raise ConfigError(
+                f"the reward function {name_of(func)} wants {missing}, but there are "
+                f"{sorted(known)}"
+            )
+
+
+def _accepted(func: Callable[..., Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What `func` names, or everything when it takes **kwargs."""
+    parameters = inspect.signature(func).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return given
+    wanted = {p.name for p in parameters}
+    return {name: value for name, value in given.items() if name in wanted}
+
+
+def _checked(func: RewardFunc, values: Any, completions: Sequence[Completion]) -> list[float]:
+    values = values.tolist() if isinstance(values, Tensor) else list(values)
+    if len(values) != len(completions):
+        raise TrainingError(
+            f"the reward function {name_of(func)} returned {len(values)} rewards for "
+            f"{len(completions)} completions"
+        )
+    for value, completion in zip(values, completions):
+        if value is not None and not math.isfinite(value):
+            raise TrainingError(
+                f"the reward function {name_of(func)} returned {value} for the completion "
+                f"{completion.text[:200]!r}"
+            )
+    return [NAN if value is None else float(value) for value in values]
+
+
+@torch.no_grad()
+def _scores(model: nn.Module, completions: Sequence[Completion], tokenizer: Any) -> list[float]:
+    """What a sequence classifier with one label says of prompt and answer together."""
+    any_model: Any = model
+    scores = []
+    for completion in completions:
+        if isinstance(completion.prompt, str):
+            ids = tokenizer(completion.prompt + completion.text)["input_ids"]
+        else:
+            ids = tokenizer.apply_chat_template([*completion.prompt, *completion.answer])
+        given = torch.tensor([ids], device=next(model.parameters()).device)
+        scores.append(float(any_model(given).logits[0, 0]))
+    return scores

@@ -1,0 +1,78 @@
+"""RLOO: REINFORCE with the other answers of a group as baseline (arXiv:2402.14740).
+
+The divergence from the start is part of the reward, and an answer counts as one action.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from topwork.objectives import policy
+from topwork.objectives.grpo import GRPO, Drawn, GRPOConfig, GRPOTrainer, Rollout
+from topwork.objectives.logprobs import token_logprobs
+from topwork.training.distributed import World
+from topwork.training.objective import Loss
+
+
+@dataclass(kw_only=True)
+class RLOOConfig(GRPOConfig):
+    """A run of RLOO. `beta` weighs the divergence that is taken off the reward."""
+
+    num_generations: int = 2
+    beta: float = 0.05
+    advantage: str = "leave_one_out"
+    normalize_advantages: bool = False
+    """Bring the advantages of a step to mean 0 and deviation 1."""
+
+
+class RLOO(GRPO):
+    """The objective."""
+
+    def weight(self, batch: Rollout) -> float:
+        return len(batch.advantages)
+
+    def _advantages(
+        self, model: nn.Module, drawn: list[Drawn], rewards: Tensor, world: World
+    ) -> Tensor:
+        args: Any = self.args
+        weights = torch.tensor(args.reward_weights or [1.0] * rewards.shape[-1])
+        summed = (rewards * weights).nansum(-1)
+        if args.beta and self.reference is not None:
+            summed = summed - args.beta * self._divergences(model, drawn).view(summed.shape)
+        found = policy.leave_one_out(summed)
+        if args.normalize_advantages:
+            flat = found.reshape(1, -1)
+            deviation = policy.nan_std(flat, 1) + 1e-4
+            found = ((flat - policy.nan_mean(flat, 1)) / deviation).view(found.shape)
+        return found
+
+    @torch.no_grad()
+    def _divergences(self, model: nn.Module, drawn: Sequence[Drawn]) -> Tensor:
+        """log π - log π_ref summed over each answer [P · G]."""
+        found = []
+        for one in drawn:
+            rollout = self._rollout(model, [one], torch.zeros(1, len(one.answers)))
+            assert rollout.ref is not None
+            gap = token_logprobs(model, rollout.batch) - rollout.ref
+            found.append(rollout.spread.sums(gap).cpu())
+        return torch.cat(found)
+
+    def loss(self, model: nn.Module, batch: Rollout) -> Loss:
+        new, args = token_logprobs(model, batch.batch), self.args
+        old = new.detach() if batch.old is None else batch.old
+        losses = policy.sequence_losses(
+            new, old, batch.advantages, batch.spread, args.epsilon, args.loss().high
+        )
+        return Loss(losses.sum(), dict(batch.metrics))
+
+
+class RLOOTrainer(GRPOTrainer):
+    """The trainer with the RLOO objective; arguments as GRPOTrainer's."""
+
+    objective_class: ClassVar[type[GRPO]] = RLOO
+    config_class: ClassVar[type[GRPOConfig]] = RLOOConfig

@@ -1,0 +1,110 @@
+"""Answers of the policy in the same process: the engine decodes with the weights as they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from topwork.data.rows import Row, read_rows
+from topwork.errors import ConfigError, DataError
+from topwork.generation.engine import Engine
+from topwork.objectives.rewards import Completion
+from topwork.text import Tokenizer
+
+ENGINE_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row to be answered: `ids` as the model reads them, the generation prompt included."""
+
+    row: int
+    ids: np.ndarray
+    given: Any
+    columns: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the policy said: its ids with the end token, and whether it came to an end."""
+
+    ids: list[int]
+    ended: bool
+
+
+def read_prompts(source: Any, tokenizer: Tokenizer, limit: int | None) -> tuple[list[Prompt], int]:
+    """The rows of `source` with their prompts as tokens, and how many were too long.
+
+    A row has `prompt`, a text or messages; further columns go to the reward functions.
+    """
+    rows = read_rows(source)
+    prompts = [_prompt(number, row, tokenizer) for number, row in enumerate(rows)]
+    kept = [p for p in prompts if limit is None or len(p) <= limit]
+    if not kept:
+        raise DataError(f"every one of the {len(rows)} prompts is longer than {limit} tokens")
+    return kept, len(prompts) - len(kept)
+
+
+def _prompt(number: int, row: Row, tokenizer: Tokenizer) -> Prompt:
+    given = row.get("prompt")
+    if isinstance(given, str):
+        ids = tokenizer(given)["input_ids"]
+    elif isinstance(given, Sequence):
+        ids = tokenizer.apply_chat_template(
+            list(given), add_generation_prompt=True, tools=row.get("tools") or None
+        )
+    else:
+        raise DataError(
+            f"row {number} has no `prompt` (a text or messages); its columns are {sorted(row)}"
+        )
+    if not len(ids):
+        raise DataError(f"row {number}: the prompt is empty")
+    return Prompt(number, np.asarray(ids, np.int32), given, row)
+
+
+def roll_out(
+    model: Any, prompts: Sequence[Prompt], count: int, options: Mapping[str, Any]
+) -> list[list[Answer]]:
+    """`count` answers to each prompt; prompts are read once, rows leave as they end."""
+    new = options["max_new_tokens"]
+    longest = max(len(p) for p in prompts)
+    rows = min(ENGINE_ROWS, len(prompts) * count)
+    engine = Engine(model, max_rows=rows, cache_tokens=(rows + 1) * (longest + new + 32))
+    asked = [
+        [engine.submit(prompt.ids.tolist(), **options) for _ in range(count)] for prompt in prompts
+    ]
+    for event in engine.run():
+        if event.request.error is not None:
+            raise event.request.error
+    return [[Answer(r.new_ids, r.finish_reason == "stop") for r in row] for row in asked]
+
+
+def completion(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Completion:
+    """The answer as reward functions see it: a text, or messages where the prompt is messages."""
+    text = tokenizer.decode(answer.ids, skip_special_tokens=True)
+    said: Any = text
+    if not isinstance(prompt.given, str):
+        said = [{"role": "assistant", "content": text}]
+    return Completion(prompt.given, said, text, answer.ids, prompt.columns)
+
+
+def sampling_options(args: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What `args` says of drawing tokens, as options of `generate`."""
+    if not args.temperature > 0:
+        raise ConfigError(f"temperature={args.temperature} must be positive: rollouts are drawn")
+    return {
+        "do_sample": True,
+        "temperature": args.temperature,
+        "top_p": args.top_p,
+        "top_k": args.top_k,
+        "min_p": args.min_p,
+        "repetition_penalty": args.repetition_penalty,
+        "max_new_tokens": args.max_completion_length,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
