@@ -8,7 +8,7 @@ from torch import nn
 
 from topwork.errors import ConfigError
 from topwork.quant import QuantisedLinear, quantise
-from topwork.quant.linear import EVEN, NORMAL
+from topwork.quant.tiles import EVEN, NORMAL
 
 
 def linear(outputs=48, inputs=128, bias=True):

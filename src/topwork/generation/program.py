@@ -310,7 +310,9 @@ class _Writer:
         base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
         tell = getattr(base, "native_weight", None)
         if tell is not None:
-            weight: Weight = tell()
+            weight: Weight | None = tell()
+            _known(weight is not None, base)
+            assert weight is not None
             _known(rows == slice(0, weight.out), "a fused linear of few bits")
         else:
             hooked = base._forward_hooks or base._forward_pre_hooks

@@ -2,6 +2,7 @@
 
 from topwork.ops.activation import swiglu
 from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, attention, unshared
+from topwork.ops.blocks import decode_blocks, encode_blocks
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.logprobs import (
     TokenStatistics,
@@ -11,6 +12,7 @@ from topwork.ops.logprobs import (
 )
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
 from topwork.ops.norm import rms_norm
+from topwork.ops.packed import Packed, linear
 from topwork.ops.rotary import rotary
 from topwork.ops.scan import selective_scan
 
@@ -20,10 +22,14 @@ __all__ = [
     "Lengths",
     "LinearParts",
     "LoraTerm",
+    "Packed",
     "Rule",
     "ScoreTerms",
     "attention",
+    "decode_blocks",
+    "encode_blocks",
     "grouped_linear",
+    "linear",
     "load_balancing_loss",
     "lora_linear",
     "lora_linears",

@@ -19,6 +19,7 @@ from torch import Tensor
 from topwork.ops.dispatch import Op, apply
 from topwork.ops.dropout import cut, drop, new_seed
 from topwork.ops.native import lora as native
+from topwork.ops.packed import Packed, at_hand, linear
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +36,14 @@ class LoraTerm:
 class LinearParts:
     """What a linear layer computes: `weight` [out, in], `bias` [out] or None, low-rank terms."""
 
-    weight: Tensor
+    weight: Tensor | Packed
     bias: Tensor | None
     terms: tuple[LoraTerm, ...] = ()
 
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Packed,
     bias: Tensor | None,
     terms: Sequence[LoraTerm],
     training: bool = False,
@@ -58,7 +59,7 @@ def lora_linears(
     """Several linears of the same `x` [..., in]; returns one [..., out] each."""
     outputs = []
     for part in parts:
-        y = F.linear(x, part.weight, part.bias)
+        y = linear(x, part.weight, part.bias)
         for term in part.terms:
             seen = F.dropout(x, term.dropout, training)
             low = F.linear(seen, term.a.to(x.dtype))
@@ -101,7 +102,7 @@ class _FusedLinears(torch.autograd.Function):
         low = _down(x, stacked, rate, seed)  # [T, R]
         outputs, at = [], 0
         for part in parts:
-            y = F.linear(x, part.weight, part.bias)
+            y = F.linear(x, at_hand(part.weight), part.bias)
             for term in part.terms:
                 r = term.a.shape[0]
                 y.addmm_(low[:, at : at + r], term.b.to(x.dtype).t(), alpha=term.scale)
@@ -130,7 +131,8 @@ class _FusedLinears(torch.autograd.Function):
                 b = bs[len(db)]
                 db.append(_up_grads(dy, low[:, columns], b, ups[:, columns], term.scale))
             if dy is not None and ctx.needs_input_grad[0]:
-                dx = dy @ part.weight if dx is None else dx.addmm_(dy, part.weight)
+                weight = at_hand(part.weight)
+                dx = dy @ weight if dx is None else dx.addmm_(dy, weight)
         da_all = _down_grads(x, ups, stacked, dx, ctx.rate, ctx.seed)  # [R, in]
         da = da_all.split([term.a.shape[0] for part in ctx.parts for term in part.terms])
         pairs: list[Tensor | None] = []

@@ -18,6 +18,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites, targets, usual
 from topwork.peft.config import PeftConfig
+from topwork.peft.rounding import Rounding
 
 
 class Matrix(nn.Module):
@@ -178,7 +179,8 @@ class Graft:
     def weight(self) -> Tensor:
         """The base's frozen weight [out, in, *kernel], fp32."""
         original = self.layer.original
-        weight = sites.read_weight(self.base) if original is None else original[0]
+        weight = self.base if original is None else original[0]
+        weight = weight if isinstance(weight, Tensor) else sites.read_weight(weight)
         return weight.detach().float()
 
     def over(self, vector: Tensor, y: Tensor) -> Tensor:
@@ -221,7 +223,7 @@ class AdaptedLayer(nn.Module):
         self.merged: list[str] = []
         self.disabled = False
         self.rows: Rows | None = None
-        self.original: tuple[Tensor, Tensor | None] | None = None
+        self.original: tuple[Tensor | nn.Module, Tensor | None] | None = None
         self.kept: dict[str, Tensor] = {}
 
     def __getattr__(self, name: str) -> Any:
@@ -357,17 +359,20 @@ class AdaptedLayer(nn.Module):
     # -- merging ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, names: list[str], safe: bool, keep: bool) -> None:
-        """Put the adapters `names` into the base's weight; `keep` the original for `unmerge`."""
+    def merge(self, names: list[str], safe: bool, keep: bool) -> Rounding | None:
+        """Put the adapters `names` into the base's weight; `keep` the original for `unmerge`.
+
+        Returns what a quantised weight lost of it.
+        """
         chosen = [self.grafts[n] for n in names if n in self.grafts and n not in self.merged]
         if not chosen:
-            return
+            return None
         base = self.base_layer
         changes = [graft.changes() for graft in chosen]
         if any(changes):
             self._merge_changes(changes, safe, keep)
             self.merged += [graft.name for graft in chosen]
-            return
+            return None
         held: Tensor | None = getattr(base, "bias", None)
         before = sites.read_weight(base)
         weight, bias = before.float(), None if held is None else held.float()
@@ -380,11 +385,12 @@ class AdaptedLayer(nn.Module):
                 "this layer is as it was"
             )
         if keep and self.original is None:
-            self.original = (before.clone(), None if held is None else held.clone())
+            self.original = (sites.kept_weight(base), None if held is None else held.clone())
         sites.write_weight(base, weight)
         if bias is not None and held is not None:
             held.copy_(bias)
         self.merged += [graft.name for graft in chosen]
+        return Rounding.of(chosen[0].path, base, before, weight)
 
     def _merge_changes(self, changes: list[dict[str, Tensor]], safe: bool, keep: bool) -> None:
         for name, weight in self._parameters_with(changes).items():
@@ -405,7 +411,7 @@ class AdaptedLayer(nn.Module):
         if self.original is None:
             return
         weight, bias = self.original
-        sites.write_weight(self.base_layer, weight)
+        sites.put_back(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
         self.merged, self.original = [], None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
-from topwork.peft import card, inject, methods, prompts, state, status, weighted
+from topwork.peft import card, inject, methods, prompts, rounding, state, status, weighted
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import AdaptedLayer, Rows, check_name
 from topwork.peft.methods.lora import Lora
@@ -365,8 +365,8 @@ class PeftModel(nn.Module):
             if self._known(name).is_prompt_learning:
                 raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
         inject.own_weights(self.get_base_model())
-        for layer in self._layers():
-            layer.merge(names or list(layer.active), safe, keep)
+        lost = [layer.merge(names or list(layer.active), safe, keep) for layer in self._layers()]
+        rounding.report(lost)
 
     def unmerge_adapter(self) -> None:
         for layer in self._layers():

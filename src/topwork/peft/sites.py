@@ -7,6 +7,7 @@ by offering `dequantised_weight() -> [out, in]`, `set_weight(weight)` and `linea
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,6 +66,24 @@ def write_weight(module: Any, weight: Tensor) -> None:
         module.set_weight(weight)
     else:
         module.weight.copy_(weight.t() if site_of(module).transposed else weight)
+
+
+def kept_weight(module: Any) -> Tensor | nn.Module:
+    """The weight to come back to: a copy, or where it is quantised a copy of the layer, since
+    codes do not come back from values."""
+    if hasattr(module, "dequantised_weight"):
+        return copy.deepcopy(module)
+    return read_weight(module).detach().clone()
+
+
+@torch.no_grad()
+def put_back(module: Any, kept: Tensor | nn.Module) -> None:
+    """Set the weight to what `kept_weight` gave."""
+    if isinstance(kept, Tensor):
+        write_weight(module, kept)
+    else:
+        for name, tensor in kept.named_buffers():
+            module.register_buffer(name, tensor)
 
 
 def apply_weight(module: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Linear layers with weights of 4 or 8 bits."""
+"""Linear layers whose weights are held in few bits."""
 
-from topwork.quant.linear import QuantisedLinear, quantise
+from topwork.quant.blocks import Blocks
+from topwork.quant.linear import QuantisedLinear, dequantise, quantise
+from topwork.quant.tiles import Tiles
 
-__all__ = ["QuantisedLinear", "quantise"]
+__all__ = ["Blocks", "QuantisedLinear", "Tiles", "dequantise", "quantise"]
