@@ -22,8 +22,11 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 SOURCES = tuple(sorted(HERE.glob("*.c")))
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math",
-         "-fno-strict-aliasing")  # fmt: skip
+FLAGS = (
+    *("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
+    "-fno-strict-aliasing",
+    *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
+)
 _reasons: list[str] = []
 
 
