@@ -83,6 +83,16 @@ def test_branches_go_on_from_their_beginning(pair):
     torch.testing.assert_close(shared, torch.cat((first, second, third)), rtol=1e-4, atol=1e-5)
 
 
+def test_a_fresh_model_begins_as_the_paper_says():
+    config = topwork.Config(model_type="mamba", time_step_max=0.05, **COMMON, **TINY)
+    mixer = topwork.AutoModelForCausalLM.from_config(config).backbone.layers[0].mixer
+    torch.testing.assert_close(mixer.A_log[3].exp(), torch.arange(1.0, 7))
+    steps = torch.nn.functional.softplus(mixer.dt_proj.bias)
+    assert steps.min() >= 0.00099
+    assert steps.max() <= 0.0501
+    assert mixer.dt_proj.weight.abs().max() <= 5**-0.5
+
+
 def test_the_stack_is_described(pair):
     assert "layers 0-1: width=80; state=6; kernel=4; rank=5" in topwork.describe(pair[1])
 

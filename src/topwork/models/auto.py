@@ -89,6 +89,9 @@ class _Auto:
         """A model with fresh weights: normal with `initializer_range`, norms one, biases zero."""
         model = build(config, cls.task)
         initialise(model, [name for name, _ in model.named_parameters()])
+        for module in model.modules():
+            if hasattr(module, "start_fresh"):  # a part with its own way to begin
+                module.start_fresh()
         return model if dtype is None else model.to(dtype)
 
     @classmethod

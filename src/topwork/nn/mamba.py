@@ -5,6 +5,7 @@ Letters: B batch, T tokens, C hidden size, E channels, N state size, W width of 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,10 @@ from topwork.nn.layers import ACTIVATIONS, linears
 
 @dataclass(frozen=True)
 class MambaSpec:
-    """`width` channels E, states of `state` numbers each, steps of rank `rank`."""
+    """`width` channels E, states of `state` numbers each, steps of rank `rank`.
+
+    A fresh mixer's steps lie between `step_min` and `step_max`, and not below `step_floor`.
+    """
 
     width: int
     state: int
@@ -26,6 +30,10 @@ class MambaSpec:
     activation: str = "silu"
     bias: bool = False
     conv_bias: bool = True
+    step_min: float = 0.001
+    step_max: float = 0.1
+    step_floor: float = 1e-4
+    step_scale: float = 1.0
 
 
 class RecurrentStore:
@@ -72,6 +80,18 @@ class MambaMixer(nn.Module):
         self.D = nn.Parameter(torch.ones(spec.width))
         self.out_proj = nn.Linear(spec.width, hidden, bias=spec.bias)
         self.activation = ACTIVATIONS[spec.activation]
+
+    @torch.no_grad()
+    def start_fresh(self) -> None:
+        """The paper's values for training from nothing: A = -1 … -N, steps log-uniform."""
+        spec = self.spec
+        self.A_log.copy_(torch.arange(1.0, spec.state + 1).log())
+        self.D.fill_(1.0)
+        bound = spec.step_scale * spec.rank**-0.5
+        self.dt_proj.weight.uniform_(-bound, bound)
+        low, high = math.log(spec.step_min), math.log(spec.step_max)
+        steps = torch.empty(spec.width).uniform_(low, high).exp_().clamp_(min=spec.step_floor)
+        self.dt_proj.bias.copy_(steps + (-torch.expm1(-steps)).log())  # softplus gives the steps
 
     def forward(
         self, x: Tensor, place: Tensor, real: Tensor | None, store: RecurrentStore | None

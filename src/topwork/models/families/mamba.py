@@ -48,8 +48,7 @@ class MambaModelSpec:
 def read_spec(read: ConfigReader) -> MambaModelSpec:
     read.ignore(
         "d_inner", "d_model", "fused_add_norm", "intermediate_size", "n_layer",
-        "rescale_prenorm_residual", "rms_norm", "ssm_cfg", "time_step_floor",
-        "time_step_init_scheme", "time_step_max", "time_step_min", "time_step_scale",
+        "rescale_prenorm_residual", "rms_norm", "ssm_cfg", "time_step_init_scheme",
         "use_associative_scan", "use_mambapy",
     )  # fmt: skip
     hidden, rank = read.need("hidden_size"), read("time_step_rank", "auto")
@@ -61,6 +60,10 @@ def read_spec(read: ConfigReader) -> MambaModelSpec:
         activation=read("hidden_act", "silu"),
         bias=read("use_bias", False),
         conv_bias=read("use_conv_bias", True),
+        step_min=read("time_step_min", 0.001),
+        step_max=read("time_step_max", 0.1),
+        step_floor=read("time_step_floor", 1e-4),
+        step_scale=read("time_step_scale", 1.0),
     )
     return MambaModelSpec(
         vocab=read.need("vocab_size"),
