@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from topwork.errors import CheckpointError, ConfigError, TrainingError
+from topwork.ops.memory import keep_freed_memory
 from topwork.training import checkpoint as checkpoints
 from topwork.training import distributed, files
 from topwork.training.arguments import TrainingArguments
@@ -96,6 +97,7 @@ class Trainer:
         Raises TrainingError, before the optimiser's step, for a loss or gradient that is no
         number. Ctrl-C and SIGTERM save a checkpoint, mid-accumulation if need be, and stop.
         """
+        keep_freed_memory()
         self._prepare()
         folder = self._found(resume_from_checkpoint)
         if folder is not None:
