@@ -160,6 +160,7 @@ def test_a_mask_of_padding_gives_what_the_row_gives_alone():
     lone = loop.Stepper(model, alone, None, None, 16)
     found = [step(new)[1, -1], lone(new[1:])[0, -1]]
     assert step._program is not None
+    assert lone._program is not None
     assert (found[0] - found[1]).abs().max() < 0.05 * found[1].abs().max()
 
 

@@ -47,8 +47,8 @@ class GenerateOutput:
 class Stepper:
     """The model over its cache: new ids in, the logits of what follows out.
 
-    `mask` [B, all the tokens there will be], where rows are padded; `room`: how many that is. Once
-    the prompt is read, a native program makes the steps where there is one for the model.
+    `mask` [B, all the tokens there will be], where rows are padded; `room`: how many that is. A
+    native program makes the steps where there is one for the model.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Stepper:
 
     def __call__(self, ids: Tensor, last: int = 1) -> Tensor:
         """Logits [B, last, V] fp32 after the last `last` of `ids`."""
-        logits = self._natively(ids, last) if self.cache.length else None
+        logits = self._natively(ids, last)
         if logits is None:
             size = self.chunk or ids.shape[1]
             pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
@@ -81,11 +81,13 @@ class Stepper:
     def _natively(self, ids: Tensor, last: int) -> Tensor | None:
         if not self._asked:
             self._asked = True
-            self._program = CachedProgram.of(self.model, self.cache, self.mask, self.room)
+            self._program = CachedProgram.of(self.model, self.cache, self.mask, len(ids), self.room)
         program = self._program
-        if program is None or ids.numel() > program.rows or ids.shape[1] > 32:
+        if program is None or not program.takes(ids, last):
             return None
-        return program.step(ids, last)
+        pieces = ids.split(max(last, program.rows // len(ids)), 1)
+        found = [program.step(piece, min(last, piece.shape[1])) for piece in pieces]
+        return found[-1] if found[-1].shape[1] == last else torch.cat(found, 1)[:, -last:]
 
 
 @dataclass

@@ -43,6 +43,7 @@ class StepProgram:
     places: list[list[int]]  # per layer, what is bound to its keys and values
     shapes: list[tuple[int, int]]  # per layer, K and D
     head: HeadSpec
+    coded: bool  # whether weights are quantised
 
     @property
     def rows(self) -> int:
@@ -93,21 +94,24 @@ class CachedProgram:
         self._bound: list[Any] = []
 
     @classmethod
-    def of(cls, model: Any, cache: Any, mask: Tensor | None, room: int) -> CachedProgram | None:
-        """For a cache that holds the prompt already, padded where `mask` says so; None without."""
+    def of(
+        cls, model: Any, cache: Any, mask: Tensor | None, batch: int, room: int
+    ) -> CachedProgram | None:
+        """For a cache of `batch` rows, padded where `mask` says so; None where there is none."""
         stores = getattr(cache, "stores", [None])
-        if not all(type(store) is Growing and store.buffers is not None for store in stores):
+        if not all(type(store) is Growing for store in stores) or batch > decode.MOST_ROWS:
             return None
-        batch = len(stores[0].buffers[0])
         active = getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []
-        if len(active) > 1 or batch > decode.MOST_ROWS:
+        if len(active) > 1:
             return None
-        rows = min(max(2 * batch, 32), decode.MOST_ROWS)
-        step = compile_step(model, rows, room, active)
+        step = compile_step(model, decode.MOST_ROWS, room, active)
         if step is None:
             return None
-        for store in stores:
+        for store, (heads, size) in zip(stores, step.shapes):
             store.reserve(room)
+            if store.buffers is None:
+                nothing = torch.empty(batch, 0, heads, size, dtype=torch.bfloat16)
+                store.update(nothing, nothing)
         pads = torch.zeros(batch) if mask is None else mask.long().argmax(1)
         return cls(step, cache, batch, pads)
 
@@ -115,27 +119,35 @@ class CachedProgram:
     def rows(self) -> int:
         return self._step.rows
 
-    def step(self, ids: Tensor, last: int) -> Tensor | None:
-        """Logits [B, last, V] after the last of `ids` [B, T]; None when the cache has changed."""
+    def takes(self, ids: Tensor, last: int) -> bool:
+        """Whether it should read `ids` [B, T]: few tokens, or weights that are slow to unpack."""
+        batch, new = ids.shape
+        keys = self._cache.stores[0].buffers[0]  # type: ignore[attr-defined]
+        fits = len(keys) == batch == len(self._pads) and self._cache.length + new <= keys.shape[1]
+        few = ids.numel() <= self.rows or (self._step.coded and last * batch <= self.rows)
+        return fits and few
+
+    def step(self, ids: Tensor, last: int) -> Tensor:
+        """Logits [B, last, V] after the last of `ids` [B, T]."""
         batch, new = ids.shape
         stores: Any = self._cache.stores
         held = [store.buffers for store in stores]
-        if len(held[0][0]) != batch or batch != len(self._pads):
-            return None
         if not self._bound or held[0][0] is not self._bound[0][0]:
             self._step.bind([k for k, _ in held], [v for _, v in held])
             self._bound = held
+        # Padding is not computed at all: its places stay empty and are never looked at.
         at = self._cache.length
-        if at + new > held[0][0].shape[1]:
-            return None
-        positions = at - self._pads.long()[:, None] + torch.arange(new)
+        pads = self._pads.long()[:, None]
+        positions = at - pads + torch.arange(new)
+        real = (positions >= 0).flatten()
         wanted = torch.arange(batch * new, dtype=torch.int32).view(batch, new)[:, -last:]
+        place = real.cumsum(0).sub(1).to(torch.int32)  # of each row among those that are real
         logits = self._step.run(
-            ids.reshape(-1),
-            positions.flatten(),
-            self._pages.repeat_interleave(new, 0),
-            self._pads.repeat_interleave(new, 0),
-            wanted=wanted.flatten().contiguous(),
+            ids.reshape(-1)[real],
+            positions.flatten()[real],
+            self._pages.repeat_interleave(new, 0)[real],
+            self._pads.repeat_interleave(new, 0)[real],
+            wanted=place[wanted.flatten().long()].clamp_min(0).contiguous(),
         )
         for store in stores:
             store.length += new
@@ -173,6 +185,7 @@ class _Writer:
         self.program = Program(rows, **how)
         self.tables: dict[RotarySpec, tuple[Tensor, Tensor]] = {}
         self.buffers: dict[tuple[str, int], Tensor] = {}
+        self.coded = False
         _known(trunk.spec.input_scale == 1, trunk.spec)
         self.x = self._shared("x", trunk.spec.hidden)
 
@@ -196,7 +209,7 @@ class _Writer:
         self._norm(self.trunk.norm, last, last)
         logits = self._shared("logits", spec.vocab)
         self._linears(last, [(self.head, logits)])
-        return StepProgram(self.program, logits, places, shapes, spec.head)
+        return StepProgram(self.program, logits, places, shapes, spec.head, self.coded)
 
     def _attention(self, block: Any) -> list[int]:
         layer: Any = block.self_attn
@@ -314,6 +327,7 @@ class _Writer:
             _known(weight is not None, base)
             assert weight is not None
             _known(rows == slice(0, weight.out), "a fused linear of few bits")
+            self.coded = True
         else:
             hooked = base._forward_hooks or base._forward_pre_hooks
             _known(type(base) is nn.Linear and not hooked, base)

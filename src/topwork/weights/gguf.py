@@ -5,6 +5,7 @@ The `gguf` library reads the file and undoes its quantisation, one tensor at a t
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,24 +16,9 @@ import torch
 from torch import Tensor
 
 from topwork.errors import CheckpointError, nearest
+from topwork.weights.gguf_names import ARCHITECTURES
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+LLAMA3_CONTEXTS = [1 << n for n in range(10, 18)]
 
 
 class GgufFile:
@@ -46,12 +32,16 @@ class GgufFile:
             self._reader = gguf.GGUFReader(path)
         except Exception as error:  # the library raises many kinds for a damaged file
             raise CheckpointError(f"{path}: damaged or no GGUF file: {error}") from error
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.architecture = str(self._need("general.architecture"))
         if self.architecture not in ARCHITECTURES:
             raise CheckpointError(
                 f"{path}: architecture {self.architecture!r} is not supported"
                 f"{nearest(self.architecture, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
             )
+        self._kind = ARCHITECTURES[self.architecture]
+        if "token_embd.weight" not in self._tensors:
+            raise CheckpointError(f"{path}: there is no tensor 'token_embd.weight'")
 
     def get(self, key: str, default: Any = None) -> Any:
         """The metadata value of `key`; "*" stands for the architecture."""
@@ -64,59 +54,84 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: the metadata lacks {key!r}")
         return value
 
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor called `name`."""
+        return name in self._tensors
+
+    def vector(self, name: str) -> list[float] | None:
+        """The numbers of a tensor that is part of the configuration; None when it is not there."""
+        found = self._tensors.get(name)
+        return None if found is None else self._dequantised(found).tolist()
+
     def config(self) -> dict[str, Any]:
         """What config.json would say of this model."""
-        heads = self._need("*.attention.head_count")
-        hidden = self._need("*.embedding_length")
-        tensors = {t.name: t for t in self._reader.tensors}
-        config: dict[str, Any] = {
-            "model_type": self.architecture,
-            "hidden_size": hidden,
-            "intermediate_size": self._need("*.feed_forward_length"),
-            "num_hidden_layers": self._need("*.block_count"),
-            "num_attention_heads": heads,
-            "num_key_value_heads": self.get("*.attention.head_count_kv", heads),
-            "head_dim": self.get("*.attention.key_length", hidden // heads),
-            "max_position_embeddings": self._need("*.context_length"),
-            "rms_norm_eps": self._need("*.attention.layer_norm_rms_epsilon"),
-            "rope_theta": self.get("*.rope.freq_base", 10000.0),
-            "vocab_size": int(tensors["token_embd.weight"].shape[1]),
-            "tie_word_embeddings": "output.weight" not in tensors,
+        kind = self._kind
+        config: dict[str, Any] = {"model_type": kind.model_type}
+        for key, source in kind.keys.items():
+            config[key] = self.get(source) if key in kind.optional else self._need(source)
+        heads = config.get("num_attention_heads")
+        if "num_key_value_heads" in kind.keys and config["num_key_value_heads"] is None:
+            config["num_key_value_heads"] = heads
+        if "head_dim" in kind.keys and config["head_dim"] is None:
+            config["head_dim"] = config["hidden_size"] // heads
+        config |= {
+            "vocab_size": int(self._tensors["token_embd.weight"].shape[1]),
+            "tie_word_embeddings": "output.weight" not in self._tensors,
             "bos_token_id": self.get("tokenizer.ggml.bos_token_id"),
             "eos_token_id": self.get("tokenizer.ggml.eos_token_id"),
             "pad_token_id": self.get("tokenizer.ggml.padding_token_id"),
         }
+        scaling = self._rope_scaling(config)
+        if scaling is not None:
+            config["rope_scaling"] = scaling
+        config |= kind.more(self, config)
+        return {key: value for key, value in config.items() if value is not None}
+
+    def _rope_scaling(self, config: dict[str, Any]) -> dict[str, Any] | None:
+        """How the rotary angles are stretched; None: not at all, or the architecture says."""
         scaling = self.get("*.rope.scaling.type", "none")
-        if scaling in ("linear", "yarn"):
-            config["rope_scaling"] = {
-                "rope_type": scaling,
-                "factor": self._need("*.rope.scaling.factor"),
-            }
-            original = self.get("*.rope.scaling.original_context_length")
-            if scaling == "yarn" and original:
-                config["rope_scaling"]["original_max_position_embeddings"] = original
-        elif scaling != "none":
+        factors = self.vector("rope_freqs.weight")
+        if factors is not None:
+            return _llama3(factors, config)
+        if scaling == "none" or (scaling == "longrope" and self.has("rope_factors_long.weight")):
+            return None
+        if scaling not in ("linear", "yarn"):
             raise CheckpointError(f"{self.path}: rope scaling {scaling!r} is not supported")
-        if "rope_freqs.weight" in tensors:
-            raise CheckpointError(
-                f"{self.path}: its rope_freqs tensor (Llama 3.1 scaling) is not supported yet"
-            )
-        return config
+        found = {"rope_type": scaling, "factor": self._need("*.rope.scaling.factor")}
+        original = self.get("*.rope.scaling.original_context_length")
+        if scaling == "yarn" and original:
+            found["original_max_position_embeddings"] = original
+        for key, name in (("beta_fast", "yarn_beta_fast"), ("beta_slow", "yarn_beta_slow")):
+            value = self.get(f"*.rope.scaling.{name}")
+            if scaling == "yarn" and value is not None:
+                found[key] = value
+        return found
 
     def tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Each tensor's name in the module, and a function that reads it as fp32."""
+        config = self.config()
         for tensor in self._reader.tensors:
-            yield self._module_name(tensor.name), partial(self._read, tensor)
+            if tensor.name.startswith(("rope_freqs.", "rope_factors_")):
+                continue  # part of the configuration
+            name, part = self._module_name(tensor.name)
+            yield name, partial(self._read, tensor, part, config)
 
-    def _module_name(self, name: str) -> str:
+    def _module_name(self, name: str) -> tuple[str, str]:
+        """The tensor's name on the Hub, and its part."""
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
-        if match is None or match.group(2) not in NAMES:
+        names = self._kind.names
+        if self.has("blk.0.attn_norm_2.weight"):  # Falcon 40B tells its two norms apart
+            names = {**names, "attn_norm": "ln_mlp", "attn_norm_2": "ln_attn"}
+        if match is None or match.group(2) not in names:
             raise CheckpointError(f"{self.path}: unknown tensor {name!r}")
         layer, part, leaf = match.groups()
-        home = NAMES[part] if layer is None else f"model.layers.{layer}.{NAMES[part]}"
-        return f"{home}.{leaf}"
+        home = names[part] if layer is None else f"{self._kind.layers}.{layer}.{names[part]}"
+        return f"{home}.{leaf}", part
 
-    def _read(self, tensor: Any) -> Tensor:
+    def _read(self, tensor: Any, part: str, config: dict[str, Any]) -> Tensor:
+        return self._kind.convert(part, self._dequantised(tensor), config)
+
+    def _dequantised(self, tensor: Any) -> Tensor:
         import gguf
 
         try:
@@ -125,10 +140,30 @@ class GgufFile:
             kind = tensor.tensor_type.name
             raise CheckpointError(f"{self.path}: {tensor.name}: cannot read {kind}") from error
         value = torch.from_numpy(array.copy()).float()
-        value = value.reshape([int(n) for n in reversed(tensor.shape)])
-        for part, key in (("attn_q.", "head_count"), ("attn_k.", "head_count_kv")):
-            if self.architecture == "llama" and part in tensor.name:
-                heads = self.get(f"*.attention.{key}", self._need("*.attention.head_count"))
-                # llama.cpp interleaves the two halves of each head; "rotate half" wants them apart.
-                value = value.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-        return value
+        return value.reshape([int(n) for n in reversed(tensor.shape)])
+
+
+def _llama3(factors: list[float], config: dict[str, Any]) -> dict[str, Any]:
+    """Llama 3.1's scaling, of which the file holds by how much each angle is divided.
+
+    The parameters are those that give these numbers; if none do, the numbers themselves stand in
+    a scaling that divides by them whatever the length.
+    """
+    found = torch.tensor(factors)
+    steps = torch.arange(0, 2 * len(factors), 2, dtype=torch.int64).float() / (2 * len(factors))
+    plain = 1.0 / (config.get("rope_theta") or 10000.0) ** steps
+    stretch = float(found.max())
+    for original in LLAMA3_CONTEXTS:
+        turns = original * plain / (2 * math.pi)
+        blend = ((turns - 1.0) / 3.0).clamp(0, 1)
+        wanted = 1 / ((1 - blend) / stretch + blend)
+        if torch.allclose(wanted, found, rtol=1e-4):
+            return {
+                "rope_type": "llama3", "factor": stretch, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": original,
+            }  # fmt: skip
+    return {
+        "rope_type": "longrope", "short_factor": factors, "long_factor": factors,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": config["max_position_embeddings"],
+    }  # fmt: skip

@@ -544,8 +544,10 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
       const i64 width = low(64, size - c);
       float sum[4 * 64] = {0};
       for (i64 t = from; t < stop; t += 16) {  // 16 tokens lie in one page
-        const bf16 *v = (const bf16 *)at->a[6] + slot(step, row, t, page) * stride + head * size + c;
-        const i64 tokens = low(16, stop - t), next = low(t + 32, stop - 1) / 16 * 16;
+        const i64 skip = high(0, first - t);  // what is out of sight may not be a number
+        const bf16 *v =
+            (const bf16 *)at->a[6] + (slot(step, row, t, page) + skip) * stride + head * size + c;
+        const i64 tokens = low(16, stop - t) - skip, next = low(t + 32, stop - 1) / 16 * 16;
         const bf16 *ahead =
             (const bf16 *)at->a[6] + slot(step, row, next, page) * stride + head * size + c;
         for (i64 i = 0; i < 16; i++) {
@@ -553,7 +555,7 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
           __builtin_prefetch(ahead + i * stride + 32);
         }
         const float *weights[4];
-        for (i64 g = 0; g < 4; g++) weights[g] = h + g < group ? scores + (h + g) * span + t : nothing;
+        for (i64 g = 0; g < 4; g++) weights[g] = h + g < group ? scores + (h + g) * span + t + skip : nothing;
 #ifndef ONLY_PORTABLE
         if (!step->portable && width == 64) {
           mix(weights, v, stride, tokens, sum);
