@@ -50,7 +50,11 @@ def write(path, architecture, metadata, tensors, raw=None):
     """A file of `tensors`; `raw`: name → (bytes [rows, …], type)."""
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in metadata.items():
-        if isinstance(value, float):
+        if isinstance(value, list):
+            writer.add_array(name, value)
+        elif name.startswith("tokenizer."):
+            writer.add_uint32(name, value)
+        elif isinstance(value, float):
             writer.add_float32(f"{architecture}.{name}", value)
         elif isinstance(value, str):
             writer.add_string(f"{architecture}.{name}", value)
@@ -129,7 +133,7 @@ ARCHITECTURES = {
         llama_shapes(**POST, **HEAD_NORMS),
     ),
     "phi3": (
-        {**RMS, "rope.dimension_count": 16, "attention.head_count_kv": 2},
+        {**RMS, "rope.dimension_count": 16, "tokenizer.ggml.padding_token_id": 0},
         {**PHI3, "attn_qkv.weight": (128, 64), "ffn_up.weight": (192, 64),
          "output.weight": (32, 64)},
     ),
@@ -137,8 +141,8 @@ ARCHITECTURES = {
         LAYER_NORM, {k: v for k, v in STARCODER.items() if not k.startswith("ffn_gate")},
     ),
     "gpt2": (
-        {**LAYER_NORM, "feed_forward_length": 256},
-        {**GPT_SHAPES, "position_embd.weight": (64, 64)},
+        {**LAYER_NORM, "feed_forward_length": 256, "context_length": 1024},
+        {**GPT_SHAPES, "position_embd.weight": (1024, 64)},
     ),
     "bloom": (
         {**LAYER_NORM, "feed_forward_length": 256},
@@ -155,7 +159,8 @@ ARCHITECTURES = {
 def test_each_architecture_equals_the_peers_load(tmp_path, name):
     metadata, shapes = ARCHITECTURES[name]
     architecture = name.split(",")[0]
-    vocab = {"vocab_size": 32}
+    # The peer takes the size of some vocabularies from the metadata, of others from the tokens.
+    vocab = {"vocab_size": 32, "tokenizer.ggml.tokens": [f"t{i}" for i in range(32)]}
     write(tmp_path / "m.gguf", architecture, {**SIZES, **metadata, **vocab}, made(shapes))
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "m.gguf")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(

@@ -141,6 +141,7 @@ def _gemma3(file: Any, config: dict[str, Any]) -> dict[str, Any]:
         "final_logit_softcapping": file.get("*.final_logit_softcapping"),
         "sliding_window": file.get("*.attention.sliding_window", 4096),
         "rope_theta": file.get("*.rope.freq_base", 1e6),
+        "rope_local_base_freq": 10000.0,
     }
 
 
