@@ -261,7 +261,9 @@ class Engine:
 
     def _give(self, request: Request, token: int) -> Event:
         reason = request.give(token)
-        return Event(request, token) if reason is None else self._end(request, reason, None, token)
+        if reason is not None:
+            return self._end(request, reason, None, token)
+        return Event(request, token, False)
 
     def _end(
         self,
@@ -275,7 +277,7 @@ class Engine:
         for home in (self._running, self._waiting):
             if request in home:
                 home.remove(request)
-        return Event(request, token)
+        return Event(request, token, True)
 
     # -- the asynchronous face -------------------------------------------------------------------
 
@@ -296,7 +298,7 @@ class Engine:
                 event = await queue.get()
                 if event.token is not None:
                     yield event.token
-                if event.request.done:
+                if event.done:
                     if request.error is not None:
                         raise request.error
                     return

@@ -20,10 +20,14 @@ ACTIVE = "__active__"
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of `request`; None when the request ended without one."""
+    """A new token of `request`; None when the request ended without one. `done`: it is the last.
+
+    (The request itself may be further on by the time that the event is read.)
+    """
 
     request: Request
     token: int | None
+    done: bool
 
 
 class Request:
