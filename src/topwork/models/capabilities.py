@@ -15,9 +15,10 @@ TASKS = (
 def capabilities() -> dict[str, dict[str, bool]]:
     """For each model_type: each task of `TASKS`, and "gguf", whether it can."""
     found = {}
+    in_gguf = {kind.model_type for kind in ARCHITECTURES.values()}
     for name in families.NAMES:
         tasks = tasks_of(name)
-        found[name] = {task: task in tasks for task in TASKS} | {"gguf": name in ARCHITECTURES}
+        found[name] = {task: task in tasks for task in TASKS} | {"gguf": name in in_gguf}
     return found
 
 
