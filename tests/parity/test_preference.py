@@ -161,3 +161,142 @@ def test_the_peers_answer_term_depends_on_the_cut_of_a_step_and_ours_does_not(ho
 def test_the_peer_crashes_on_a_weighted_answer_term(homes, tmp_path):
     with pytest.raises(RuntimeError, match=r"expanded|single memory location"):
         both_dpo(homes, tmp_path, loss_type=["sigmoid", "sft"], use_weighting=True)
+
+
+# -- without a reference ---------------------------------------------------------------------------
+
+
+def both(
+    homes, tmp_path, ours, theirs, rows, home="policy", labels=None, peer_extra=None, **options
+):
+    """The logs of one step of any two trainers without a reference."""
+    import topwork
+
+    (ours, config), (theirs, peer_config) = ours, theirs
+    auto, extra = "AutoModelForCausalLM", {}
+    if labels:
+        auto, extra = "AutoModelForSequenceClassification", {"num_labels": labels}
+    run = ours(
+        getattr(topwork, auto).from_pretrained(homes / home, **extra),
+        args=config(**our_options(tmp_path, **options)), train_dataset=rows,
+        processing_class=topwork.AutoTokenizer.from_pretrained(homes / home),
+    )  # fmt: skip
+    run.train()
+    peer = theirs(
+        getattr(transformers, auto).from_pretrained(homes / home, **extra),
+        args=peer_config(**peer_options(tmp_path, **options, **(peer_extra or {}))),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(homes / home),
+    )
+    peer.train()
+    return run.state.log_history[0], peer.state.log_history[0]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    monkeypatch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+def test_orpo_equals_the_peer(homes, tmp_path):
+    from trl.experimental.orpo import ORPOConfig as PeerConfig
+    from trl.experimental.orpo import ORPOTrainer as Peer
+
+    import topwork
+
+    found = both(
+        homes, tmp_path, (topwork.ORPOTrainer, topwork.ORPOConfig), (Peer, PeerConfig),
+        text_pairs(), beta=0.7, peer_extra={"remove_unused_columns": False},
+    )  # fmt: skip
+    assert_same(*found, *METRICS, "nll_loss", "log_odds_ratio", "log_odds_chosen")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid", "label_smoothing": 0.1},
+        {"loss_type": "hinge", "cpo_alpha": 0.5},
+        {"loss_type": "ipo"},
+        {"loss_type": "simpo", "simpo_gamma": 0.7, "cpo_alpha": 0.0},
+        {"loss_type": "simpo", "alpha": 0.3, "cpo_alpha": 0.2},
+    ],
+    ids=lambda o: "-".join(str(v) for v in o.values()),
+)
+def test_cpo_equals_the_peer(homes, tmp_path, options):
+    from trl.experimental.cpo import CPOConfig as PeerConfig
+    from trl.experimental.cpo import CPOTrainer as Peer
+
+    import topwork
+
+    found = both(
+        homes, tmp_path, (topwork.CPOTrainer, topwork.CPOConfig), (Peer, PeerConfig),
+        text_pairs(), beta=0.3, peer_extra={"remove_unused_columns": False}, **options,
+    )  # fmt: skip
+    keys = (*METRICS, "nll_loss") if options.get("cpo_alpha", 1) else METRICS
+    assert_same(*found, *keys)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"center_rewards_coefficient": 0.1}], ids=["plain", "centred"]
+)
+@pytest.mark.parametrize("margins", [False, True], ids=["", "margins"])
+def test_reward_models_equal_the_peer(homes, tmp_path, options, margins):
+    import topwork
+
+    home = homes / "scored"
+    if not home.exists():
+        config = topwork.Config(**{**tiny.model().config.to_dict(), "num_labels": 1})
+        torch.manual_seed(2)
+        topwork.AutoModelForSequenceClassification.from_config(config).save_pretrained(home)
+        tiny.tokenizer(TEMPLATE).save_pretrained(home)
+    rows = chat_pairs() if options else text_pairs()
+    if margins:
+        rows = [{**row, "margin": 0.5 * i} for i, row in enumerate(rows)]
+    found = both(
+        homes, tmp_path, (topwork.RewardTrainer, topwork.RewardConfig),
+        (trl.RewardTrainer, trl.RewardConfig), rows, "scored", labels=1, **options,
+    )  # fmt: skip
+    assert_same(*found, "accuracy", "margin", "mean_reward", "min_reward", "max_reward")
+
+
+# -- single answers --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "kto", "desirable_weight": 1.5, "undesirable_weight": 0.7},
+        {"loss_type": "apo_zero_unpaired"},
+    ],
+    ids=lambda o: o["loss_type"],
+)
+def test_kto_equals_the_peer(homes, tmp_path, options):
+    import topwork
+
+    rows = [
+        {"prompt": r["prompt"], "completion": r["chosen" if i % 3 else "rejected"],
+         "label": bool(i % 3)}
+        for i, r in enumerate(text_pairs(6))
+    ]  # fmt: skip
+    # The answers that fit the policy are those that fit no prompt: their KL is above 0.
+    policy, base = ("base", "policy")
+    options = {"per_device_train_batch_size": 6, "beta": 0.05, **options}
+    run = topwork.KTOTrainer(
+        topwork.AutoModelForCausalLM.from_pretrained(homes / policy),
+        topwork.AutoModelForCausalLM.from_pretrained(homes / base),
+        topwork.KTOConfig(**our_options(tmp_path, shuffle=False, **options)), rows,
+        processing_class=topwork.AutoTokenizer.from_pretrained(homes / policy),
+    )  # fmt: skip
+    run.train()
+    peer = trl.KTOTrainer(
+        transformers.AutoModelForCausalLM.from_pretrained(homes / policy),
+        transformers.AutoModelForCausalLM.from_pretrained(homes / base),
+        trl.KTOConfig(**peer_options(tmp_path, **options)),
+        train_dataset=Dataset.from_list(rows),
+        processing_class=transformers.AutoTokenizer.from_pretrained(homes / policy),
+    )
+    peer.train()
+    ours, theirs = run.state.log_history[0], peer.state.log_history[0]
+    assert_same(ours, theirs, *(k for k in METRICS if k[-4:] in ("osen", "cted")), "kl")
+    if options["loss_type"] == "kto":
+        assert ours["kl"] > 0.1

@@ -43,8 +43,9 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print it.")]
 def train(words: Words = None) -> None:
     """Train by a YAML file; every field can be given as --field value too.
 
-    The file needs `model` and `data`; `eval_data`, `lora` (its fields, or false) and `resume` are
-    read beside the fields of SFTConfig: output_dir, learning_rate, num_train_epochs, max_length …
+    The file needs `model` and `data`; `objective` (sft, dpo, kto, orpo, cpo, reward, prm or
+    distill), `eval_data`, `lora` (its fields, or false), `resume`, `ref_model` and `teacher` are
+    read beside the fields of its configuration: output_dir, learning_rate, max_length, beta …
 
         topwork train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl
     """

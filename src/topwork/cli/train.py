@@ -9,7 +9,6 @@ from typing import Any
 from topwork.cli.settings import read_settings, typed
 from topwork.errors import ConfigError, nearest
 
-OBJECTIVES = ("sft",)
 OWN = ("model", "data", "eval_data", "objective", "lora", "resume")
 
 
@@ -23,11 +22,14 @@ class Run:
     resume: bool | str
     lora: Any
     args: Any
+    entry: Any
+    models: dict[str, Any]
+    """Further models of the objective, by the trainer's names for them."""
 
 
 def read_run(path: Path | None, extra: list[str]) -> Run:
     """The run of `path` and `--field value` pairs. ConfigError naming what is wrong."""
-    from topwork.objectives import SFTConfig
+    from topwork.objectives.registry import OBJECTIVES
     from topwork.peft import LoraConfig
 
     settings = read_settings(path, extra)
@@ -38,10 +40,14 @@ def read_run(path: Path | None, extra: list[str]) -> Run:
             f"objective={objective!r}{nearest(str(objective), OBJECTIVES)}; "
             f"one of {', '.join(OBJECTIVES)}"
         )
-    known = [f.name for f in fields(SFTConfig)]
+    entry = OBJECTIVES[objective]
+    models = {
+        argument: settings.pop(key) for key, argument in entry.models.items() if key in settings
+    }
+    known = [f.name for f in fields(entry.config)]
     for name in settings:
-        if name not in known and nearest(name, OWN):
-            raise ConfigError(f"{name!r} is not known{nearest(name, OWN)}")
+        if name not in known and nearest(name, (*OWN, *entry.models)):
+            raise ConfigError(f"{name!r} is not known{nearest(name, (*OWN, *entry.models))}")
     for name in ("model", "data"):
         if own[name] is None:
             raise ConfigError(f"the run lacks {name!r}: set it in the file or pass --{name}")
@@ -54,16 +60,23 @@ def read_run(path: Path | None, extra: list[str]) -> Run:
         own["eval_data"],
         own["resume"] or False,
         None if lora is False else LoraConfig.from_dict(typed(lora, LoraConfig)),
-        SFTConfig.of(typed(settings, SFTConfig)),
+        entry.config.of(typed(settings, entry.config)),
+        entry,
+        models,
     )
 
 
 def train(path: Path | None, extra: list[str]) -> Path:
     """Train, write the result into `output_dir`, and return it."""
-    from topwork.objectives import SFTTrainer
-
     run = read_run(path, extra)
-    trainer = SFTTrainer(run.model, run.args, run.data, run.eval_data, peft_config=run.lora)
+    trainer = run.entry.trainer(
+        run.model,
+        args=run.args,
+        train_dataset=run.data,
+        eval_dataset=run.eval_data,
+        peft_config=run.lora,
+        **run.models,
+    )
     trainer.train(resume_from_checkpoint=run.resume)
     trainer.save_model()
     return Path(run.args.output_dir)
@@ -74,23 +87,19 @@ def preview(path: Path | None, extra: list[str], count: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from topwork.data.prepare import marked_text, prepare
-    from topwork.data.rows import read_rows
-    from topwork.objectives.sft import marking_of, report
     from topwork.text import AutoTokenizer
 
     run = read_run(path, extra)
     tokenizer = AutoTokenizer.from_pretrained(run.model)
     if run.args.chat_template is not None:
         tokenizer.chat_template = run.args.chat_template
-    rows = read_rows(run.data)
-    prepared = prepare(rows, tokenizer, marking_of(run.args, tokenizer))
+    lines, rows = run.entry.preview(run.data, tokenizer, run.args)
     out = Console(highlight=False, soft_wrap=True)
-    for line in report(prepared, tokenizer)[:-2]:
+    for line in lines:
         out.print(line, markup=False)
-    for sample in prepared.samples[:count]:
-        out.rule(f"row {sample.row}: {len(sample)} tokens, {sample.supervised} trained")
+    for (title, runs), _ in zip(rows, range(count)):
+        out.rule(title)
         shown = Text()
-        for part, trained in marked_text(sample, tokenizer):
+        for part, trained in runs:
             shown.append(part, style="black on green" if trained else "dim")
         out.print(shown)

@@ -1,20 +1,43 @@
 """Post-training algorithms: each says what it accepts, how it becomes a batch, and its loss."""
 
+from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
 from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
+from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
+from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
+from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
+from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
 from topwork.objectives.rloo import RLOOConfig, RLOOTrainer
 from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
 
 __all__ = [
+    "Distillation",
+    "DistillationConfig",
+    "DistillationTrainer",
     "DPO",
-    "GRPO",
-    "SFT",
     "DPOConfig",
     "DPOTrainer",
+    "CPO",
+    "CPOConfig",
+    "CPOTrainer",
+    "ORPO",
+    "ORPOConfig",
+    "ORPOTrainer",
+    "GRPO",
     "GRPOConfig",
     "GRPOTrainer",
+    "KTO",
+    "KTOConfig",
+    "KTOTrainer",
+    "PRM",
+    "PRMConfig",
+    "PRMTrainer",
+    "Reward",
+    "RewardConfig",
+    "RewardTrainer",
     "RLOOConfig",
     "RLOOTrainer",
+    "SFT",
     "SFTConfig",
     "SFTTrainer",
 ]

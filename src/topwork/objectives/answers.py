@@ -80,6 +80,12 @@ def collect(model: nn.Module, samples: Sequence[Rated]) -> AnswerBatch:
     return AnswerBatch(collate_groups(samples).to(device), values, reference)
 
 
+def halves(values: Tensor) -> tuple[Tensor, Tensor]:
+    """[A] of answers, chosen and rejected in turn, as two [P]."""
+    chosen, rejected = values.view(-1, 2).unbind(1)
+    return chosen, rejected
+
+
 class OverAnswers:
     """The part of an objective that does not depend on its loss."""
 

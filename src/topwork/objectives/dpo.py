@@ -19,6 +19,7 @@ from topwork.objectives.answers import (
     Metrics,
     OverAnswers,
     collect,
+    halves,
     means,
     pair_metrics,
     read_answers,
@@ -167,10 +168,9 @@ class DPO(OverAnswers):
         that compare pairs say of each one (arXiv:2101.06983)."""
         with torch.no_grad():
             sums = [self._answers(token_logprobs(model, b.batch), b) for b in batches]
-        for batch in batches:
-            self._know_reference(model, batch)
+        references = [self._know_reference(model, b) for b in batches]
         counts = [b.answers // 2 for b in batches]
-        own = [torch.stack((*_halves(s), *_halves(b.reference))) for s, b in zip(sums, batches)]
+        own = [torch.stack((*halves(s), *halves(r))) for s, r in zip(sums, references)]
         step, mine = world.gather(torch.cat(own, 1).t().contiguous())
         with torch.enable_grad():
             chosen, rejected, ref_chosen, ref_rejected = (c.clone() for c in step.t())
@@ -201,15 +201,15 @@ class DPO(OverAnswers):
         pairs = float(batch.answers // 2)
         if "sft" not in self.losses:
             return (pairs,)
-        return pairs, float(_halves(batch.counts())[0].sum())
+        return pairs, float(halves(batch.counts())[0].sum())
 
     def loss(self, model: nn.Module, batch: StepBatch) -> Loss:
         scored = score(model, batch.batch)
         sums = self._answers(scored.logprobs, batch)
         pairs = formulas.Pairs(
-            *_halves(sums),
-            *_halves(self._know_reference(model, batch)),
-            *_halves(batch.counts()),
+            *halves(sums),
+            *halves(self._know_reference(model, batch)),
+            *halves(batch.counts()),
             self.link,
         )
         weighing = self._pair_weights(scored, batch) if self.use_weighting else None
@@ -221,7 +221,7 @@ class DPO(OverAnswers):
             losses = losses + heights + (slopes * (sums - sums.detach())).view(-1, 2).sum(1)
         terms = [losses if weighing is None else losses * weighing]
         if "sft" in self.losses:
-            plain = _halves(batch.sums(scored.logprobs))[0]
+            plain = halves(batch.sums(scored.logprobs))[0]
             said = -self.weights[self.losses.index("sft")] * plain
             terms.append(said if weighing is None else said * weighing)
         return Loss(torch.stack([t.sum() for t in terms]), self._metrics(pairs))
@@ -250,20 +250,13 @@ class DPO(OverAnswers):
     def _pair_weights(self, scored: Scored, batch: AnswerBatch) -> Tensor:
         """WPO's weight of each pair [P]."""
         surprise = scored.logprobs.detach() - scored.statistics().collision
-        chosen, rejected = _halves(formulas.weights(batch.sums(surprise), batch.counts()))
+        chosen, rejected = halves(formulas.weights(batch.sums(surprise), batch.counts()))
         return chosen * rejected
 
     def _metrics(self, p: formulas.Pairs) -> Metrics:
         beta = self.dials.beta
         logps = means({"logps/chosen": p.chosen, "logps/rejected": p.rejected})
         return {**pair_metrics(beta * p.c, beta * p.r), **logps}
-
-
-def _halves(values: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[A] of answers, chosen and rejected in turn, as two [P]."""
-    assert values is not None
-    chosen, rejected = values.view(-1, 2).unbind(1)
-    return chosen, rejected
 
 
 class DPOTrainer(Trainer):

@@ -57,13 +57,19 @@ def _has_contract(model: Any) -> bool:
     return callable(getattr(model, "token_logprobs", None))
 
 
-def _padded_logits(model: Any, batch: Batch) -> Tensor:
-    """Logits [T, V] of the flat row through right-padded rows."""
+def padded(batch: Batch) -> tuple[Tensor, Tensor, ops.Unshared]:
+    """Right-padded rows [A, S] of the documents, their mask, and how they lie in the flat row."""
     plain = ops.unshared(batch.lengths, batch.input_ids.device)
     ids, width = batch.input_ids[0, plain.take], max(plain.lengths)
     rows = ids.new_zeros(len(plain.lengths), width)
     keep = torch.zeros_like(rows)
     for i, part in enumerate(ids.split(plain.lengths)):
         rows[i, : len(part)], keep[i, : len(part)] = part, 1
+    return rows, keep, plain
+
+
+def _padded_logits(model: Any, batch: Batch) -> Tensor:
+    """Logits [T, V] of the flat row through right-padded rows."""
+    rows, keep, plain = padded(batch)
     logits = model(input_ids=rows, attention_mask=keep).logits[keep.bool()]
     return logits[plain.back]

@@ -180,13 +180,17 @@ def fingerprint(model: nn.Module, *facts: object) -> str:
 
 def with_reference(
     model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
-    args: ReferenceConfig,
+    args: ReferenceConfig, kept: bool = False,
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
-    """The policy with its adapter, and its reference."""
+    """The policy with its adapter, and its reference (`kept`: also when it is precomputed)."""
     ref_model = None if given is None else load_model(given, args.bf16)
     policy = adapted(model, config)
     reference = choose_reference(
-        policy, ref_model, config is not None, args.sync_ref_model, args.precompute_ref_log_probs
+        policy,
+        ref_model,
+        config is not None,
+        args.sync_ref_model,
+        args.precompute_ref_log_probs and not kept,
     )
     return policy, reference
 

@@ -1,8 +1,9 @@
 """The hot functions: each has one plain torch reference and faster variants beside it."""
 
 from topwork.ops.activation import swiglu
-from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, attention, unshared
+from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, Unshared, attention, unshared
 from topwork.ops.blocks import decode_blocks, encode_blocks
+from topwork.ops.divergence import divergence, token_divergence
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.logprobs import (
     TokenStatistics,
@@ -25,9 +26,11 @@ __all__ = [
     "Packed",
     "Rule",
     "ScoreTerms",
+    "Unshared",
     "attention",
     "decode_blocks",
     "encode_blocks",
+    "divergence",
     "grouped_linear",
     "linear",
     "load_balancing_loss",
@@ -38,6 +41,7 @@ __all__ = [
     "selective_scan",
     "swiglu",
     "through_experts",
+    "token_divergence",
     "token_logprobs",
     "token_logprobs_of",
     "token_statistics",

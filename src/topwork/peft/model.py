@@ -268,10 +268,16 @@ class PeftModel(nn.Module):
         finally:
             self._prompts_off = before
 
-    def use_adapter(self, adapter_name: str) -> AbstractContextManager[None]:
+    @contextmanager
+    def use_adapter(self, adapter_name: str) -> Iterator[None]:
         """Within it the model computes with that adapter alone; which one is trained stays."""
         self._known(adapter_name)
-        return inject.using(self.get_base_model(), (adapter_name,))
+        before, self._active = self._active, (adapter_name,)
+        try:
+            with inject.using(self.get_base_model(), self._active):
+                yield
+        finally:
+            self._active = before
 
     def copy_adapter(self, source: str, target: str) -> None:
         """A copy of adapter `source` as `target`, neither active nor trained."""

@@ -1,0 +1,171 @@
+"""Distillation: the student's next-token distributions drawn to a teacher's, on given answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork import ops
+from topwork.data.packing import Batch, collate
+from topwork.data.prepare import Sample, prepare
+from topwork.data.rows import read_rows
+from topwork.errors import ConfigError
+from topwork.objectives.answers import means
+from topwork.objectives.reference import Reference
+from topwork.objectives.setup import adapted, at_least, load_model, load_pair, named_sets
+from topwork.objectives.sft import SFTConfig, marking_of, report
+from topwork.peft import PeftConfig, PeftModel
+from topwork.text import Tokenizer
+from topwork.training import Loss, Trainer, TrainerCallback
+from topwork.training.distributed import World
+from topwork.training.precision import cast
+
+
+@dataclass(kw_only=True)
+class DistillationConfig(SFTConfig):
+    """A run of distillation on given rows, which are those of fine-tuning."""
+
+    learning_rate: float = 1e-6
+    beta: float = 1.0
+    """0: KL(teacher ‖ student), which covers all that the teacher says; 1: KL(student ‖ teacher),
+    which stays with what it says most; between: generalised Jensen-Shannon (arXiv:2306.13649)."""
+    temperature: float = 1.0
+    """Divides the logits of both."""
+    sft_weight: float = 0.0
+    """Weight of -log p of the rows' own tokens beside the divergence."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.beta <= 1:
+            raise ConfigError(f"beta={self.beta} must be in [0, 1]")
+        at_least("temperature", self.temperature, 0, above=True)
+        at_least("sft_weight", self.sft_weight, 0)
+        if self.packing:
+            raise ConfigError("packing: batches hold whole rows here, without padding anyway")
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """The divergence at each trained token, summed.
+
+    `teacher`: as a reference, another model or the policy without its adapter. Rows that a student
+    writes itself enter like given ones: as samples.
+    """
+
+    teacher: Reference
+    beta: float = 1.0
+    temperature: float = 1.0
+    sft_weight: float = 0.0
+
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Sample]], world: World | None = None
+    ) -> list[Batch]:
+        device = next(model.parameters()).device
+        return [collate(group).to(device) for group in groups]
+
+    def size(self, sample: Sample) -> int:
+        return len(sample)
+
+    def weight(self, batch: Batch) -> float:
+        return len(batch.targets)
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.tokens
+
+    def rows(self, batch: Batch) -> Sequence[int]:
+        return batch.rows
+
+    def loss(self, model: nn.Module, batch: Batch) -> Loss:
+        student: Any = model
+        seen = _seen(student, batch)
+        with self.teacher.of(model) as teacher:
+            wanted = _seen(teacher, batch)
+            head = _head_of(teacher)
+        apart = ops.token_divergence(
+            _head_of(student), seen, head, wanted, self.beta, self.temperature
+        )
+        total, metrics = apart.sum(), means({"divergence": apart})
+        if self.sft_weight:
+            logprobs = student.token_logprobs(seen, batch.targets)
+            total = total - self.sft_weight * logprobs.sum()
+            metrics |= means({"nll_loss": -logprobs})
+        return Loss(total, metrics)
+
+
+def _seen(model: Any, batch: Batch) -> Tensor:
+    """The hidden states [N, C] that predict the trained tokens."""
+    return model.backbone(batch.input_ids, lengths=batch.lengths)[0, batch.positions]
+
+
+def _head_of(model: Any) -> Any:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return base.head
+
+
+class DistillationTrainer(Trainer):
+    """The trainer with the distillation objective, from the rows of fine-tuning.
+
+    `teacher_model`: a model or the name of one, with the student's vocabulary.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        teacher_model: nn.Module | str | Path | None = None,
+        args: DistillationConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Tokenizer | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        args = args or DistillationConfig()
+        if teacher_model is None or train_dataset is None:
+            raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
+        model, tokenizer = load_pair(model, processing_class, args)
+        teacher = load_model(teacher_model, args.bf16).requires_grad_(False).eval()
+        _check_pair(model, teacher)
+        marking = marking_of(args, tokenizer)
+
+        def read(rows: Any) -> Any:
+            return prepare(read_rows(rows), tokenizer, marking)
+
+        train = read(train_dataset)
+        evals = {name: read(rows) for name, rows in named_sets(eval_dataset).items()}
+        self.prepared, self.prepared_eval = train, evals
+        super().__init__(
+            adapted(model, peft_config),
+            args,
+            Distillation(Reference(teacher), args.beta, args.temperature, args.sft_weight),
+            train.samples,
+            {name: p.samples for name, p in evals.items()},
+            tokenizer=tokenizer,
+            callbacks=callbacks,
+            optimizer=optimizer,
+            data_fingerprint=train.fingerprint,
+            notes=report(train, tokenizer, evals),
+        )
+        if args.bf16 is not None:
+            cast(teacher, args.bf16)
+        teacher.to(self.device)
+
+
+def _check_pair(student: Any, teacher: Any) -> None:
+    """ConfigError unless both are models of ours over one vocabulary."""
+    if teacher is student:
+        raise ConfigError("teacher_model is the student itself")
+    for name, model in (("model", student), ("teacher_model", teacher)):
+        if not callable(getattr(model, "backbone", None)):
+            raise ConfigError(f"{name}: load it with topwork.AutoModelForCausalLM")
+    sizes = [m.config.vocab_size for m in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]}")
+
+
+__all__ = ["Distillation", "DistillationConfig", "DistillationTrainer"]

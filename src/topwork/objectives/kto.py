@@ -1,0 +1,200 @@
+"""Preferences from single answers that are good or bad (KTO, arXiv:2402.01306)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.data.answers import PreparedAnswers, Rated
+from topwork.data.preferences import JUDGED
+from topwork.data.prepare import Sample
+from topwork.objectives import formulas
+from topwork.objectives.answers import (
+    AnswerBatch,
+    OverAnswers,
+    collect,
+    means,
+    read_answers,
+    report,
+)
+from topwork.objectives.logprobs import token_logprobs
+from topwork.objectives.reference import (
+    Reference,
+    ReferenceConfig,
+    followers,
+    settle_reference,
+    with_reference,
+)
+from topwork.objectives.setup import at_least, load_pair, one_of
+from topwork.peft import PeftConfig
+from topwork.text import Tokenizer
+from topwork.training import Loss, Trainer, TrainerCallback
+from topwork.training.distributed import World
+
+LOSSES = ("kto", "apo_zero_unpaired")
+
+
+@dataclass(kw_only=True)
+class KTOConfig(ReferenceConfig):
+    """A run over single answers. Pairs are accepted too: each gives a good and a bad answer."""
+
+    loss_type: str = "kto"
+    """"kto", or "apo_zero_unpaired" (arXiv:2408.06266), which estimates no KL."""
+    desirable_weight: float = 1.0
+    """Weight of the good answers' losses."""
+    undesirable_weight: float = 1.0
+    """Weight of the bad answers' losses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("loss_type", self.loss_type, LOSSES)
+        at_least("desirable_weight", self.desirable_weight, 0)
+        at_least("undesirable_weight", self.undesirable_weight, 0)
+
+
+@dataclass
+class JudgedBatch(AnswerBatch):
+    """`kl`: how far the policy is from the reference, estimated over the whole step."""
+
+    kl: float = 0.0
+
+
+@dataclass(frozen=True)
+class KTO(OverAnswers):
+    """The objective; its units are answers.
+
+    The KL is the mean log-ratio of answers to prompts that are not their own, at least 0: each
+    prompt of a step with the answer before it, over all micro-batches and devices.
+    """
+
+    args: KTOConfig
+    reference: Reference = field(default_factory=Reference)
+    policy: nn.Module | None = None
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.policy is None else self.reference.state(self.policy)
+
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
+    ) -> list[JudgedBatch]:
+        batches = [JudgedBatch(**vars(collect(model, group))) for group in groups]
+        if self.args.loss_type == "kto":
+            total, count = self._mismatched(model, groups)
+            total, count = (world or World()).total(total, count)
+            for batch in batches:
+                batch.kl = max(0.0, total / count)
+        return batches
+
+    def _mismatched(
+        self, model: nn.Module, groups: Sequence[Sequence[Rated]]
+    ) -> tuple[float, float]:
+        """The log-ratios of this process's mismatched answers, summed, and their number."""
+        samples = [s for group in groups for s in group]
+        mixed = iter(
+            [
+                replace(own, answers=(_cut(other, own, self.args.max_length),), reference=None)
+                for own, other in zip(samples, (samples[-1], *samples))
+            ]
+        )
+        total = torch.zeros(())
+        for group in groups:
+            batch = collect(model, [next(mixed) for _ in group])
+            with torch.no_grad():
+                total += token_logprobs(model, batch.batch).sum().cpu()
+            with self.reference.of(model) as reference:
+                total -= token_logprobs(reference, batch.batch).sum().cpu()
+        return float(total), float(len(samples))
+
+    def reference_of(self, model: nn.Module, samples: Sequence[Rated]) -> Tensor:
+        """What `precompute` keeps of these samples [A]."""
+        return self._know_reference(model, collect(model, samples))
+
+    def _know_reference(self, model: nn.Module, batch: AnswerBatch) -> Tensor:
+        if batch.reference is None:
+            with self.reference.of(model) as reference:
+                batch.reference = batch.sums(token_logprobs(reference, batch.batch))
+        return batch.reference
+
+    def weight(self, batch: JudgedBatch) -> float:
+        return float(batch.answers)
+
+    def loss(self, model: nn.Module, batch: JudgedBatch) -> Loss:
+        args, good = self.args, batch.values
+        logps = batch.sums(token_logprobs(model, batch.batch))
+        ratios = logps - self._know_reference(model, batch)
+        losses = formulas.kto(ratios, good, batch.kl, args.beta)
+        weights = good * args.desirable_weight + (1 - good) * args.undesirable_weight
+        metrics = {"kl": (batch.kl * batch.answers, float(batch.answers))}
+        for name, chosen in (("chosen", good.bool()), ("rejected", ~good.bool())):
+            metrics |= means(
+                {f"rewards/{name}": args.beta * ratios[chosen], f"logps/{name}": logps[chosen]}
+            )
+        return Loss((weights * losses).sum(), metrics)
+
+
+def _cut(other: Rated, own: Rated, limit: int | None) -> Sample:
+    """The answer of `other`, no longer than the limit leaves behind the prompt of `own`."""
+    (answer,) = other.answers
+    room = None if limit is None else limit - len(own.prompt)
+    return Sample(own.row, answer.ids[:room], answer.trained[:room])
+
+
+class KTOTrainer(Trainer):
+    """The trainer with the KTO objective, from rows with prompt, completion and label, or from
+    pairs. `ref_model` as in `DPOTrainer`."""
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        ref_model: nn.Module | str | Path | None = None,
+        args: KTOConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Tokenizer | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        args = args or KTOConfig()
+        model, tokenizer = load_pair(model, processing_class, args)
+        data = read_answers(train_dataset, eval_dataset, tokenizer, args, JUDGED, single=True)
+        self.prepared, self.prepared_eval = data.train, data.evals
+        kept = args.loss_type == "kto"  # its KL asks the reference at every step
+        model, reference = with_reference(model, ref_model, peft_config, args, kept)
+        super().__init__(
+            model,
+            args,
+            KTO(args, reference, model),
+            data.train.samples,
+            data.eval_samples,
+            tokenizer=tokenizer,
+            callbacks=[*callbacks, *followers(reference, args)],
+            optimizer=optimizer,
+            data_fingerprint=data.train.fingerprint,
+            notes=[*report(data, tokenizer), *balance(data.train, args)],
+        )
+        settle_reference(self, reference, args)
+
+
+def balance(prepared: PreparedAnswers, args: KTOConfig) -> list[str]:
+    """How many answers are good, and the weights that the paper advises for that (eq. 8)."""
+    good = sum(1 for s in prepared.samples if s.value)
+    bad = len(prepared) - good
+    lines = [f"{good:,} good and {bad:,} bad answers"]
+    if good and bad:
+        ratio = (args.desirable_weight * good) / max(1e-12, args.undesirable_weight * bad)
+        if not 0.99 < ratio < 4 / 3 + 0.01:
+            low = args.undesirable_weight * bad / good
+            lines.append(
+                f"WARNING: weighted, they stand {ratio:.2f} to 1, advised is 1 to 1.33: "
+                f"desirable_weight from {low:.2f} to {4 / 3 * low:.2f}"
+            )
+    return lines
+
+
+__all__ = ["KTO", "KTOConfig", "KTOTrainer"]

@@ -1,0 +1,94 @@
+"""Divergence between two models' next-token distributions, without whole logits of either."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+Head = Callable[[Tensor], Tensor]
+CHUNK = 128  # rows of both models' logits in memory at once
+
+
+def divergence(student: Tensor, teacher: Tensor, beta: float) -> Tensor:
+    """Generalised Jensen-Shannon divergence [N] of log-probabilities [N, V] (arXiv:2306.13649).
+
+    β = 0 is KL(teacher ‖ student), β = 1 KL(student ‖ teacher), between them
+    β·KL(teacher ‖ mixture) + (1 - β)·KL(student ‖ mixture), mixture = β·teacher + (1 - β)·student.
+    """
+    if beta == 0:
+        return _kl(teacher, student)
+    if beta == 1:
+        return _kl(student, teacher)
+    mixture = torch.logaddexp(student + math.log1p(-beta), teacher + math.log(beta))
+    return beta * _kl(teacher, mixture) + (1 - beta) * _kl(student, mixture)
+
+
+def _kl(p: Tensor, q: Tensor) -> Tensor:
+    return (p.exp() * (p - q)).sum(1)
+
+
+def token_divergence(
+    student_head: Head,
+    student: Tensor,
+    teacher_head: Head,
+    teacher: Tensor,
+    beta: float = 1.0,
+    temperature: float = 1.0,
+) -> Tensor:
+    """`divergence` [N] fp32 at the hidden states `student` [N, C] and `teacher` [N, C'].
+
+    The student's gradients, its head's included, are formed while a chunk's logits are there.
+    """
+    weights = tuple(p for p in _parameters(student_head) if p.requires_grad)
+
+    def one(rows: Tensor, other: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = (teacher_head(other).float() / temperature).log_softmax(1)
+        return divergence((student_head(rows).float() / temperature).log_softmax(1), wanted, beta)
+
+    if not torch.is_grad_enabled():
+        pieces = [one(*part) for part in zip(student.split(CHUNK), teacher.split(CHUNK))]
+        return torch.cat(pieces) if pieces else student.new_zeros(0, dtype=torch.float32)
+    if weights:  # each row's loss may be weighted later, so their gradient cannot be formed yet
+        pieces = [
+            checkpoint(one, *part, use_reentrant=False)
+            for part in zip(student.split(CHUNK), teacher.split(CHUNK))
+        ]
+        return torch.cat(pieces)
+    return _Rowwise.apply(student, teacher, one)
+
+
+def _parameters(head: Head) -> list[Tensor]:
+    """The parameters behind `head`, a module or the bound method of one."""
+    owner: Any = getattr(head, "__self__", head)
+    output = getattr(owner, "get_output_embeddings", None)
+    module = output() if callable(output) else owner
+    return list(module.parameters()) if isinstance(module, torch.nn.Module) else []
+
+
+class _Rowwise(torch.autograd.Function):
+    """A function of each row by itself: its gradient is formed in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, one: Any) -> Tensor:  # type: ignore[override]
+        found = torch.empty(len(student), dtype=torch.float32, device=student.device)
+        slopes = torch.empty_like(student)
+        for at in range(0, len(student), CHUNK):
+            part = slice(at, at + CHUNK)
+            with torch.enable_grad():
+                rows = student[part].detach().requires_grad_()
+                value = one(rows, teacher[part])
+                (slopes[part],) = torch.autograd.grad(value.sum(), rows)
+            found[part] = value.detach()
+        ctx.save_for_backward(slopes)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        (slopes,) = ctx.saved_tensors
+        return slopes * grad[:, None].to(slopes.dtype), None, None
