@@ -300,3 +300,18 @@ def test_kto_equals_the_peer(homes, tmp_path, options):
     assert_same(ours, theirs, *(k for k in METRICS if k[-4:] in ("osen", "cted")), "kl")
     if options["loss_type"] == "kto":
         assert ours["kl"] > 0.1
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3, 1.0])
+def test_the_divergence_equals_the_peers(beta):
+    from trl.experimental.gkd import GKDTrainer
+
+    from topwork.ops import divergence
+
+    torch.manual_seed(0)
+    student, teacher = torch.randn(2, 7, 40), torch.randn(2, 7, 40)
+    wanted = GKDTrainer.generalized_jsd_loss(student, teacher, beta=beta, reduction="sum")
+    found = divergence(
+        student.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1), beta
+    )
+    torch.testing.assert_close(found.sum(), wanted)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import random
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,14 @@ SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 
 
 def read_rows(source: Any) -> list[Row]:
-    """All rows of `source`: a file, several files, a list, an iterable, or a `datasets.Dataset`.
+    """All rows of `source`: a file, several files (with weights: [{path, weight}, …]), a list, an
+    iterable, or a `datasets.Dataset`.
 
     Raises DataError naming the file and the line of what cannot be read, and for no row at all.
     """
-    if isinstance(source, (str, Path)):
+    if _is_mixture(source):
+        rows = mixed([(part["path"], part.get("weight", 1.0)) for part in source])
+    elif isinstance(source, (str, Path)):
         rows = _read_file(Path(source).expanduser())
     elif isinstance(source, Mapping):
         rows = _from_columns(source)
@@ -39,6 +43,31 @@ def read_rows(source: Any) -> list[Row]:
             raise DataError(
                 f"{_name(source)}: row {number} is {type(row).__name__}, not a mapping of columns"
             )
+    return rows
+
+
+def _is_mixture(source: Any) -> bool:
+    """Whether `source` is [{path: …, weight: …}, …]."""
+    return (
+        isinstance(source, Sequence)
+        and len(source) > 0
+        and all(isinstance(part, Mapping) for part in source)
+        and all("path" in part and set(part) <= {"path", "weight"} for part in source)
+    )
+
+
+def mixed(parts: Sequence[tuple[Any, float]], seed: int = 0) -> list[Row]:
+    """The rows of several sources, each row of a source occurring `weight` times: 2 twice, 0.3 for
+    three rows of ten, drawn by `seed`. Raises DataError for a weight that is not above 0."""
+    rows: list[Row] = []
+    for source, weight in parts:
+        if not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
+            raise DataError(f"{_name(source)}: weight={weight!r} must be a number above 0")
+        found = read_rows(source)
+        rows += found * int(weight)
+        rest = round((weight - int(weight)) * len(found))
+        drawn = random.Random(seed).sample(range(len(found)), rest)
+        rows += [found[i] for i in sorted(drawn)]
     return rows
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from topwork import ops
 from topwork.data.packing import Batch
+from topwork.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,10 @@ class Scored:
         return ops.token_statistics(head, self.seen.detach(), self.targets)
 
 
-def score(model: nn.Module, batch: Batch) -> Scored:
+def score(model: nn.Module, batch: Batch, *, noise: float = 0.0, smoothing: float = 0.0) -> Scored:
     """The supervised positions of `batch` under `model`.
+
+    `noise`: NEFTune's on the embeddings; `smoothing`: that of the labels.
 
     A model with Topwork's contract (`backbone`, `token_logprobs`) computes no padding, shared
     prompts once, and logits for these positions alone; any other gets padded rows and the familiar
@@ -40,12 +43,32 @@ def score(model: nn.Module, batch: Batch) -> Scored:
     """
     any_model: Any = model
     if _has_contract(model):
-        hidden = any_model.backbone(batch.input_ids, lengths=batch.lengths)
+        given = {"input_ids": batch.input_ids}
+        if noise:
+            given = {"inputs_embeds": noisy_embeddings(any_model, batch, noise)}
+        hidden = any_model.backbone(**given, lengths=batch.lengths)
         seen = hidden[0, batch.positions]
-        return Scored(any_model.token_logprobs(seen, batch.targets), seen, batch.targets, model)
+        if smoothing:
+            found = ops.token_logprobs_of(any_model.head, seen, batch.targets, smoothing)
+        else:
+            found = any_model.token_logprobs(seen, batch.targets)
+        return Scored(found, seen, batch.targets, model)
+    if noise or smoothing:
+        raise ConfigError(
+            "neftune_noise_alpha and label_smoothing_factor need a model of topwork's"
+        )
     logits = _padded_logits(any_model, batch)[batch.positions].float()
     found = logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(1)
     return Scored(found, logits, batch.targets, model)
+
+
+def noisy_embeddings(model: Any, batch: Batch, alpha: float) -> Tensor:
+    """The embeddings [1, T, C] of `batch` with uniform noise in ±α / √(tokens · C), the tokens
+    those of each document (NEFTune, arXiv:2310.05914)."""
+    embedded = model.get_input_embeddings()(batch.input_ids)
+    plain = torch.tensor([n for n in batch.lengths if isinstance(n, int)], device=embedded.device)
+    size = alpha / (plain.repeat_interleave(plain) * embedded.shape[-1]).sqrt()
+    return embedded + size[None, :, None].to(embedded.dtype) * (2 * torch.rand_like(embedded) - 1)
 
 
 def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:

@@ -20,7 +20,7 @@ Preview = Callable[[Any, Tokenizer, Any], tuple[list[str], Iterator[tuple[str, R
 
 @dataclass(frozen=True)
 class Entry:
-    """One objective. `models`: further models of a run, key in its file → the trainer's argument."""
+    """One objective. `models`: further models of a run, its key → the trainer's argument."""
 
     config: Any
     trainer: Any

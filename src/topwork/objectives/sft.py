@@ -14,8 +14,8 @@ from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
 from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
-from topwork.objectives.logprobs import token_logprobs
-from topwork.objectives.setup import adapted, end_token, load_pair, named_sets, one_of
+from topwork.objectives.logprobs import score
+from topwork.objectives.setup import adapted, at_least, end_token, load_pair, named_sets, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments
@@ -48,6 +48,13 @@ class SFTConfig(TrainingArguments):
     """Replaces the tokenizer's template."""
     loss_type: str = "nll"
     """"nll", or "dft": each token weighted by its own probability (arXiv:2508.05629)."""
+    label_smoothing_factor: float = 0.0
+    """Share of each label that goes to all tokens alike."""
+    neftune_noise_alpha: float | None = None
+    """Size of the noise on the embeddings in training (arXiv:2310.05914)."""
+    token_metrics: bool = False
+    """Log entropy and mean_token_accuracy in training too, for one more pass through the head;
+    evaluation always does."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,6 +62,13 @@ class SFTConfig(TrainingArguments):
         one_of("packing_strategy", self.packing_strategy, STRATEGIES)
         if self.max_length is not None and self.max_length < 2:
             raise ConfigError(f"max_length={self.max_length} must be at least 2")
+        if not 0 <= self.label_smoothing_factor < 1:
+            raise ConfigError(
+                f"label_smoothing_factor={self.label_smoothing_factor} must be in [0, 1)"
+            )
+        if self.label_smoothing_factor and self.loss_type == "dft":
+            raise ConfigError("label_smoothing_factor has no meaning for the dft loss")
+        at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs max_length, the tokens of a pack")
 
@@ -64,6 +78,9 @@ class SFT:
     """The objective: -Σ log p(token) over the trained tokens."""
 
     loss_type: str = "nll"
+    smoothing: float = 0.0
+    noise: float = 0.0
+    token_metrics: bool = False
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
@@ -84,10 +101,22 @@ class SFT:
         return batch.rows
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
-        logprobs = token_logprobs(model, batch)
+        learns = torch.is_grad_enabled()
+        scored = score(
+            model, batch, noise=self.noise if learns else 0.0,
+            smoothing=self.smoothing if learns else 0.0,
+        )  # fmt: skip
+        logprobs = scored.logprobs
         if self.loss_type == "dft":
-            return Loss(-(logprobs * logprobs.detach().exp()).sum())
-        return Loss(-logprobs.sum())
+            logprobs = logprobs * logprobs.detach().exp()
+        metrics = {}
+        if self.token_metrics or not learns:
+            found = scored.statistics()
+            metrics = {
+                "entropy": (float(found.entropy.sum()), float(len(batch.targets))),
+                "mean_token_accuracy": (float(found.hit.sum()), float(len(batch.targets))),
+            }
+        return Loss(-logprobs.sum(), metrics)
 
 
 def _flat(group: Sequence[Any]) -> list[Sample]:
@@ -128,7 +157,12 @@ class SFTTrainer(Trainer):
         super().__init__(
             adapted(model, peft_config),
             args,
-            SFT(args.loss_type),
+            SFT(
+                args.loss_type,
+                args.label_smoothing_factor,
+                args.neftune_noise_alpha or 0.0,
+                args.token_metrics,
+            ),
             samples_of(train, args, args.packing),
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
             tokenizer=tokenizer,

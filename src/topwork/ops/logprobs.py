@@ -27,12 +27,20 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return apply(_FrozenHead, hidden, weight, targets)
 
 
-def token_logprobs_of(head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor) -> Tensor:
-    """The same for any `head` [N, C] → [N, V]; each chunk's logits are recomputed in backward."""
+def token_logprobs_of(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, smoothing: float = 0.0
+) -> Tensor:
+    """The same for any `head` [N, C] → [N, V]; each chunk's logits are recomputed in backward.
+
+    `smoothing`: the share of the mean over all tokens' log-probabilities in place of the target's.
+    """
 
     def one(rows: Tensor, wanted: Tensor) -> Tensor:
         logits = head(rows).float()
-        return logits.gather(1, wanted[:, None])[:, 0] - logits.logsumexp(1)
+        said = logits.gather(1, wanted[:, None])[:, 0]
+        if smoothing:
+            said = (1 - smoothing) * said + smoothing * logits.mean(1)
+        return said - logits.logsumexp(1)
 
     pieces = []
     for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
