@@ -79,6 +79,8 @@ def typed(settings: dict[str, Any], cls: type) -> dict[str, Any]:
     result = dict(settings)
     for field in fields(cls):
         names = [part.strip() for part in str(field.type).split("|")]
+        if "str" in names and "bool" not in names and isinstance(result.get(field.name), bool):
+            result[field.name] = "yes" if result[field.name] else "no"  # as YAML takes these words
         kinds = tuple(kind for name in names for kind in KINDS.get(name, ()))
         if field.name not in result or not kinds or set(names) - set(KINDS) - {"None"}:
             continue
