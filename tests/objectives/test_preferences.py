@@ -47,6 +47,14 @@ def model_for(name):
     return auto.from_config(topwork.Config(**values))
 
 
+def far():
+    """A model that finds the answers less likely than `tiny.model()` does."""
+    model = tiny.model()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(4)
+    return model
+
+
 class Note(TrainerCallback):
     def __init__(self):
         self.grads = []
@@ -55,18 +63,21 @@ class Note(TrainerCallback):
         self.grads.append([p.grad.clone() for p in more["trainer"].optimiser.parameters])
 
 
-def trainer(folder, name, rows=None, model=None, callbacks=(), evals=None, **options):
+def trainer(folder, name, rows=None, model=None, callbacks=(), evals=None, lora=True,
+            ref_model=None, **options):  # fmt: skip
     values = {
         "output_dir": str(folder), "per_device_train_batch_size": 6, "learning_rate": 1e-2,
         "max_steps": 1, "logging_steps": 1, "disable_tqdm": True, "save_strategy": "no",
         "max_grad_norm": 0, "shuffle": False,
     }  # fmt: skip
     torch.manual_seed(5)
+    more = {"ref_model": ref_model} if ref_model is not None else {}
     run = getattr(topwork, f"{name}Trainer")(
         model or model_for(name),
         args=getattr(topwork, f"{name}Config")(**{**values, **options}),
         train_dataset=ROWS.get(name, PAIRS) if rows is None else rows, eval_dataset=evals,
-        processing_class=tiny.tokenizer(), peft_config=LoraConfig(**LORA), callbacks=callbacks,
+        processing_class=tiny.tokenizer(), callbacks=callbacks,
+        peft_config=LoraConfig(**LORA) if lora else None, **more,
     )  # fmt: skip
     torch.manual_seed(6)
     with torch.no_grad():
@@ -126,23 +137,38 @@ def test_kto_pulls_good_answers_above_the_kl_and_bad_ones_below():
 
 
 def test_the_kl_is_that_of_answers_to_other_prompts_and_never_negative(tmp_path):
-    run = trainer(tmp_path, "KTO", rows=JUDGED[:3])
+    reference = far()
+    run = trainer(tmp_path, "KTO", rows=JUDGED[:3], lora=False, ref_model=reference)
+    swapped = trainer(tmp_path, "KTO", rows=JUDGED[:3], model=far(), lora=False,
+                      ref_model=tiny.model())  # fmt: skip
     run._prepare()
-    samples = run.train_data
-    total = 0.0
+    samples, total = run.train_data, 0.0
     for own, other in zip(samples, (samples[-1], *samples)):
         ids = torch.tensor([*own.prompt, *other.answers[0].ids]).long()
         at = torch.arange(len(own.prompt), len(ids))
-        with torch.no_grad():
-            for sign in (1, -1):
-                logits = (run.model if sign > 0 else tiny.model())(ids[None]).logits
-                said = logits[0, at - 1].log_softmax(-1).gather(1, ids[at, None])
-                total += sign * float(said.sum())
+        for sign, model in ((1, run.model), (-1, reference)):
+            with torch.no_grad():
+                logits = model(ids[None]).logits
+            said = logits[0, at - 1].log_softmax(-1).gather(1, ids[at, None])
+            total += sign * float(said.sum())
     (batch,) = run.objective.assemble(run.model, [samples])
-    assert batch.kl == pytest.approx(max(0.0, total / 3), rel=1e-4)
-    with run.model.disable_adapter():
-        (same,) = run.objective.assemble(run.model, [samples])
-    assert same.kl == 0
+    assert batch.kl == pytest.approx(total / 3, rel=1e-4)
+    assert batch.kl > 1
+    # One sample at a time has an answer to another prompt, too (the peer's would be its own).
+    parts = [run.objective._mismatched(run.model, [[s]])[0] for s in samples]
+    assert sum(parts) == pytest.approx(total, rel=1e-4)
+    (other,) = swapped.objective.assemble(swapped.model, [samples])
+    assert other.kl == 0
+
+
+def test_precomputed_references_know_the_mismatched_answers(tmp_path):
+    logs = []
+    for known in (False, True):
+        run = trainer(tmp_path, "KTO", model=far(), lora=False, ref_model=tiny.model(), max_steps=3,
+                      precompute_ref_log_probs=known)  # fmt: skip
+        run.train()
+        logs.append([(e["loss"], e["kl"]) for e in run.state.log_history if "loss" in e])
+    assert logs[0] == [pytest.approx(pair, rel=1e-5) for pair in logs[1]]
 
 
 def test_log_odds_are_exact_near_certainty():

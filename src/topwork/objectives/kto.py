@@ -68,8 +68,9 @@ class JudgedBatch(AnswerBatch):
 class KTO(OverAnswers):
     """The objective; its units are answers.
 
-    The KL is the mean log-ratio of answers to prompts that are not their own, at least 0: each
-    prompt of a step with the answer before it, over all micro-batches and devices.
+    The KL is the mean log-ratio of answers to prompts that are not their own, at least 0. A sample
+    brings such an answer along, that of the row before it, so that the estimate depends on neither
+    micro-batches nor devices; it is taken over the whole step.
     """
 
     args: KTOConfig
@@ -82,10 +83,10 @@ class KTO(OverAnswers):
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[JudgedBatch]:
-        batches = [JudgedBatch(**vars(collect(model, group))) for group in groups]
+        own = [[_only(s, 0) for s in group] for group in groups]
+        batches = [JudgedBatch(**vars(collect(model, group))) for group in own]
         if self.args.loss_type == "kto":
-            total, count = self._mismatched(model, groups)
-            total, count = (world or World()).total(total, count)
+            total, count = (world or World()).total(*self._mismatched(model, groups))
             for batch in batches:
                 batch.kl = max(0.0, total / count)
         return batches
@@ -94,21 +95,13 @@ class KTO(OverAnswers):
         self, model: nn.Module, groups: Sequence[Sequence[Rated]]
     ) -> tuple[float, float]:
         """The log-ratios of this process's mismatched answers, summed, and their number."""
-        samples = [s for group in groups for s in group]
-        mixed = iter(
-            [
-                replace(own, answers=(_cut(other, own, self.args.max_length),), reference=None)
-                for own, other in zip(samples, (samples[-1], *samples))
-            ]
-        )
-        total = torch.zeros(())
+        total = 0.0
         for group in groups:
-            batch = collect(model, [next(mixed) for _ in group])
+            batch = collect(model, [_only(s, 1) for s in group])
             with torch.no_grad():
-                total += token_logprobs(model, batch.batch).sum().cpu()
-            with self.reference.of(model) as reference:
-                total -= token_logprobs(reference, batch.batch).sum().cpu()
-        return float(total), float(len(samples))
+                total += float(token_logprobs(model, batch.batch).sum())
+            total -= float(self._know_reference(model, batch).sum())
+        return total, float(sum(len(group) for group in groups))
 
     def reference_of(self, model: nn.Module, samples: Sequence[Rated]) -> Tensor:
         """What `precompute` keeps of these samples [A]."""
@@ -137,11 +130,25 @@ class KTO(OverAnswers):
         return Loss((weights * losses).sum(), metrics)
 
 
-def _cut(other: Rated, own: Rated, limit: int | None) -> Sample:
-    """The answer of `other`, no longer than the limit leaves behind the prompt of `own`."""
-    (answer,) = other.answers
-    room = None if limit is None else limit - len(own.prompt)
-    return Sample(own.row, answer.ids[:room], answer.trained[:room])
+def _only(sample: Rated, number: int) -> Rated:
+    """`sample` with one of its answers: 0 its own, 1 that of another prompt."""
+    known = sample.reference
+    return replace(
+        sample,
+        answers=(sample.answers[number],),
+        reference=None if known is None else (known[number],),
+    )
+
+
+def with_mismatched(samples: Sequence[Rated], limit: int | None) -> list[Rated]:
+    """Each sample with the answer of the one before it as a second answer, cut at the limit."""
+    mixed = []
+    for own, other in zip(samples, (samples[-1], *samples)):
+        room = None if limit is None else limit - len(own.prompt)
+        (answer,) = other.answers
+        cut = Sample(own.row, answer.ids[:room], answer.trained[:room])
+        mixed.append(replace(own, answers=(*own.answers, cut)))
+    return mixed
 
 
 class KTOTrainer(Trainer):
@@ -164,21 +171,26 @@ class KTOTrainer(Trainer):
         model, tokenizer = load_pair(model, processing_class, args)
         data = read_answers(train_dataset, eval_dataset, tokenizer, args, JUDGED, single=True)
         self.prepared, self.prepared_eval = data.train, data.evals
-        kept = args.loss_type == "kto"  # its KL asks the reference at every step
-        model, reference = with_reference(model, ref_model, peft_config, args, kept)
+        model, reference = with_reference(model, ref_model, peft_config, args)
+
+        def samples_of(prepared: PreparedAnswers) -> Sequence[Rated]:
+            if args.loss_type != "kto":
+                return prepared.samples
+            return with_mismatched(prepared.samples, args.max_length)
+
         super().__init__(
             model,
             args,
             KTO(args, reference, model),
-            data.train.samples,
-            data.eval_samples,
+            samples_of(data.train),
+            {name: samples_of(prepared) for name, prepared in data.evals.items()},
             tokenizer=tokenizer,
             callbacks=[*callbacks, *followers(reference, args)],
             optimizer=optimizer,
             data_fingerprint=data.train.fingerprint,
             notes=[*report(data, tokenizer), *balance(data.train, args)],
         )
-        settle_reference(self, reference, args)
+        settle_reference(self, reference, args, args.loss_type, args.max_length)
 
 
 def balance(prepared: PreparedAnswers, args: KTOConfig) -> list[str]:

@@ -180,9 +180,9 @@ def fingerprint(model: nn.Module, *facts: object) -> str:
 
 def with_reference(
     model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
-    args: ReferenceConfig, kept: bool = False,
+    args: ReferenceConfig,
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
-    """The policy with its adapter, and its reference (`kept`: also when it is precomputed)."""
+    """The policy with its adapter, and its reference."""
     ref_model = None if given is None else load_model(given, args.bf16)
     policy = adapted(model, config)
     reference = choose_reference(
@@ -190,7 +190,7 @@ def with_reference(
         ref_model,
         config is not None,
         args.sync_ref_model,
-        args.precompute_ref_log_probs and not kept,
+        args.precompute_ref_log_probs,
     )
     return policy, reference
 

@@ -1,0 +1,67 @@
+"""Losses that look at a whole step look at all processes: two train as one does."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import sys, torch
+sys.path[:0] = [{tests!r}, {tests!r} + "/objectives"]
+import tiny, topwork
+from test_preferences import JUDGED, LORA, PAIRS
+torch.set_num_threads(1)
+options = dict(per_device_train_batch_size={micro}, max_steps=3, learning_rate=1e-2, use_cpu=True,
+               logging_steps=1, disable_tqdm=True, save_strategy="no", seed=3)
+for name, rows, own in (
+    ("DPO", PAIRS, dict(loss_type=["aot_unpaired", "aot", "sft"], precompute_ref_log_probs=True)),
+    ("KTO", JUDGED, dict(beta=0.5)),
+):
+    torch.manual_seed(1)
+    model = topwork.get_peft_model(tiny.model(), topwork.LoraConfig(**LORA))
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for path, parameter in model.named_parameters():
+            if "lora_B" in path:
+                parameter.normal_(std=0.3)
+    args = getattr(topwork, name + "Config")(output_dir={out!r} + "/" + name, **options, **own)
+    getattr(topwork, name + "Trainer")(
+        *((model, tiny.model()) if name == "DPO" else (tiny.model(), model)), args, rows,
+        processing_class=tiny.tokenizer(),
+    ).train()
+"""
+
+
+def launch(out, micro, world):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    code = SCRIPT.format(tests=str(Path(__file__).parents[1]), out=str(out), micro=micro)
+    env = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+           "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}  # fmt: skip
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env={**env, "RANK": str(rank)})
+        for rank in range(world)
+    ]
+    assert [p.wait(timeout=120) for p in running] == [0] * world
+    return [
+        json.loads(line)
+        for name in ("DPO", "KTO")
+        for line in (out / name / "log.jsonl").read_text().splitlines()
+    ]
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    one, two = launch(tmp_path / "one", 4, 1), launch(tmp_path / "two", 2, 2)
+    assert len(one) == 6
+    for ours, theirs in zip(two, one, strict=True):
+        for key in ("loss", "grad_norm", "rewards/accuracies", "kl"):
+            if key in theirs:
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4, abs=1e-6), key
+    assert any(log.get("kl", 0) > 0 for log in one)
