@@ -315,3 +315,34 @@ def test_the_divergence_equals_the_peers(beta):
         student.log_softmax(-1).flatten(0, 1), teacher.log_softmax(-1).flatten(0, 1), beta
     )
     torch.testing.assert_close(found.sum(), wanted)
+
+
+def test_models_of_transformers_are_trained_as_ours_are(homes, tmp_path):
+    import topwork
+
+    logs = []
+    for load in (topwork.AutoModelForCausalLM, transformers.AutoModelForCausalLM):
+        run = DPOTrainer(
+            load.from_pretrained(homes / "policy"), load.from_pretrained(homes / "base"),
+            DPOConfig(**our_options(tmp_path)), chat_pairs(),
+            processing_class=topwork.AutoTokenizer.from_pretrained(homes / "policy"),
+        )  # fmt: skip
+        run.train()
+        logs.append(run.state.log_history[0])
+    assert_same(*logs, *METRICS)
+    logs = []
+    config = topwork.Config(**{**tiny.model().config.to_dict(), "num_labels": 1})
+    torch.manual_seed(2)
+    scored = topwork.AutoModelForSequenceClassification.from_config(config)
+    scored.save_pretrained(tmp_path / "scored")
+    for module in (topwork, transformers):
+        model = module.AutoModelForSequenceClassification.from_pretrained(
+            tmp_path / "scored", num_labels=1
+        )
+        run = topwork.RewardTrainer(
+            model, topwork.RewardConfig(**our_options(tmp_path)), chat_pairs(),
+            processing_class=topwork.AutoTokenizer.from_pretrained(homes / "policy"),
+        )  # fmt: skip
+        run.train()
+        logs.append(run.state.log_history[0])
+    assert_same(*logs, "accuracy", "margin")
