@@ -19,6 +19,7 @@ from topwork.errors import ConfigError
 from topwork.objectives.answers import AnswersConfig
 from topwork.objectives.setup import adapted, at_least, load_model
 from topwork.peft import PeftConfig, PeftModel
+from topwork.peft.state import fill
 from topwork.training import Trainer, TrainerCallback
 from topwork.training.distributed import World
 from topwork.training.precision import cast
@@ -119,11 +120,23 @@ def choose_reference(
         if REF not in model.peft_config:
             if fresh and not follows:
                 return Reference()
-            model.copy_adapter(model.active_adapter, REF)
+            copy_adapter(model, model.active_adapter, REF)
         return Reference(None, REF, follows)
     if precomputed:
         return Reference()
     return Reference(copy.deepcopy(model).requires_grad_(False).eval(), None, follows)
+
+
+def copy_adapter(model: PeftModel, source: str, target: str) -> None:
+    """A copy of adapter `source` as `target`, neither active nor trained."""
+    config = replace(model.peft_config[source], inference_mode=True)
+    if hasattr(config, "init_lora_weights"):  # some ways to begin change the base
+        config = replace(config, init_lora_weights=True)  # type: ignore[call-arg]
+    model.add_adapter(target, config)
+    copied = model.adapter_state(target)
+    fill(copied, model.adapter_state(source), f"adapter {source!r}")
+    for tensor in copied.values():
+        tensor.requires_grad_(False)
 
 
 class FollowPolicy(TrainerCallback):

@@ -279,16 +279,6 @@ class PeftModel(nn.Module):
         finally:
             self._active = before
 
-    def copy_adapter(self, source: str, target: str) -> None:
-        """A copy of adapter `source` as `target`, neither active nor trained."""
-        config = replace(self._known(source), inference_mode=True)
-        if hasattr(config, "init_lora_weights"):  # some ways to begin change the base
-            config = replace(config, init_lora_weights=True)
-        self.add_adapter(target, config)
-        state.fill(self.adapter_state(target), self.adapter_state(source), f"adapter {source!r}")
-        for _, tensor in state.tensors_of(self.base_model, config, target).items():
-            tensor.requires_grad_(False)
-
     @contextmanager
     def rows_by_adapter(
         self, names: list[str] | None, call: dict[str, Any] | None = None
