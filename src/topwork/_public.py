@@ -16,6 +16,7 @@ HOMES = {
     "AutoPeftModelForTokenClassification": "topwork.peft",
     "AutoTokenizer": "topwork.text",
     "BOFTConfig": "topwork.peft",
+    "BitsAndBytesConfig": "topwork.quant",
     "BeftConfig": "topwork.peft",
     "BottleneckConfig": "topwork.peft",
     "C3AConfig": "topwork.peft",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from topwork import hub, weights
+from topwork import hub, quant, weights
 from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.models import families
 from topwork.models.base import Model
@@ -106,13 +106,16 @@ class _Auto:
         id2label: Mapping[Any, str] | None = None,
         label2id: Mapping[str, Any] | None = None,
         problem_type: str | None = None,
+        quantization_config: Any = None,
         **where: Any,
     ) -> Any:
         """Load a folder, a Hub id or a .gguf file (dequantised to fp32 unless `dtype` says else).
 
         `dtype` "auto" keeps the file's, else a torch dtype or its name. The labels of a classifier
         may be given in place of the file's; a head that the file lacks starts fresh, with a
-        TopworkWarning that names it. `where`: revision, token, cache_dir, local_files_only,
+        TopworkWarning that names it. `quantization_config` (a `BitsAndBytesConfig`, or a dictionary
+        of its fields): each linear is quantised as it is read; a file that is quantised already
+        says so itself. `where`: revision, token, cache_dir, local_files_only,
         force_download, subfolder, allow_bin as in `hub.resolve`.
         """
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
@@ -123,6 +126,7 @@ class _Auto:
         )  # an adapter's file says what its base is
         with torch.device("meta"):
             model = build(config, cls.task)
+        quantised = _quantised(model, config, quantization_config)
         report = weights.load_weights(
             model,
             checkpoint,
@@ -131,6 +135,7 @@ class _Auto:
             device=device,
             tied=model.tied,
         )
+        model.quantization_config = quantised
         for alias in report.untied:
             model.tied.pop(alias)
         model.tie_weights()
@@ -198,6 +203,24 @@ def initialise(model: Any, names: Iterable[str]) -> None:
             torch.nn.init.zeros_(parameter)
         elif parameter.dim() > 1:
             torch.nn.init.normal_(parameter, std=std)
+
+
+def _quantised(model: Model, config: Config, given: Any) -> quant.BitsAndBytesConfig | None:
+    """Make room in `model` for quantised weights; what they are, if there are any."""
+    own = config.get("quantization_config")
+    if own is not None:
+        if given is not None:
+            raise ConfigError("the checkpoint is quantised already; leave quantization_config out")
+        method = own.get("quant_method", "bitsandbytes")
+        if method != "bitsandbytes":
+            raise ConfigError(f"quant_method={method!r} is not known; known: bitsandbytes")
+    if own is None and given is None:
+        return None
+    chosen = quant.BitsAndBytesConfig.of(own or given)
+    if own is not None and not chosen.load_in_4bit:
+        raise ConfigError("checkpoints of bitsandbytes in 8 bits are not read; those in 4 are")
+    quant.prepare(model, model.trunk, chosen, coded=own is not None)
+    return chosen
 
 
 def _start_fresh(model: Model, report: weights.LoadReport, device: str | torch.device) -> None:

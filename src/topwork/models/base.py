@@ -6,13 +6,13 @@ import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork import ops, weights
+from topwork import ops, quant, weights
 from topwork.errors import ConfigError
 from topwork.models.config import Config
 from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
@@ -45,6 +45,7 @@ class Model(nn.Module):
         self.generation_config: dict[str, Any] = {}
         self.tied: dict[str, str] = {}
         self.table = weights.PLAIN
+        self.quantization_config: quant.BitsAndBytesConfig | None = None
 
     @property
     def trunk(self) -> Any:
@@ -69,7 +70,14 @@ class Model(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False) -> int:
         chosen = (p for p in self.parameters() if p.requires_grad or not only_trainable)
-        return sum(p.numel() for p in chosen)
+        packed = 0 if only_trainable else quant.Summary.of(self).numbers
+        return sum(p.numel() for p in chosen) + packed
+
+    def dequantize(self) -> Self:
+        """Put plain linears of the same values in place of quantised ones."""
+        quant.dequantise(self)
+        self.quantization_config = None
+        return self
 
     def new_cache(self, batch_size: int | None = None) -> KVCache:
         return KVCache(self.layer_count)
@@ -103,6 +111,11 @@ class Model(nn.Module):
         for inert in ("torch_dtype", "_name_or_path"):
             saved.__dict__.pop(inert, None)
         saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
+        saved.__dict__.pop("quantization_config", None)
+        if self.quantization_config is not None:
+            if not self.quantization_config.load_in_4bit:
+                raise ConfigError("weights in 8 bits are not written; call dequantize() first")
+            saved.__dict__["quantization_config"] = self.quantization_config.to_dict()
         saved.save_pretrained(folder)
         if self.generation_config:
             text = json.dumps(self.generation_config, indent=2, sort_keys=True) + "\n"

@@ -68,6 +68,7 @@ INERT = frozenset(
         "return_dict",
         "return_dict_in_generate",
         "rope_interleaved",
+        "quantization_config",  # read where the weights are loaded
         "sep_token_id",
         "suppress_tokens",
         "task_specific_params",
@@ -91,7 +92,6 @@ INERT = frozenset(
 INERT_AT: dict[str, tuple[Any, ...]] = {
     "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),
-    "quantization_config": (None,),
 }
 
 

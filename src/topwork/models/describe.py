@@ -7,6 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from topwork.models.base import Model
+from topwork.quant import Summary
 
 
 def describe(model: Model) -> str:
@@ -20,6 +21,8 @@ def describe(model: Model) -> str:
         f"{model.config.model_type}: {model.num_parameters():,} parameters, {model.dtype}",
         f"embedding {spec.vocab} x {spec.hidden}{tied}",
     ]
+    if model.quantization_config is not None:
+        lines.append(f"quantised: {Summary.of(model)}")
     at = 0
     for layer, run in groupby(spec.layers):
         count = len(list(run))

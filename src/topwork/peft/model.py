@@ -18,6 +18,7 @@ from topwork.peft import card, inject, methods, prompts, rounding, state, status
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import AdaptedLayer, Rows, check_name
 from topwork.peft.methods.lora import Lora
+from topwork.quant import Summary
 
 
 def get_peft_model(
@@ -391,7 +392,8 @@ class PeftModel(nn.Module):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters."""
         sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes)
+        packed = Summary.of(self).numbers
+        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes) + packed
 
     def print_trainable_parameters(self) -> None:
         trainable, total = self.get_nb_trainable_parameters()

@@ -1,7 +1,11 @@
 """Linear layers whose weights are held in few bits."""
 
 from topwork.quant.blocks import Blocks
+from topwork.quant.config import BitsAndBytesConfig, Summary, prepare
 from topwork.quant.linear import QuantisedLinear, dequantise, quantise
 from topwork.quant.tiles import Tiles
 
-__all__ = ["Blocks", "QuantisedLinear", "Tiles", "dequantise", "quantise"]
+__all__ = [
+    "BitsAndBytesConfig", "Blocks", "QuantisedLinear", "Summary", "Tiles", "dequantise", "prepare",
+    "quantise",
+]  # fmt: skip

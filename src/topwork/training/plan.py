@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from topwork.quant import Summary
+
 # Beside tensors: the interpreter, torch's libraries, buffers of its kernels (measured: 0.5 GB).
 RUNTIME = 500 * 2**20
 
@@ -25,6 +27,7 @@ class Plan:
     activations_per_token: float
     largest_batch: int
     available: int | None
+    quantised: str = ""
 
     @property
     def activations(self) -> int:
@@ -54,6 +57,8 @@ class Plan:
             f"{size(self.optimiser)}, activations {size(self.activations)} "
             f"({self.largest_batch:,} tokens in the largest micro-batch)",
         ]
+        if self.quantised:
+            text.insert(1, f"base quantised: {self.quantised}")
         if self.available is not None and self.tokens_that_fit is not None:
             verdict = "fits" if self.fits else "DOES NOT FIT"
             text.append(
@@ -141,7 +146,8 @@ def make_plan(
     What the probe draws at random is drawn again by the run: the generators are put back.
     """
     parameters = list(model.parameters())
-    weights = sum(p.numel() * p.element_size() for p in parameters)
+    weights = sum(t.nbytes for t in (*parameters, *model.buffers()))
+    packed = Summary.of(model)
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     before = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
@@ -159,11 +165,12 @@ def make_plan(
     return Plan(
         weights,
         trainable,
-        sum(p.numel() for p in parameters),
+        sum(p.numel() for p in parameters) + packed.numbers,
         optimiser_bytes,
         saved / max(1, tokens),
         largest_batch,
         available_memory(device),
+        str(packed) if packed.layers else "",
     )
 
 

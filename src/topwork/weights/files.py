@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -75,6 +76,13 @@ class _Intake:
         self.module, self.table, self.dtype, self.device = module, table, dtype, device
         self.wanted = dict(module.named_parameters(remove_duplicate=False))
         self.wanted |= dict(_persistent_buffers(module))
+        # Layers that take their tensors themselves (quantised ones): name → the layer, its part.
+        self.takers: dict[str, tuple[Any, str]] = {}
+        for path, layer in module.named_modules():
+            if hasattr(layer, "take"):
+                self.takers |= {f"{path}.{part}": (layer, part) for part in layer.wanted()}
+                shape = torch.empty(layer.shape, device="meta")
+                self.wanted |= {f"{path}.{part}": shape for part in layer.wanted()}
         self.owners = {alias: owner for alias, owner in tied.items() if alias in self.wanted}
         self.loaded: dict[str, str] = {}  # name in the module → the name it came under
         self.packed: dict[str, tuple[Tensor, set[tuple[int, int]]]] = {}
@@ -128,11 +136,32 @@ class _Intake:
         filled.add(slot)
         if len(filled) == (whole.shape[0] if pack.numbered else 1) * len(pack.disk):
             del self.packed[name]
-            _assign(self.module, name, self.table.loaded(name, whole).contiguous())
+            whole = self.table.loaded(name, whole).contiguous()
+            if name in self.takers:
+                self._hand_over(name, name, whole)
+                return
+            _assign(self.module, name, whole)
             self.loaded[name] = name
+
+    def _hand_over(self, key: str, name: str, tensor: Tensor) -> None:
+        layer, part = self.takers[name]
+        if layer.coded:
+            try:
+                layer.take(part, tensor.to(self.device, copy=True))
+            except CheckpointError as error:
+                self.wrong[name] = f"{key}: {error}"
+                return
+        elif self._misfit(key, name, tensor, self.wanted[name]):
+            return
+        else:
+            layer.take(part, tensor.to(self.device, self._cast(tensor)))
+        self.loaded[name] = name
 
     def _put(self, key: str, name: str, tensor: Tensor) -> None:
         tensor = self.table.loaded(name, tensor)
+        if name in self.takers:
+            self._hand_over(key, name, tensor)
+            return
         if self._misfit(key, name, tensor, self.wanted[name]):
             return
         owner = self.owners.get(name, name)
