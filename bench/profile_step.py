@@ -12,15 +12,31 @@ import resource
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from rows import Row
 from sft import prepare, useful_flops
-from sides import peak_mib, plain_step
+from sides import Step, peak_mib, step_of
 from topwork import AutoModelForCausalLM, PeftModel
+from topwork.ops.memory import keep_freed_memory
 
 FOLDER = Path(tempfile.gettempdir()) / "topwork-bench"
+
+
+def plain_step(model: Any) -> Step:
+    """Our step without a trainer: packed rows, only the trained tokens in the head."""
+    keep_freed_memory()
+
+    def loss_of(batch: list[Row]) -> torch.Tensor:
+        ids = torch.tensor([i for row in batch for i in row.ids])
+        trained = torch.tensor([t for row in batch for t in [*row.trained[1:], False]])
+        hidden = model.backbone(ids[None], lengths=tuple(len(row.ids) for row in batch))
+        at = trained.nonzero()[:, 0]
+        return -model.token_logprobs(hidden[0, at], ids[at + 1]).mean()
+
+    return step_of([p for p in model.parameters() if p.requires_grad], loss_of)
 
 
 def main() -> None:

@@ -13,7 +13,6 @@ import torch
 
 from rows import Row
 from sft import ALPHA, CASES, DROPOUT, RANK, RATE
-from topwork.ops.memory import keep_freed_memory
 
 
 def peak_mib() -> float:
@@ -48,28 +47,68 @@ def loop(step: Step, batches: list[list[Row]]) -> dict:
     return {"losses": losses, "seconds": seconds}
 
 
-def plain_step(model: Any) -> Step:
-    """Our step without a trainer: packed rows, only the trained tokens in the head."""
-    keep_freed_memory()
+class Clock:
+    """Seconds of each step, for the callbacks of either trainer."""
 
-    def loss_of(batch: list[Row]) -> torch.Tensor:
-        ids = torch.tensor([i for row in batch for i in row.ids])
-        trained = torch.tensor([t for row in batch for t in [*row.trained[1:], False]])
-        hidden = model.backbone(ids[None], lengths=tuple(len(row.ids) for row in batch))
-        at = trained.nonzero()[:, 0]
-        return -model.token_logprobs(hidden[0, at], ids[at + 1]).mean()
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
 
-    return step_of([p for p in model.parameters() if p.requires_grad], loss_of)
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds[-1] = time.perf_counter() - self.seconds[-1]
+
+
+def as_columns(batches: list[list[Row]]) -> list[dict[str, list[int]]]:
+    rows = (row for batch in batches for row in batch)
+    return [
+        {"input_ids": r.ids, "labels": [i if t else -100 for i, t in zip(r.ids, r.trained)]}
+        for r in rows
+    ]
 
 
 def ours(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
-    from topwork import AutoModelForCausalLM, PeftModel
+    from topwork import (
+        AutoModelForCausalLM,
+        AutoTokenizer,
+        PeftModel,
+        SFTConfig,
+        SFTTrainer,
+        TrainerCallback,
+    )
+
+    class OurClock(Clock, TrainerCallback):
+        pass
 
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
-    if side == "ours-checkpointing":
-        model.gradient_checkpointing_enable()
-    model = PeftModel.from_pretrained(model, adapter, is_trainable=True).train()
-    return loop(plain_step(model), batches)
+    args = SFTConfig(
+        output_dir=str(base.parent / "ours"),
+        per_device_train_batch_size=len(batches[0]),
+        max_steps=len(batches),
+        learning_rate=RATE,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        max_length=None,
+        shuffle=False,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        gradient_checkpointing=side == "ours-checkpointing",
+    )
+    clock = OurClock()
+    trainer = SFTTrainer(
+        PeftModel.from_pretrained(model, adapter, is_trainable=True),
+        args,
+        as_columns(batches),
+        processing_class=AutoTokenizer.from_pretrained(base),
+        callbacks=[clock],
+    )
+    torch.manual_seed(1)
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {"losses": losses, "seconds": clock.seconds}
 
 
 def peft(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: str) -> dict:
@@ -101,11 +140,7 @@ def trl(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: s
 
     import peft
 
-    rows = [row for batch in batches for row in batch]
-    data = datasets.Dataset.from_list(
-        [{"input_ids": r.ids, "labels": [i if t else -100 for i, t in zip(r.ids, r.trained)]}
-         for r in rows]
-    )  # fmt: skip
+    data = datasets.Dataset.from_list(as_columns(batches))
     best = {"gradient_checkpointing": False} if side == "trl-best" else {}
     args = SFTConfig(
         output_dir=str(base.parent / "trl"),
@@ -131,27 +166,23 @@ def trl(batches: list[list[Row]], dtype: str, base: Path, adapter: Path, side: s
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    seconds: list[float] = []
 
-    class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter())
+    class TheirClock(Clock, transformers.TrainerCallback):
+        pass
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds[-1] = time.perf_counter() - seconds[-1]
-
+    clock = TheirClock()
     trainer = SFTTrainer(
         model,
         args=args,
         train_dataset=data,
         processing_class=transformers.AutoTokenizer.from_pretrained(base),
         peft_config=config,
-        callbacks=[Clock()],
+        callbacks=[clock],
     )
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return {"losses": losses, "seconds": seconds}
+    return {"losses": losses, "seconds": clock.seconds}
 
 
 def main() -> None:
