@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from topwork.models import *
     from topwork.objectives import *
     from topwork.peft import *
+    from topwork.pipelines import *
     from topwork.quant import BitsAndBytesConfig
     from topwork.text import *
     from topwork.training import *

@@ -8,6 +8,7 @@ HOMES = {
     "AutoModelForMaskedLM": "topwork.models",
     "AutoModelForMultipleChoice": "topwork.models",
     "AutoModelForQuestionAnswering": "topwork.models",
+    "AutoModelForSeq2SeqLM": "topwork.models",
     "AutoModelForSequenceClassification": "topwork.models",
     "AutoModelForTokenClassification": "topwork.models",
     "AutoPeftModelForCausalLM": "topwork.peft",
@@ -98,4 +99,5 @@ HOMES = {
     "GRPOTrainer": "topwork.objectives",
     "RLOOConfig": "topwork.objectives",
     "RLOOTrainer": "topwork.objectives",
+    "pipeline": "topwork.pipelines",
 }

@@ -98,7 +98,8 @@ class CachedProgram:
         cls, model: Any, cache: Any, mask: Tensor | None, batch: int, room: int
     ) -> CachedProgram | None:
         """For a cache of `batch` rows, padded where `mask` says so; None where there is none."""
-        stores = getattr(cache, "stores", [None])
+        # A kind of its own (an encoder-decoder's) holds more than a step program knows of.
+        stores: list[Any] = list(cache.stores) if type(cache) is KVCache else [None]
         if not all(type(store) is Growing for store in stores) or batch > decode.MOST_ROWS:
             return None
         active = getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []

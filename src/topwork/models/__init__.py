@@ -7,6 +7,7 @@ from topwork.models.auto import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
@@ -17,7 +18,7 @@ from topwork.models.describe import describe
 
 __all__ = [
     "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM",
-    "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering",
+    "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "CausalLMOutput",
     "CausalModel", "Config", "Model", "capabilities", "describe",
 ]  # fmt: skip

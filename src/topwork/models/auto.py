@@ -194,6 +194,16 @@ class AutoModelForMultipleChoice(_Auto):
     task = "multiple-choice"
 
 
+class AutoModelForSeq2SeqLM(_Auto):
+    """Builds the encoder-decoder that turns one text into another."""
+
+    task = "seq2seq-lm"
+
+
+# Task name → its Auto class.
+AUTO: dict[str, Any] = {made.task: made for made in _Auto.__subclasses__()}
+
+
 def initialise(model: Any, names: Iterable[str]) -> None:
     """Fresh values: matrices normal with `initializer_range`, biases zero, norms as they are."""
     std = model.config.get("initializer_range", 0.02)

@@ -1,0 +1,284 @@
+"""The two stacks of an encoder-decoder, built from a spec: embeddings, blocks, final norm.
+
+for each block:   x = x + attention(x);   x = x + cross(x, memory);   x = x + feed(x)
+with a norm before each part, or after each addition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from topwork import ops
+from topwork.nn.cache import KVCache
+from topwork.nn.layers import ACTIVATIONS, linears
+from topwork.nn.norms import NormSpec
+from topwork.nn.paths import part, place
+from topwork.nn.relative import relative_bias
+from topwork.ops.cross import cross_attention
+
+
+@dataclass(frozen=True)
+class StackNames:
+    """Where the parts stand in the checkpoint; `projections`: those of q, k, v and the output."""
+
+    blocks: str = "layers"
+    attention: str = "self_attn"
+    attention_norm: str = "self_attn_layer_norm"
+    cross: str = "encoder_attn"
+    cross_norm: str = "encoder_attn_layer_norm"
+    projections: tuple[str, str, str, str] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    up: str = "fc1"
+    gate: str | None = None
+    down: str = "fc2"
+    norm: str = "final_layer_norm"
+    embedding_norm: str | None = None
+    final_norm: str | None = None
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """One stack. `gate` in the names: feed is down(act(gate x) · up x), else down(act(up x)).
+
+    `places` makes the embedding of positions; `relative` is (buckets, longest distance) of a
+    learned bias that the first block holds for all. `scale` of the scores, `embedding_scale` of
+    the words.
+    """
+
+    vocab: int
+    hidden: int
+    heads: int
+    head_dim: int
+    width: int
+    count: int
+    activation: str
+    norm: NormSpec
+    scale: float
+    bias: bool
+    norm_first: bool
+    names: StackNames
+    crossed: bool = False
+    context: int = 0
+    places: Callable[[], nn.Module] | None = None
+    relative: tuple[int, int] | None = None
+    embedding_scale: float = 1.0
+    dropout: float = 0.0
+    inner_dropout: float = 0.0
+
+    @property
+    def relative_path(self) -> str:
+        return f"{self.names.blocks}.0.{self.names.attention}.relative_attention_bias"
+
+
+@dataclass
+class Memory:
+    """What the decoder looks at: the encoder's states [B, S, C], or packed in one row."""
+
+    hidden: Tensor
+    lengths: tuple[int, ...] | None = None
+
+
+class DecoderCache(KVCache):
+    """The decoder's own keys and values, and those of the memory, which stay as they are.
+
+    `memory`: per layer k, v [B, S, H, D]; `keep` [B, S] is False where a text is padding.
+    """
+
+    def __init__(self, memory: list[tuple[Tensor, Tensor]], keep: Tensor | None) -> None:
+        super().__init__(len(memory))
+        self.memory, self.keep = memory, keep
+        self.bias: Tensor | None = None
+        rows = len(memory[0][0]) if memory else 0
+        self._owner = torch.arange(rows)
+
+    def select(self, rows: Tensor) -> None:
+        super().select(rows)
+        self._take(rows.cpu())
+
+    def spread(self, batch: int) -> None:
+        """Repeat each text's memory so that there are `batch` rows."""
+        copies, rest = divmod(batch, len(self._owner))
+        if copies > 1 and not rest:
+            self._take(torch.arange(len(self._owner)).repeat_interleave(copies))
+
+    def _take(self, rows: Tensor) -> None:
+        owner = self._owner[rows]
+        if len(owner) == len(self._owner) and torch.equal(owner, self._owner):
+            return  # beams of one text changed places: they look at the same memory
+        self._owner = owner
+        where = rows.to(self.memory[0][0].device)
+        self.memory = [(k[where], v[where]) for k, v in self.memory]
+        self.keep = None if self.keep is None else self.keep[where]
+
+
+class Heads(nn.Module):
+    """The four linears of an attention."""
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        wide = spec.heads * spec.head_dim
+        q, k, v, out = spec.names.projections
+        for name in (k, v, q):
+            self.add_module(name, nn.Linear(spec.hidden, wide, bias=spec.bias))
+        self.add_module(out, nn.Linear(wide, spec.hidden, bias=spec.bias))
+
+    def project(self, x: Tensor, which: str) -> tuple[Tensor, ...]:
+        """x [B, T, C] → those of q, k, v that `which` names, each [B, T, H, D]."""
+        parts = [part(self, self.spec.names.projections["qkv".index(w)]) for w in which]
+        return tuple(y.unflatten(-1, (self.spec.heads, -1)) for y in linears(x, parts))
+
+    def out(self, y: Tensor) -> Tensor:
+        return linears(y.flatten(2), (part(self, self.spec.names.projections[3]),))[0]
+
+
+class StackBlock(nn.Module):
+    """Self-attention, in a decoder cross-attention, and the feed-forward part."""
+
+    def __init__(self, spec: StackSpec, index: int) -> None:
+        super().__init__()
+        self.spec, self.index = spec, index
+        names = spec.names
+        place(self, names.attention, Heads(spec))
+        place(self, names.attention_norm, spec.norm.build(spec.hidden))
+        if spec.crossed:
+            place(self, names.cross, Heads(spec))
+            place(self, names.cross_norm, spec.norm.build(spec.hidden))
+        for path in (names.up, names.gate):
+            if path is not None:
+                place(self, path, nn.Linear(spec.hidden, spec.width, bias=spec.bias))
+        place(self, names.down, nn.Linear(spec.width, spec.hidden, bias=spec.bias))
+        place(self, names.norm, spec.norm.build(spec.hidden))
+
+    def forward(
+        self,
+        x: Tensor,
+        layout: ops.Layout,
+        terms: ops.ScoreTerms,
+        memory: Memory | None,
+        cache: DecoderCache | None,
+    ) -> Tensor:
+        names = self.spec.names
+        x = self._add(x, names.attention_norm, lambda y: self._look(y, layout, terms, cache))
+        if self.spec.crossed:
+            x = self._add(x, names.cross_norm, lambda y: self._cross(y, layout, memory, cache))
+        return self._add(x, names.norm, self._feed)
+
+    def _add(self, x: Tensor, norm: str, run: Callable[[Tensor], Tensor]) -> Tensor:
+        drop, training = self.spec.dropout, self.training
+        if self.spec.norm_first:
+            return x + F.dropout(run(part(self, norm)(x)), drop, training)
+        return part(self, norm)(x + F.dropout(run(x), drop, training))
+
+    def _look(
+        self, x: Tensor, layout: ops.Layout, terms: ops.ScoreTerms, cache: DecoderCache | None
+    ) -> Tensor:
+        heads = part(self, self.spec.names.attention)
+        q, k, v = heads.project(x, "qkv")
+        if cache is not None:
+            k, v = cache.update(self.index, k, v)
+        rule = ops.Rule(self.spec.scale, causal=self.spec.crossed)
+        return heads.out(ops.attention(q, k, v, layout, rule, terms))
+
+    def _cross(
+        self, x: Tensor, layout: ops.Layout, memory: Memory | None, cache: DecoderCache | None
+    ) -> Tensor:
+        heads, scale = part(self, self.spec.names.cross), self.spec.scale
+        (q,) = heads.project(x, "q")
+        if cache is not None:
+            k, v = cache.memory[self.index]
+            return heads.out(cross_attention(q, k, v, scale, keep=cache.keep))
+        assert memory is not None
+        k, v = heads.project(memory.hidden, "kv")
+        pairs = None
+        if layout.lengths is not None and memory.lengths is not None:
+            pairs = tuple(zip(layout.documents, memory.lengths))
+        return heads.out(cross_attention(q, k, v, scale, pairs))
+
+    def _feed(self, x: Tensor) -> Tensor:
+        spec, names = self.spec, self.spec.names
+        act = ACTIVATIONS[spec.activation]
+        if names.gate is None:
+            inner = act(linears(x, (part(self, names.up),))[0])
+        else:
+            gate, up = linears(x, (part(self, names.gate), part(self, names.up)))
+            inner = act(gate) * up
+        inner = F.dropout(inner, spec.inner_dropout, self.training)
+        return linears(inner, (part(self, names.down),))[0]
+
+
+class Stack(nn.Module):
+    """Token ids to hidden states; with `crossed` a decoder that looks at a memory."""
+
+    def __init__(self, spec: StackSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.checkpointing = False
+        self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
+        if spec.places is not None:
+            self.embed_positions = spec.places()
+        for i in range(spec.count):
+            place(self, f"{spec.names.blocks}.{i}", StackBlock(spec, i))
+        if spec.relative is not None:
+            place(self, spec.relative_path, nn.Embedding(spec.relative[0], spec.heads))
+        for path in (spec.names.embedding_norm, spec.names.final_norm):
+            if path is not None:
+                place(self, path, spec.norm.build(spec.hidden))
+
+    @property
+    def blocks(self) -> Any:
+        return getattr(self, self.spec.names.blocks)
+
+    def remember(self, memory: Tensor) -> list[tuple[Tensor, ...]]:
+        """Each layer's keys and values [..., H, D] of a memory [..., C]."""
+        return [part(block, self.spec.names.cross).project(memory, "kv") for block in self.blocks]
+
+    def _terms(self, longest: int, cache: DecoderCache | None) -> ops.ScoreTerms:
+        if self.spec.relative is None:
+            return ops.ScoreTerms()
+        table, far = part(self, self.spec.relative_path).weight, self.spec.relative[1]
+        sides = not self.spec.crossed
+        if cache is None:
+            return ops.ScoreTerms(bias=relative_bias(table, longest, longest, far, sides))
+        if cache.bias is None or cache.bias.shape[1] < longest:
+            room = max(64, 2 * longest)
+            cache.bias = relative_bias(table, room, room, far, sides)
+        return ops.ScoreTerms(bias=cache.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor | None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        positions: Tensor,
+        longest: int,
+        layout: ops.Layout,
+        memory: Memory | None = None,
+        cache: DecoderCache | None = None,
+    ) -> Tensor:
+        """ids [B, T] or embeddings [B, T, C] at `positions` [B, T] → hidden [B, T, C]."""
+        spec = self.spec
+        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if spec.embedding_scale != 1 and inputs_embeds is None:
+            x = x * spec.embedding_scale
+        if spec.places is not None:
+            x = x + self.embed_positions(positions).to(x.dtype)
+        if spec.names.embedding_norm is not None:
+            x = part(self, spec.names.embedding_norm)(x)
+        x = F.dropout(x, spec.dropout, self.training)
+        terms = self._terms(longest, cache)
+        for block in self.blocks:
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, layout, terms, memory, cache, use_reentrant=False)
+            else:
+                x = block(x, layout, terms, memory, cache)
+        if spec.names.final_norm is not None:
+            x = part(self, spec.names.final_norm)(x)
+            x = F.dropout(x, spec.dropout, self.training) if spec.relative is not None else x
+        return x

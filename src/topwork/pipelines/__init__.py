@@ -1,0 +1,6 @@
+"""Tasks in one call: a text in, an answer out."""
+
+from topwork.pipelines.base import Pipeline
+from topwork.pipelines.factory import TASKS, pipeline
+
+__all__ = ["Pipeline", "TASKS", "pipeline"]

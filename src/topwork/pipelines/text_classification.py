@@ -1,0 +1,83 @@
+"""A class for each text: sentiment, spam, entailment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from topwork.errors import ConfigError, DataError, nearest
+from topwork.models.heads import label_count
+from topwork.pipelines.base import Pipeline
+
+FUNCTIONS = ("sigmoid", "softmax", "none")
+
+
+class TextClassificationPipeline(Pipeline):
+    """`pipe(text)` → [{"label", "score"}]; a pair is {"text": …, "text_pair": …}."""
+
+    model_task = "sequence-classification"
+
+    def __call__(self, inputs: Any, **options: Any) -> Any:
+        found = super().__call__(inputs, **options)
+        # One text without top_k gives a list of one, as it always has.
+        plain = "top_k" not in options and self.is_single(inputs)
+        return [found] if plain and isinstance(inputs, str) else found
+
+    def run(
+        self,
+        items: list[Any],
+        top_k: int | None = 1,
+        function_to_apply: str | None = None,
+        truncation: bool | str = False,
+        max_length: int | None = None,
+        listed: bool = False,
+    ) -> list[Any]:
+        """`top_k` None gives all labels, the likeliest first; given at all, each result is a list.
+
+        `function_to_apply`: softmax, sigmoid or none; by default what the model's problem asks for.
+        """
+        firsts, seconds = split_pairs(items)
+        texts = self.texts(firsts, seconds, truncation=truncation, max_length=max_length)
+        function = function_to_apply or self._usual()
+        if function not in FUNCTIONS:
+            raise ConfigError(f"function_to_apply={function!r}{nearest(function, FUNCTIONS)}")
+        results = []
+        for logits in self.text_logits(texts):
+            scores = apply(function, logits).tolist()
+            order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+            results.append([{"label": self.label(i), "score": scores[i]} for i in order])
+        return results if listed else [row[0] for row in results]
+
+    def results(self, items: list[Any], options: dict[str, Any]) -> list[Any]:
+        return super().results(items, {**options, "listed": "top_k" in options})
+
+    def _usual(self) -> str:
+        problem = self.config.get("problem_type")
+        if problem == "regression":
+            return "none"
+        one = label_count(self.config) == 1
+        return "sigmoid" if problem == "multi_label_classification" or one else "softmax"
+
+
+def apply(function: str, logits: Tensor) -> Tensor:
+    if function == "softmax":
+        return logits.softmax(-1)
+    return logits.sigmoid() if function == "sigmoid" else logits
+
+
+def split_pairs(items: list[Any]) -> tuple[list[str], list[str] | None]:
+    """Texts, and their second parts where the items are {"text", "text_pair"}."""
+    if not any(isinstance(item, Mapping) for item in items):
+        return items, None
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping) or "text" not in item:
+            raise DataError(f'input {i}: expected {{"text": …, "text_pair": …}} like the others')
+    firsts = [item["text"] for item in items]
+    if not any(item.get("text_pair") for item in items):
+        return firsts, None
+    for i, item in enumerate(items):
+        if not item.get("text_pair"):
+            raise DataError(f"input {i} has no text_pair, but others have")
+    return firsts, [item["text_pair"] for item in items]
