@@ -15,6 +15,7 @@ from topwork.models import families
 from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
 from topwork.models.decoder import DECODER_MODELS
+from topwork.weights.coded import check as check_coding
 
 
 class AutoConfig:
@@ -114,9 +115,9 @@ class _Auto:
         `dtype` "auto" keeps the file's, else a torch dtype or its name. The labels of a classifier
         may be given in place of the file's; a head that the file lacks starts fresh, with a
         TopworkWarning that names it. `quantization_config` (a `BitsAndBytesConfig`, or a dictionary
-        of its fields): each linear is quantised as it is read; a file that is quantised already
-        says so itself. `where`: revision, token, cache_dir, local_files_only,
-        force_download, subfolder, allow_bin as in `hub.resolve`.
+        of its fields): each linear is quantised as it is read. A file that is quantised already
+        says so itself: 4 bits of bitsandbytes stay, other codes become plain weights. `where`: revision, token, cache_dir,
+        local_files_only, force_download, subfolder, allow_bin as in `hub.resolve`.
         """
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
         config = config or Config.of(checkpoint)
@@ -134,6 +135,7 @@ class _Auto:
             dtype=as_dtype(dtype),
             device=device,
             tied=model.tied,
+            coding=_coding(config),
         )
         model.quantization_config = quantised
         for alias in report.untied:
@@ -217,20 +219,26 @@ def initialise(model: Any, names: Iterable[str]) -> None:
 
 def _quantised(model: Model, config: Config, given: Any) -> quant.BitsAndBytesConfig | None:
     """Make room in `model` for quantised weights; what they are, if there are any."""
-    own = config.get("quantization_config")
-    if own is not None:
-        if given is not None:
-            raise ConfigError("the checkpoint is quantised already; leave quantization_config out")
-        method = own.get("quant_method", "bitsandbytes")
-        if method != "bitsandbytes":
-            raise ConfigError(f"quant_method={method!r} is not known; known: bitsandbytes")
-    if own is None and given is None:
+    own = _coding(config)
+    stored = config.get("quantization_config") if own is None else None
+    if stored is not None and given is not None:
+        raise ConfigError("the checkpoint is quantised already; leave quantization_config out")
+    if stored is None and given is None:
         return None
-    chosen = quant.BitsAndBytesConfig.of(own or given)
-    if own is not None and not chosen.load_in_4bit:
+    chosen = quant.BitsAndBytesConfig.of(stored or given)
+    if stored is not None and not chosen.load_in_4bit:
         raise ConfigError("checkpoints of bitsandbytes in 8 bits are not read; those in 4 are")
-    quant.prepare(model, model.trunk, chosen, coded=own is not None)
+    quant.prepare(model, model.trunk, chosen, coded=stored is not None)
     return chosen
+
+
+def _coding(config: Config) -> dict[str, Any] | None:
+    """How the checkpoint codes weights that are decoded as they are read, if it does."""
+    own = config.get("quantization_config")
+    if own is None or own.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        return None
+    check_coding(own)
+    return own
 
 
 def _start_fresh(model: Model, report: weights.LoadReport, device: str | torch.device) -> None:

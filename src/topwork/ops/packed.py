@@ -68,7 +68,7 @@ def _is_packed(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> bool:
 
 
 @linear.variant("packed", when=_is_packed)
-def packed_linear(x: Tensor, weight: Packed, bias: Tensor | None) -> Tensor:
+def packed_linear(x: Tensor, weight: Tensor | Packed, bias: Tensor | None) -> Tensor:
     """The weight is made once forward and once backward, into the same buffer; `x` is not kept."""
     if bias is not None and bias.requires_grad:
         return apply(_PackedLinear, x, weight, None) + bias

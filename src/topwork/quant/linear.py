@@ -209,7 +209,7 @@ def dequantise(model: nn.Module) -> nn.Module:
             made = nn.Linear(module.in_features, module.out_features, module.bias is not None,
                              device="meta")  # fmt: skip
             made.weight = nn.Parameter(weight, requires_grad=False)
-            made.bias = module.bias
+            made.register_parameter("bias", module.bias)
             home, _, name = path.rpartition(".")
             setattr(model.get_submodule(home), name, made.train(module.training))
     return model

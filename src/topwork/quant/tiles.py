@@ -89,7 +89,7 @@ class Tiles:
     def native(self, held: Mapping[str, Tensor], out: torch.Size, bias: Tensor | None) -> Weight:
         """The weight as the decoding kernels take it."""
         kind, levels = ("code4", held["levels"]) if self.four else ("int8", None)
-        return Weight(held["codes"], *out, kind, held["scales"], levels, self.group, bias)
+        return Weight(held["codes"], out[0], out[1], kind, held["scales"], levels, self.group, bias)
 
     def __str__(self) -> str:
         return f"{self.kind}, group={self.group}" if self.four else self.kind

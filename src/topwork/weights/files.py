@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
 from topwork.hub import Checkpoint
+from topwork.weights.coded import decoded
 from topwork.weights.gguf import GgufFile
 from topwork.weights.table import PLAIN, Pack, Place, Stored, Table, cut
 
@@ -49,15 +50,18 @@ def load_weights(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     tied: Mapping[str, str] | None = None,
+    coding: Mapping[str, Any] | None = None,
 ) -> LoadReport:
     """Fill `module` (it may stand on the meta device) from the checkpoint, one tensor at a time.
 
     `table` says how the file's names and layouts become the module's. `dtype` None keeps the
-    file's. `tied` maps an alias to its owner: either name may be absent from the file. Raises
+    file's. `tied` maps an alias to its owner: either name may be absent from the file. `coding`:
+    the `quantization_config` of a file whose weights are to be decoded. Raises
     CheckpointError that lists every missing, unexpected or wrong-shaped tensor.
     """
     intake = _Intake(module, table, dtype, device, dict(tied or {}))
-    for key, read in _tensors(checkpoint):
+    tensors = _tensors(checkpoint)
+    for key, read in tensors if coding is None else decoded(tensors, coding):
         intake.take(key, read)
     return intake.report(checkpoint.name)
 
@@ -78,11 +82,10 @@ class _Intake:
         self.wanted |= dict(_persistent_buffers(module))
         # Layers that take their tensors themselves (quantised ones): name → the layer, its part.
         self.takers: dict[str, tuple[Any, str]] = {}
-        for path, layer in module.named_modules():
-            if hasattr(layer, "take"):
-                self.takers |= {f"{path}.{part}": (layer, part) for part in layer.wanted()}
-                shape = torch.empty(layer.shape, device="meta")
-                self.wanted |= {f"{path}.{part}": shape for part in layer.wanted()}
+        for path, layer in _takers(module):
+            self.takers |= {f"{path}.{part}": (layer, part) for part in layer.wanted()}
+            shape = torch.empty(layer.shape, device="meta")
+            self.wanted |= {f"{path}.{part}": shape for part in layer.wanted()}
         self.owners = {alias: owner for alias, owner in tied.items() if alias in self.wanted}
         self.loaded: dict[str, str] = {}  # name in the module → the name it came under
         self.packed: dict[str, tuple[Tensor, set[tuple[int, int]]]] = {}
@@ -214,6 +217,10 @@ class _Intake:
 def _listed(names: Sequence[str]) -> str:
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
+
+
+def _takers(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((path, layer) for path, layer in module.named_modules() if hasattr(layer, "take"))
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
