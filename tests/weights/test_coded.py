@@ -124,7 +124,8 @@ CASES = {
     "gptq": gptq(), "gptq-2": gptq(2), "gptq-8": gptq(8), "gptq-shuffled": gptq(shuffled=True),
     "gptq-v2": gptq(second=True), "awq": awq(), "packed": packed(),
     "packed-zero": packed(zero=True), "packed-8": packed(8), "fp8-one": scaled((1,)),
-    "fp8-rows": scaled((OUT, 1)), "int8-rows": scaled((OUT, 1), torch.int8), "fp8-tiles": tiles(), "mxfp4": mxfp4(),
+    "fp8-rows": scaled((OUT, 1)), "int8-rows": scaled((OUT, 1), torch.int8),
+    "fp8-tiles": tiles(), "mxfp4": mxfp4(),
 }  # fmt: skip
 
 

@@ -117,7 +117,8 @@ class _Auto:
         TopworkWarning that names it. `quantization_config` (a `BitsAndBytesConfig`, or a dictionary
         of its fields): each linear is quantised as it is read. A file that is quantised already
         says so itself: 4 bits of bitsandbytes stay, other codes become plain weights. `where`:
-        revision, token, cache_dir, local_files_only, force_download, subfolder, allow_bin as in `hub.resolve`.
+        revision, token, cache_dir, local_files_only, force_download, subfolder, allow_bin as in
+        `hub.resolve`.
         """
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
         config = config or Config.of(checkpoint)
