@@ -223,3 +223,32 @@ def test_config_json_is_read_where_there_is_no_generation_config(pair):
     finally:
         model.generation_config = files
         del model.config.repetition_penalty
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("options", [{}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_longrope_beyond_its_original_length_decodes_as_without_a_cache(options, padded):
+    from topwork.models import AutoModelForCausalLM, Config
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        Config(
+            model_type="phi3", vocab_size=61, hidden_size=32, intermediate_size=24,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, pad_token_id=0,
+            max_position_embeddings=64, original_max_position_embeddings=16, initializer_range=0.4,
+            rope_scaling={"type": "longrope", "short_factor": [1.0, 1.5, 2.0, 2.5],
+                          "long_factor": [2.0, 4.0, 8.0, 9.0]},
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(3, 61, (2 if not options.get("prompt_lookup_num_tokens") else 1, 10))
+    mask = torch.ones_like(ids)
+    if padded and len(ids) > 1:
+        mask[1, :3] = 0
+    found = model.generate(ids, attention_mask=mask, max_new_tokens=14, **options)
+    whole, keep = ids, mask
+    for _ in range(14):
+        with torch.no_grad():
+            following = model(whole, attention_mask=keep).logits[:, -1].argmax(-1)
+        whole = torch.cat((whole, following[:, None]), 1)
+        keep = torch.cat((keep, keep.new_ones(len(keep), 1)), 1)
+    assert torch.equal(found, whole)

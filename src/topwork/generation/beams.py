@@ -80,7 +80,7 @@ def search(task: Task) -> GenerateOutput:
             break
         rows = live.origin[:, :, at - prompt - 1].flatten().long()
         if not torch.equal(rows, torch.arange(len(rows), device=rows.device)):
-            task.step.cache.select(rows)
+            task.step.select(rows)
         new_ids = live.ids[:, :, at - 1].reshape(-1, 1)
     return _result(task, kept, prompt, raw, shaped)
 

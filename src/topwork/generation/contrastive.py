@@ -43,14 +43,14 @@ def search(task: Task) -> GenerateOutput:
         chances, tokens = scores.softmax(-1).topk(min(k, task.vocab))  # [B, k]
         task.check(chances)
         width = tokens.shape[1]
-        step.cache.select(every.repeat_interleave(width))
+        step.select(every.repeat_interleave(width))
         step.mask = None if whole_mask is None else whole_mask.repeat_interleave(width, 0)
         states = step.hidden(tokens.reshape(-1, 1))[:, -1]  # [B k, C]
         unit = F.normalize(states.float(), dim=-1).view(batch, width, -1)
         alike = (unit @ past.transpose(1, 2)).masked_fill(~real[:, None], -1.0).amax(-1)
         best = ((1 - alpha) * chances - alpha * alike).argmax(-1)  # [B]
         rows = every * width + best
-        step.cache.select(rows)
+        step.select(rows)
         chosen = tokens.gather(1, best[:, None])[:, 0].masked_fill(done, task.config.filler)
         past = torch.cat((past, unit[every, best][:, None]), 1)
         real = F.pad(real, (0, 1), value=True)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from topwork.errors import TopworkError
+from topwork.errors import ConfigError, TopworkError
 from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import Processor, apply
 from topwork.generation.program import CachedProgram
@@ -61,6 +61,9 @@ class Stepper:
         self.room = room
         self._program: CachedProgram | None = None
         self._asked = room == 0
+        self._turn: int | None = model.turning_point
+        self._seen: Tensor | None = None  # the ids in the cache, where they may be needed again
+        self._beyond = False  # whether the cached keys have the angles of long texts
 
     def hidden(self, ids: Tensor) -> Tensor:
         """Hidden states [B, T, C] of `ids` [B, T] that follow what the cache holds."""
@@ -68,8 +71,40 @@ class Stepper:
         mask = None if self.mask is None else self.mask[:, : at + ids.shape[1]]
         return self.model.backbone(ids, attention_mask=mask, cache=self.cache)
 
+    def select(self, rows: Tensor) -> None:
+        """Keep, order or repeat the rows by index."""
+        self.cache.select(rows)
+        if self._seen is not None:
+            self._seen = self._seen[rows]
+
+    def _again(self, ids: Tensor) -> Tensor:
+        """`ids`, or all ids once more where they lead across the model's turning point: the angles
+        of all positions change there, those of the cached keys too."""
+        held, turn = self.cache.length, self._turn or 0
+        before = ids[:, :0] if self._seen is None else self._seen[:, :held]
+        self._seen = torch.cat((before, ids), 1)
+        beyond, self._beyond = self._beyond, held + ids.shape[1] > turn
+        if not held or beyond is self._beyond:
+            return ids
+        if before.shape[1] != held:
+            raise ConfigError(
+                f"a given cache cannot be gone on with beyond {turn} tokens: the model's angles "
+                "change there. Pass the whole prompt"
+            )
+        self.cache.crop(0)
+        return self._seen
+
     def __call__(self, ids: Tensor, last: int = 1) -> Tensor:
         """Logits [B, last, V] fp32 after the last `last` of `ids`."""
+        if self._turn is not None:
+            short = self._turn - self.cache.length
+            if self.cache.length and 0 < short < ids.shape[1]:
+                parts = [
+                    self(part, min(last, part.shape[1]))
+                    for part in (ids[:, :short], ids[:, short:])
+                ]
+                return torch.cat(parts, 1)[:, -last:]
+            ids = self._again(ids)
         logits = self._natively(ids, last)
         if logits is None:
             size = self.chunk or ids.shape[1]

@@ -61,6 +61,11 @@ class Model(nn.Module):
         return [None] * self.layer_count
 
     @property
+    def turning_point(self) -> int | None:
+        """The length beyond which the angles of all positions are other ones; None: never."""
+        return None
+
+    @property
     def device(self) -> torch.device:
         return next(self.parameters()).device
 

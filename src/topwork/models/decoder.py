@@ -226,6 +226,12 @@ class CausalDecoder(CausalModel):
     def windows(self) -> list[int | None]:
         return [layer.attention.window for layer in self.model.spec.layers]
 
+    @property
+    def turning_point(self) -> int | None:
+        rotaries = (getattr(layer.attention, "rotary", None) for layer in self.model.spec.layers)
+        turns = [r.original for r in rotaries if r is not None and r.kind == "longrope"]
+        return min(turns, default=None)
+
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
         spec, logits = self.model.spec.head, super().head(hidden)
