@@ -12,10 +12,13 @@ from topwork.ops.logprobs import (
     token_statistics,
 )
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
+from topwork.ops.memory import bound_primitive_cache
 from topwork.ops.norm import rms_norm
 from topwork.ops.packed import Packed, linear
 from topwork.ops.rotary import rotary
 from topwork.ops.scan import selective_scan
+
+bound_primitive_cache()
 
 __all__ = [
     "TokenStatistics",
