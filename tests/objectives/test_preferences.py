@@ -227,6 +227,21 @@ def test_a_reward_adapter_holds_its_head(tmp_path):
     torch.testing.assert_close(again(ids).logits, run.model(ids).logits)
 
 
+def test_an_adapter_on_all_linear_layers_leaves_the_head_whole(tmp_path):
+    run = topwork.RewardTrainer(
+        model_for("Reward"),
+        topwork.RewardConfig(output_dir=str(tmp_path), max_steps=1, disable_tqdm=True), PAIRS,
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(r=2, target_modules="all-linear"),
+    )  # fmt: skip
+    before = run.model.get_base_model().score.original_module.weight.clone()
+    run.train()
+    head = run.model.get_base_model().score
+    assert torch.equal(head.original_module.weight, before)
+    assert not torch.equal(head.modules_to_save["default"].weight, before)
+    assert not any("score" in n and "lora" in n for n, _ in run.model.named_parameters())
+
+
 def test_steps_are_judged_at_their_ends(tmp_path):
     run = trainer(tmp_path, "PRM", max_length=20)
     decode = tiny.tokenizer().decode

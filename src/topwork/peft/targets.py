@@ -10,7 +10,7 @@ from torch import nn
 
 from topwork.errors import ConfigError, nearest
 from topwork.peft import sites
-from topwork.peft.config import LayerConfig
+from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
 
 
 def target_names(
@@ -112,8 +112,10 @@ def _need(found: list[str], entry: str, leaves: Iterable[str], model: nn.Module)
 
 
 def _saved(name: str, config: LayerConfig) -> bool:
+    """Whether the module is trained whole beside the adapter, and so is no layer for it."""
+    heads = TASK_HEADS.get(TaskType(config.task_type), ()) if config.task_type else ()
     parts = f".{name}."
-    return any(f".{entry}." in parts for entry in config.modules_to_save or [])
+    return any(f".{entry}." in parts for entry in (*(config.modules_to_save or []), *heads))
 
 
 def _excluded(name: str, config: LayerConfig) -> bool:
