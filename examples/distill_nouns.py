@@ -22,7 +22,7 @@ from topwork.data.prepare import Marking
 
 started = time.perf_counter()
 tokenizer = nouns.tokenizer()
-rows = [{"messages": chat(row)} for row in read("train")[:900]]
+rows = [{"messages": chat(row)} for row in read("train")[:600]]
 held_out = prepare_answers(nouns.pairs("held_out"), tokenizer, Marking(), PAIRS).samples
 common = {
     "num_train_epochs": 1, "per_device_train_batch_size": 12, "lr_scheduler_type": "cosine",
@@ -45,7 +45,7 @@ student.config.num_hidden_layers = len(student.model.layers)
 before = nouns.preferred(student, held_out)
 trainer = DistillationTrainer(
     student, teacher,
-    DistillationConfig(output_dir="student", learning_rate=1e-3, beta=0.5, **common),
+    DistillationConfig(output_dir="student", learning_rate=1e-3, beta=0.0, **common),
     rows, processing_class=tokenizer, peft_config=LoraConfig(**lora),
 )  # fmt: skip
 trainer.train()
