@@ -1,11 +1,10 @@
-"""A tuned SmolLM2-135M teaches a student with half of its layers. Minutes on 2 cores."""
+"""A tuned SmolLM2-135M teaches an untuned one in 4 bits. Minutes on 2 cores."""
 
 from __future__ import annotations
 
 import time
 
 import nouns
-import torch
 
 from topwork import (
     AutoModelForCausalLM,
@@ -38,10 +37,10 @@ teaching = SFTTrainer(
 teaching.train()
 teacher = teaching.model.merge_and_unload()
 
-student = AutoModelForCausalLM.from_pretrained(nouns.MODEL, dtype="bfloat16")
-layers = student.model.layers
-student.model.layers = torch.nn.ModuleList(layers[i] for i in range(0, len(layers), 2))
-student.config.num_hidden_layers = len(student.model.layers)
+student = AutoModelForCausalLM.from_pretrained(
+    nouns.MODEL, dtype="bfloat16",
+    quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+)  # fmt: skip
 before = nouns.preferred(student, held_out)
 trainer = DistillationTrainer(
     student, teacher,
@@ -52,6 +51,6 @@ trainer.train()
 trainer.save_model()
 print(
     f"held-out pairs whose right answer is likelier: teacher "
-    f"{nouns.preferred(teacher, held_out):.1%}, student with half the layers {before:.1%} before, "
+    f"{nouns.preferred(teacher, held_out):.1%}, student in 4 bits {before:.1%} before, "
     f"{nouns.preferred(trainer.model, held_out):.1%} after; {time.perf_counter() - started:.0f} s"
 )
