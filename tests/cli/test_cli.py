@@ -131,3 +131,22 @@ def test_settings_are_typed():
     assert read_settings(None, ["--a.b", "1", "--a.c", "--d=x"]) == {
         "a": {"b": 1, "c": True}, "d": "x",
     }  # fmt: skip
+
+
+def test_rewards_come_from_a_file_of_ones_own(base, tmp_path):
+    rows = tmp_path / "prompts.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"go {i}"}) + "\n" for i in range(4)))
+    own = tmp_path / "rewards.py"
+    own.write_text(
+        "def brief(completions, **_):\n    return [-float(len(c)) for c in completions]\n"
+    )
+    common = ("--objective", "grpo", "--model", base, "--data", rows)
+    out = tmp_path / "out"
+    run("train", *common, "--reward", f"{own}:brief", "--output_dir", out, "--max_steps", 1,
+        "--max_completion_length", 4, "--disable_tqdm")  # fmt: skip
+    assert (out / "completions.jsonl").is_file()
+    assert "prompts: 4 rows, 8 answers to each" in run("preview", *common).output
+    with pytest.raises(ConfigError, match="nearest: 'brief'"):
+        run("train", *common, "--reward", f"{own}:breif")
+    with pytest.raises(ConfigError, match="--reward"):
+        run("train", *common)

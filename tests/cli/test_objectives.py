@@ -18,7 +18,8 @@ STEPS = [{"prompt": "1+1", "completions": ["one", "two"], "labels": [True, False
 ROWS = {"sft": tiny.chats(4), "distill": tiny.chats(4), "kto": JUDGED, "prm": STEPS}
 SHOWN = {
     "sft": "messages format", "distill": "messages format", "kto": "unpaired preference format",
-    "prm": "8 steps, 4 of them right",
+    "prm": "8 steps, 4 of them right", "grpo": "prompts: 4 rows, 8 answers to each",
+    "rloo": "prompts: 4 rows, 2 answers to each",
 }  # fmt: skip
 
 
@@ -54,6 +55,10 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     assert "row 1" in shown
     out = tmp_path / "out"
     extra = ("--teacher", base) if objective == "distill" else ()
+    if objective in ("grpo", "rloo"):
+        own = tmp_path / "rewards.py"
+        own.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
+        extra = ("--reward", f"{own}:brief", "--max_completion_length", 4)
     run("train", *common, *extra, "--output_dir", out, "--max_steps", 1, "--disable_tqdm",
         "--save_strategy", "no", "--lora.r", 2, "--lora.target_modules", "[q_proj]")  # fmt: skip
     assert (out / "adapter_model.safetensors").is_file()

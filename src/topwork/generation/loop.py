@@ -61,7 +61,7 @@ class Stepper:
         self.room = room
         self._program: CachedProgram | None = None
         self._asked = room == 0
-        self._turn: int | None = model.turning_point
+        self._turn: int | None = getattr(model, "turning_point", None)
         self._seen: Tensor | None = None  # the ids in the cache, where they may be needed again
         self._beyond = False  # whether the cached keys have the angles of long texts
 

@@ -22,7 +22,7 @@ from topwork.objectives import policy
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.policy import PolicyLoss, Spread
 from topwork.objectives.reference import Reference, choose_reference
-from topwork.objectives.rewards import RewardFunc, check_columns, judge, name_of
+from topwork.objectives.rewards import RewardFunc, check_columns, from_file, judge, name_of
 from topwork.objectives.rollouts import (
     Answer,
     Prompt,
@@ -331,7 +331,8 @@ class GRPOTrainer(Trainer):
     """The trainer with the GRPO objective.
 
     `reward_funcs`: functions f(prompts=, completions=, **columns) → numbers or None, sequence
-    classifiers with one label, or names of such. Rows have `prompt`, a text or messages.
+    classifiers with one label, names of such, or "file.py:function". Rows have `prompt`, a text or
+    messages.
     """
 
     objective_class: ClassVar[type[GRPO]] = GRPO
@@ -340,7 +341,7 @@ class GRPOTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module | str | Path,
-        reward_funcs: RewardFunc | str | Sequence[RewardFunc | str],
+        reward_funcs: RewardFunc | str | Sequence[RewardFunc | str] = (),
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -356,6 +357,8 @@ class GRPOTrainer(Trainer):
             raise ConfigError("GRPOTrainer needs train_dataset: rows with `prompt`")
         several = isinstance(reward_funcs, (list, tuple))
         listed: list[Any] = list(reward_funcs) if several else [reward_funcs]
+        if not listed:
+            raise ConfigError("GRPOTrainer needs reward_funcs (on the command line: --reward)")
         funcs, tokenizers = _reward_models(listed, reward_processing_classes)
         if args.reward_weights is not None and len(args.reward_weights) != len(funcs):
             raise ConfigError(f"{len(args.reward_weights)} reward_weights for {len(funcs)} rewards")
@@ -400,7 +403,9 @@ def _reward_models(
     funcs: list[RewardFunc] = []
     found: list[Any] = []
     for func, tokenizer in zip(given, listed, strict=True):
-        if isinstance(func, str):
+        if isinstance(func, str) and ".py:" in func:
+            func = from_file(func)
+        elif isinstance(func, str):
             tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
             func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
         if isinstance(func, nn.Module) and tokenizer is None:

@@ -9,7 +9,8 @@ from typing import Any
 from topwork.data.preferences import JUDGED, PAIRS
 from topwork.data.prepare import marked_text, prepare
 from topwork.data.rows import read_rows
-from topwork.objectives import answers, distill, dpo, free, kto, prm, reward, sft
+from topwork.objectives import answers, distill, dpo, free, grpo, kto, prm, reward, rloo, sft
+from topwork.objectives.rollouts import read_prompts
 from topwork.text import Tokenizer
 
 Runs = Sequence[tuple[str, bool]]
@@ -87,6 +88,21 @@ def preview_steps(
     return prm.report(prepared), each()
 
 
+def preview_prompts(
+    rows: Any, tokenizer: Tokenizer, args: Any
+) -> tuple[list[str], Iterator[tuple[str, Runs]]]:
+    """Prompts to be answered."""
+    prompts, long = read_prompts(rows, tokenizer, args.max_prompt_length)
+    lines = [f"prompts: {len(prompts):,} rows, {args.num_generations} answers to each"]
+    if long:
+        lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
+    shown = (
+        (f"row {p.row}: {len(p)} tokens", [(tokenizer.decode(p.ids.tolist()), False)])
+        for p in prompts
+    )
+    return lines, shown
+
+
 OBJECTIVES = {
     "sft": Entry(sft.SFTConfig, sft.SFTTrainer, preview_rows),
     "dpo": Entry(
@@ -105,5 +121,11 @@ OBJECTIVES = {
     "distill": Entry(
         distill.DistillationConfig, distill.DistillationTrainer, preview_rows,
         {"teacher": "teacher_model"},
+    ),
+    "grpo": Entry(
+        grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, {"reward": "reward_funcs"}
+    ),
+    "rloo": Entry(
+        rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
 }  # fmt: skip

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.errors import ConfigError, TrainingError
+from topwork.errors import ConfigError, TrainingError, nearest
 
 RewardFunc = Callable[..., Any] | nn.Module
 NAN = float("nan")
@@ -27,6 +29,24 @@ class Completion:
     text: str
     ids: list[int]
     row: Mapping[str, Any]
+
+
+def from_file(name: str) -> Callable[..., Any]:
+    """The function that "path.py:function" names; the file is run, as one's own code is."""
+    path, _, function = name.rpartition(":")
+    file = Path(path)
+    if not file.is_file():
+        raise ConfigError(f"reward {name!r}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"reward {name!r}: {path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not callable(getattr(module, function, None)):
+        raise ConfigError(
+            f"reward {name!r}: no function {function!r}{nearest(function, dir(module))}"
+        )
+    return getattr(module, function)
 
 
 def name_of(func: RewardFunc) -> str:
