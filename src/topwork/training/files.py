@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from topwork.errors import CheckpointError
-from topwork.peft import PeftModel
 
 TRAINED = "trained.safetensors"
 
@@ -56,8 +55,3 @@ def load_trained(model: nn.Module, folder: Path) -> None:
                 f"{folder}: {name} is {list(tensor.shape)} there, {list(here[name].shape)} here"
             )
         here[name].copy_(tensor)
-
-
-def is_adapted(model: nn.Module) -> bool:
-    """Whether only adapters are trained, so that a checkpoint holds little."""
-    return isinstance(model, PeftModel)
