@@ -3,12 +3,15 @@
 from topwork.models.auto import (
     AutoConfig,
     AutoModel,
+    AutoModelForAudioClassification,
     AutoModelForCausalLM,
+    AutoModelForCTC,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
 )
 from topwork.models.base import CausalLMOutput, CausalModel, Model
@@ -17,7 +20,8 @@ from topwork.models.config import Config
 from topwork.models.describe import describe
 
 __all__ = [
-    "AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForMaskedLM",
+    "AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoModelForCTC",
+    "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM", "AutoModelForMaskedLM",
     "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "CausalLMOutput",
     "CausalModel", "Config", "Model", "capabilities", "describe",

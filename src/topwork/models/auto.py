@@ -203,6 +203,24 @@ class AutoModelForSeq2SeqLM(_Auto):
     task = "seq2seq-lm"
 
 
+class AutoModelForSpeechSeq2Seq(_Auto):
+    """Builds the encoder-decoder that writes down what is said."""
+
+    task = "speech-seq2seq"
+
+
+class AutoModelForCTC(_Auto):
+    """Builds the model that says of each frame of a sound which letter it is, if any."""
+
+    task = "ctc"
+
+
+class AutoModelForAudioClassification(_Auto):
+    """Builds the model that gives each sound a class."""
+
+    task = "audio-classification"
+
+
 # Task name → its Auto class.
 AUTO: dict[str, Any] = {made.task: made for made in _Auto.__subclasses__()}
 

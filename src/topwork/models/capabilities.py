@@ -8,7 +8,8 @@ from topwork.weights.gguf import ARCHITECTURES
 
 TASKS = (
     "base", "causal-lm", "sequence-classification", "token-classification", "masked-lm",
-    "question-answering", "multiple-choice", "seq2seq-lm",
+    "question-answering", "multiple-choice", "seq2seq-lm", "speech-seq2seq", "ctc",
+    "audio-classification",
 )  # fmt: skip
 
 

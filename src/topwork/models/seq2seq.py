@@ -27,7 +27,7 @@ class Seq2SeqSpec:
     `home`: the path of the stacks ("model" or ""). `shared`: both embed with the same table.
     `output_scale` multiplies the decoder's states before the head; `bias`: the head has a
     `final_logits_bias`. `wraps`: the decoder begins with the last token of the answer (a language
-    code), not with `decoder_start_token_id`.
+    code), not with `decoder_start_token_id`. `head_name`: where the output's linear stands.
     """
 
     home: str
@@ -39,6 +39,7 @@ class Seq2SeqSpec:
     bias: bool = True
     wraps: bool = False
     table: Table = PLAIN
+    head_name: str = "lm_head"
 
     def path(self, name: str) -> str:
         return f"{self.home}.{name}" if self.home else name
@@ -77,7 +78,7 @@ class Seq2SeqModel(Model):
 
     final_logits_bias: Tensor
 
-    def __init__(self, config: Config, spec: Seq2SeqSpec) -> None:
+    def __init__(self, config: Config, spec: Seq2SeqSpec, encoder: Stack | None = None) -> None:
         super().__init__(config)
         self.spec, self.table = spec, spec.table
         self.tied = {}
@@ -88,16 +89,17 @@ class Seq2SeqModel(Model):
             self.tied = {
                 f"{spec.path(side)}.embed_tokens.weight": words for side in ("encoder", "decoder")
             }
-        place(self, spec.path("encoder"), Stack(spec.encoder))
+        place(self, spec.path("encoder"), encoder or Stack(spec.encoder))
         place(self, spec.path("decoder"), Stack(spec.decoder))
         self._add_head()
-        if spec.tied and hasattr(self, "lm_head"):
-            self.tied["lm_head.weight"] = words
+        if spec.tied and hasattr(self, spec.head_name):
+            self.tied[f"{spec.head_name}.weight"] = words
         self.tie_weights()
 
     def _add_head(self) -> None:
         spec = self.spec
-        self.lm_head = nn.Linear(spec.decoder.hidden, spec.decoder.vocab, bias=False)
+        linear = nn.Linear(spec.decoder.hidden, spec.decoder.vocab, bias=False)
+        self.add_module(spec.head_name, linear)
         if spec.bias:
             self.register_buffer("final_logits_bias", torch.zeros(1, spec.decoder.vocab))
 
@@ -129,7 +131,7 @@ class Seq2SeqModel(Model):
         return part(self, self.spec.path(name))
 
     def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
+        return getattr(self, self.spec.head_name)
 
     # -- the two halves --------------------------------------------------------------------------
 
@@ -231,7 +233,7 @@ class Seq2SeqModel(Model):
         """Logits [..., V] of the decoder's states [..., C]."""
         if self.spec.output_scale != 1:
             hidden = hidden * self.spec.output_scale
-        logits = self.lm_head(hidden)
+        logits = getattr(self, self.spec.head_name)(hidden)
         return logits + self.final_logits_bias[0] if self.spec.bias else logits
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:

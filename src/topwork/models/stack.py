@@ -46,9 +46,10 @@ class StackNames:
 class StackSpec:
     """One stack. `gate` in the names: feed is down(act(gate x) · up x), else down(act(up x)).
 
-    `places` makes the embedding of positions; `relative` is (buckets, longest distance) of a
-    learned bias that the first block holds for all. `scale` of the scores, `embedding_scale` of
-    the words.
+    `vocab` 0: there is no table of words, the stack is given embeddings. `places` makes the
+    embedding of positions; `relative` is (buckets, longest distance) of a learned bias that the
+    first block holds for all. `scale` of the scores, `embedding_scale` of the words. `key_bias`:
+    whether keys have a bias where the other linears do.
     """
 
     vocab: int
@@ -70,6 +71,7 @@ class StackSpec:
     embedding_scale: float = 1.0
     dropout: float = 0.0
     inner_dropout: float = 0.0
+    key_bias: bool = True
 
     @property
     def relative_path(self) -> str:
@@ -126,7 +128,8 @@ class Heads(nn.Module):
         wide = spec.heads * spec.head_dim
         q, k, v, out = spec.names.projections
         for name in (k, v, q):
-            self.add_module(name, nn.Linear(spec.hidden, wide, bias=spec.bias))
+            bias = spec.bias and (spec.key_bias or name != k)
+            self.add_module(name, nn.Linear(spec.hidden, wide, bias=bias))
         self.add_module(out, nn.Linear(wide, spec.hidden, bias=spec.bias))
 
     def project(self, x: Tensor, which: str) -> tuple[Tensor, ...]:
@@ -220,7 +223,8 @@ class Stack(nn.Module):
         super().__init__()
         self.spec = spec
         self.checkpointing = False
-        self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
+        if spec.vocab:
+            self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
         if spec.places is not None:
             self.embed_positions = spec.places()
         for i in range(spec.count):
@@ -261,8 +265,12 @@ class Stack(nn.Module):
         layout: ops.Layout,
         memory: Memory | None = None,
         cache: DecoderCache | None = None,
+        states: list[Tensor] | None = None,
     ) -> Tensor:
-        """ids [B, T] or embeddings [B, T, C] at `positions` [B, T] → hidden [B, T, C]."""
+        """ids [B, T] or embeddings [B, T, C] at `positions` [B, T] → hidden [B, T, C].
+
+        `states` is filled with what each block is given.
+        """
         spec = self.spec
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if spec.embedding_scale != 1 and inputs_embeds is None:
@@ -274,6 +282,8 @@ class Stack(nn.Module):
         x = F.dropout(x, spec.dropout, self.training)
         terms = self._terms(longest, cache)
         for block in self.blocks:
+            if states is not None:
+                states.append(x)
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, terms, memory, cache, use_reentrant=False)
             else:

@@ -37,13 +37,14 @@ class LearnedPlaces(nn.Embedding):
 
 
 class StoredSines(nn.Module):
-    """Sines that the checkpoint holds as a `weight`."""
+    """Sines that the checkpoint holds as a `weight`; `fairseq` spacing begins at the first row."""
 
     weight: Tensor
 
-    def __init__(self, context: int, size: int) -> None:
+    def __init__(self, context: int, size: int, fairseq: bool = False) -> None:
         super().__init__()
-        self.register_buffer("weight", sines(context, size))
+        make = fairseq_sines if fairseq else sines
+        self.register_buffer("weight", make(context, size))
 
     def forward(self, positions: Tensor) -> Tensor:
         return self.weight[positions]
