@@ -133,6 +133,97 @@ def merge(
     print(output)
 
 
+adapters = typer.Typer(
+    help="Look at adapters, compare them, make others of them.", no_args_is_help=True
+)
+app.add_typer(adapters, name="adapters")
+adapters.command("merge")(merge)
+AnAdapter = Annotated[str, typer.Argument(help="Folder or Hub id of an adapter.")]
+Base = Annotated[
+    str | None, typer.Option(help="The base (folder or Hub id), if not the one it names.")
+]
+
+
+@adapters.command("list")
+def list_adapters(
+    folder: Annotated[Path, typer.Argument(help="Where to look, and below.")] = Path(),
+) -> None:
+    """List the adapters in a folder: method, size, base."""
+    from topwork.cli.adapters import listing
+
+    print(listing(folder))
+
+
+@adapters.command()
+def inspect(adapter: AnAdapter, base: Base = None) -> None:
+    """Say what an adapter is, how much it changes where, and whether it fits its base."""
+    from topwork.cli.adapters import inspection
+
+    print(inspection(adapter, base))
+
+
+@adapters.command()
+def diff(first: AnAdapter, second: AnAdapter) -> None:
+    """Compare two adapters: settings, modules, sizes and directions of their changes."""
+    from topwork.cli.adapters import difference
+
+    print(difference(first, second))
+
+
+@adapters.command()
+def compose(
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    parts: Annotated[list[str], typer.Argument(help="PATH or PATH:WEIGHT, several.")],
+    kind: Annotated[
+        str, typer.Option(help="linear, cat, svd, ties, dare_linear, dare_ties, …")
+    ] = "cat",
+    density: Annotated[float | None, typer.Option(help="Share kept by ties and dare.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the result, for the svd kinds.")] = None,
+    base: Base = None,
+) -> None:
+    """Make one adapter out of several, each with a weight.
+
+    topwork adapters compose both first:0.7 second:0.3 --kind svd --rank 16
+    """
+    from topwork.cli.adapters import compose
+
+    compose(output, parts, kind, base, density, rank)
+    print(output)
+
+
+@adapters.command()
+def convert(
+    adapter: AnAdapter,
+    output: Annotated[Path, typer.Argument(help="A .gguf file, or a folder (with --rank).")],
+    rank: Annotated[
+        float | None, typer.Option(help="Write as LoRA: directions, or share of energy below 1.")
+    ] = None,
+    base: Base = None,
+) -> None:
+    """Write an adapter as a .gguf file for llama.cpp, or any method's adapter as LoRA."""
+    from topwork.cli.adapters import convert
+
+    convert(adapter, output, rank, base)
+    print(output)
+
+
+@app.command()
+def extract(
+    tuned: Annotated[str, typer.Argument(help="The tuned model.")],
+    base: Annotated[str, typer.Argument(help="What it was tuned from.")],
+    output: Annotated[Path, typer.Argument(help="Folder to write.")],
+    rank: Annotated[float, typer.Option(help="Directions, or share of energy below 1.")] = 16,
+    dtype: Dtype = "float32",
+    save_rest: Annotated[
+        bool, typer.Option("--save-rest", help="Keep changed norms and embeddings whole.")
+    ] = False,
+) -> None:
+    """Write the difference of two models as a LoRA adapter."""
+    from topwork.cli.adapters import extract
+
+    print(extract(tuned, base, output, rank, dtype, save_rest))
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="Where the adapter goes.")] = Path("demo"),

@@ -1,5 +1,6 @@
-"""Finding a checkpoint's files: a folder or a model of the Hub."""
+"""A checkpoint's files: found in a folder or on the Hub, and put there."""
 
 from topwork.hub.resolve import Checkpoint, read_json, resolve
+from topwork.hub.upload import upload
 
-__all__ = ["Checkpoint", "read_json", "resolve"]
+__all__ = ["Checkpoint", "read_json", "resolve", "upload"]

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork import ops, quant, weights
+from topwork import hub, ops, quant, weights
 from topwork.errors import ConfigError
 from topwork.models.config import Config
 from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
@@ -128,6 +128,10 @@ class Model(nn.Module):
         weights.save_weights(
             self, folder, table=self.table, tied=self.tied, max_shard_size=max_shard_size
         )
+
+    def push_to_hub(self, repo_id: str, *, max_shard_size: str | int = "5GB", **where: Any) -> str:
+        """Put its files into a repository of the Hub; `where` as in `hub.upload`."""
+        return hub.upload(lambda home: self.save_pretrained(home, max_shard_size), repo_id, **where)
 
 
 def backbone(

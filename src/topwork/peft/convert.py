@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, TopworkWarning
 from topwork.peft import inject, sites, state
 from topwork.peft.methods.lora import LoraConfig
 
@@ -82,17 +83,50 @@ def save_as_lora(
 
 
 @torch.no_grad()
-def extract_lora(tuned: nn.Module, base: nn.Module, rank: int | float
-                 ) -> tuple[LoraConfig, dict[str, Tensor]]:  # fmt: skip
-    """The LoRA adapter that turns the linears of `base` nearest to those of `tuned`."""
+def extract_lora(
+    tuned: nn.Module, base: nn.Module, rank: int | float, save_rest: bool = False
+) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The LoRA adapter that turns the linears of `base` nearest to those of `tuned`.
+
+    Norms, embeddings and biases that differ go into the adapter whole (`modules_to_save`) with
+    `save_rest`; else a TopworkWarning names them. ConfigError for models of two shapes.
+    """
     theirs = dict(base.named_modules())
-    deltas = {}
+    deltas: dict[str, Tensor] = {}
+    rest: dict[str, nn.Module] = {}
     for path, module in tuned.named_modules():
-        if sites.site_of(module).kind != "linear":
-            continue
         if path not in theirs:
             raise ConfigError(f"the base has no {path}")
-        delta = sites.read_weight(module).float() - sites.read_weight(theirs[path]).float()
-        if bool(delta.any()):
-            deltas[path] = delta
-    return lora_of(deltas, rank)
+        linear = sites.site_of(module).kind == "linear"
+        if linear:
+            delta = _change(path, sites.read_weight(module), sites.read_weight(theirs[path]))
+            if bool(delta.any()):
+                deltas[path] = delta
+        others = dict(theirs[path].named_parameters(recurse=False))
+        for name, after in module.named_parameters(recurse=False):
+            if name not in others or (linear and name == "weight"):
+                continue
+            if bool(_change(f"{path}.{name}", after, others[name]).any()):
+                rest[path] = module
+    config, tensors = lora_of(deltas, rank)
+    both = sorted(set(rest) & set(deltas))
+    if rest and (not save_rest or both):
+        left = both if save_rest else sorted(rest)
+        warnings.warn(
+            f"the models differ in {len(left)} modules more, which the adapter does not hold: "
+            + ", ".join(left[:8]),
+            TopworkWarning,
+            stacklevel=2,
+        )
+    if save_rest and (whole := sorted(set(rest) - set(both))):
+        config.modules_to_save = whole
+        for path in whole:
+            for name, value in rest[path].state_dict().items():
+                tensors[f"{state.PREFIX}model.{path}.{name}"] = value.clone()
+    return config, tensors
+
+
+def _change(name: str, after: Tensor, before: Tensor) -> Tensor:
+    if after.shape != before.shape:
+        raise ConfigError(f"{name} is {list(after.shape)} in one, {list(before.shape)} in the base")
+    return after.float() - before.float()

@@ -436,6 +436,10 @@ class PeftModel(nn.Module):
             state.write(tensors, config, home)
             card.write(home, config, numbers)
 
+    def push_to_hub(self, repo_id: str, **where: Any) -> str:
+        """Put the adapters' files into a repository of the Hub; `where` as in `hub.upload`."""
+        return hub.upload(self.save_pretrained, repo_id, **where)
+
     @classmethod
     def from_pretrained(
         cls,

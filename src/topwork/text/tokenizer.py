@@ -104,6 +104,10 @@ class Tokenizer:
 
     # -- vocabulary ------------------------------------------------------------------------------
 
+    def push_to_hub(self, repo_id: str, **where: Any) -> str:
+        """Put its files into a repository of the Hub; `where` as in `hub.upload`."""
+        return hub.upload(self.save_pretrained, repo_id, **where)
+
     def __len__(self) -> int:
         return self.core.get_vocab_size(with_added_tokens=True)
 

@@ -68,6 +68,13 @@ class LoraConfig(LayerConfig):
                 raise ConfigError(f"target_parameters do not go with {', '.join(off)}")
 
 
+def scale_at(config: LoraConfig, path: str) -> float:
+    """By what B A counts on the layer at `path`: alpha/r or alpha/√r."""
+    r = by_pattern(config.rank_pattern, path, config.r)
+    alpha = by_pattern(config.alpha_pattern, path, config.lora_alpha)
+    return alpha / (math.sqrt(r) if config.use_rslora else r)
+
+
 class Lora(Graft):
     """scale · B A, A [r, in], B [out, r]."""
 
@@ -96,10 +103,8 @@ class Lora(Graft):
         return _lora_parts.besides(config, model)
 
     def scale_of(self, config: LoraConfig) -> float:
-        """By what B A counts on this layer: alpha/r or alpha/√r."""
-        r = by_pattern(config.rank_pattern, self.path, config.r)
-        alpha = by_pattern(config.alpha_pattern, self.path, config.lora_alpha)
-        return alpha / (math.sqrt(r) if config.use_rslora else r)
+        """By what B A counts on this layer."""
+        return scale_at(config, self.path)
 
     def create(self) -> dict[str, Tensor | nn.Module]:
         site = self.site
