@@ -6,6 +6,7 @@ from topwork.models.auto import (
     AutoModelForAudioClassification,
     AutoModelForCausalLM,
     AutoModelForCTC,
+    AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -13,6 +14,7 @@ from topwork.models.auto import (
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    AutoModelForZeroShotImageClassification,
 )
 from topwork.models.base import CausalLMOutput, CausalModel, Model
 from topwork.models.capabilities import capabilities
@@ -21,8 +23,10 @@ from topwork.models.describe import describe
 
 __all__ = [
     "AutoConfig", "AutoModel", "AutoModelForAudioClassification", "AutoModelForCTC",
-    "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM", "AutoModelForMaskedLM",
+    "AutoModelForSpeechSeq2Seq", "AutoModelForCausalLM", "AutoModelForImageClassification",
+    "AutoModelForMaskedLM",
     "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
-    "AutoModelForSequenceClassification", "AutoModelForTokenClassification", "CausalLMOutput",
+    "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModelForZeroShotImageClassification", "CausalLMOutput",
     "CausalModel", "Config", "Model", "capabilities", "describe",
 ]  # fmt: skip

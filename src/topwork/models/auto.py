@@ -221,6 +221,18 @@ class AutoModelForAudioClassification(_Auto):
     task = "audio-classification"
 
 
+class AutoModelForImageClassification(_Auto):
+    """Builds the model that gives each image a class."""
+
+    task = "image-classification"
+
+
+class AutoModelForZeroShotImageClassification(_Auto):
+    """Builds the model that tells how well each text fits each image."""
+
+    task = "zero-shot-image-classification"
+
+
 # Task name → its Auto class.
 AUTO: dict[str, Any] = {made.task: made for made in _Auto.__subclasses__()}
 

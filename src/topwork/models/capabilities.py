@@ -10,6 +10,7 @@ TASKS = (
     "base", "causal-lm", "sequence-classification", "token-classification", "masked-lm",
     "question-answering", "multiple-choice", "seq2seq-lm", "speech-seq2seq", "ctc",
     "audio-classification",
+    "image-classification", "zero-shot-image-classification",
 )  # fmt: skip
 
 

@@ -120,6 +120,15 @@ class Config:
     def get(self, key: str, default: Any = None) -> Any:
         return self.__dict__.get(key, default)
 
+    def part(self, key: str) -> Config:
+        """The configuration nested at `key`, as of a model of its own (`vision_config`)."""
+        values = self.get(key)
+        if not isinstance(values, Mapping):
+            nested = [k for k, v in self.__dict__.items() if isinstance(v, Mapping)]
+            raise ConfigError(f"there is no configuration nested at {key!r}{nearest(key, nested)}")
+        usual = f"{self.model_type}_{key.removesuffix('_config')}_model"
+        return Config(**{"model_type": usual, **values})
+
     def with_labels(
         self,
         num_labels: int | None = None,
@@ -171,6 +180,7 @@ class ConfigReader:
     def __init__(self, config: Config) -> None:
         self._values = config.to_dict()
         self._read: set[str] = set()
+        self._parts: list[ConfigReader] = []
         self.model_type = config.model_type
 
     def __call__(self, key: str, default: Any = None) -> Any:
@@ -198,6 +208,23 @@ class ConfigReader:
             )
         return value
 
+    def part(self, *keys: str, model_type: str = "") -> ConfigReader:
+        """A reader of the configuration nested at `keys` (a later one wins; empty when absent).
+
+        `finish` looks at it too. `model_type`: what it is when it does not say.
+        """
+        values: dict[str, Any] = {"model_type": model_type or self.model_type}
+        for key in keys:
+            values |= self(key, {})
+        made = ConfigReader(Config(**values))
+        self._parts.append(made)
+        return made
+
+    @property
+    def config(self) -> Config:
+        """What is being read."""
+        return Config(**self._values)
+
     def only(self, key: str, *values: Any) -> None:
         """Read `key`, which must be absent, null or one of `values`."""
         value = self(key)
@@ -213,6 +240,8 @@ class ConfigReader:
 
     def finish(self) -> None:
         """Raise ConfigError when a key was not read and could matter."""
+        for nested in self._parts:
+            nested.finish()
         unread = sorted(
             key
             for key, value in self._values.items()

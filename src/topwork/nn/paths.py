@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -19,6 +20,17 @@ def place(root: nn.Module, path: str, module: nn.Module) -> None:
             home.add_module(name, nn.ModuleList() if following.isdigit() else nn.Module())
         home = getattr(home, name)
     home.add_module(leaf, module)
+
+
+def place_parameter(root: nn.Module, path: str, value: torch.Tensor) -> None:
+    """Put a parameter of `value` at `path` below `root`."""
+    *between, leaf = path.split(".")
+    home = root
+    for name in between:
+        if not hasattr(home, name):
+            home.add_module(name, nn.Module())
+        home = getattr(home, name)
+    home.register_parameter(leaf, nn.Parameter(value))
 
 
 def part(root: nn.Module, path: str) -> Any:
