@@ -51,6 +51,8 @@ HOMES = {
     "OFTConfig": "topwork.peft",
     "ORPOConfig": "topwork.objectives",
     "ORPOTrainer": "topwork.objectives",
+    "PPOConfig": "topwork.objectives",
+    "PPOTrainer": "topwork.objectives",
     "PRMConfig": "topwork.objectives",
     "PRMTrainer": "topwork.objectives",
     "PeftConfig": "topwork.peft",

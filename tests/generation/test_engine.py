@@ -119,6 +119,28 @@ def test_draws_follow_the_chances(model):
         assert ((counts / 1500 - chances).abs() < 4 * (chances / 1500).sqrt() + 1e-3).all()
 
 
+def test_a_request_tells_the_chance_of_each_draw(model):
+    ids = prompts(1)[0]
+    for options in ({"top_k": 0}, {"top_k": 5, "temperature": 2.0}, {"typical_p": 0.8}):
+        engine = Engine(model)
+        request = engine.submit(ids, max_new_tokens=6, do_sample=True, seed=1, **options)
+        finish(engine)
+        assert len(request.logprobs) == 6
+        for i, (token, said) in enumerate(zip(request.new_ids, request.logprobs)):
+            with torch.no_grad():
+                logits = model(torch.tensor([[*ids, *request.new_ids[:i]]])).logits[0, -1]
+            logits = logits / options.get("temperature", 1.0)
+            if options.get("top_k"):
+                logits = logits.masked_fill(logits < logits.topk(5).values[-1], -1e9)
+            if "typical_p" in options:  # only a part is kept, so each has a greater chance
+                assert said > float(logits.log_softmax(-1)[token])
+            else:
+                assert said == pytest.approx(float(logits.log_softmax(-1)[token]), abs=1e-3)
+    greedy = engine.submit(ids, max_new_tokens=2)
+    finish(engine)
+    assert greedy.logprobs == []
+
+
 def test_each_row_goes_through_its_own_adapter(model, adapted):
     rows, names = prompts(8, seed=5), ["a", None, "b", "c", "a", "b", None, "c"]
     engine = Engine(adapted, page_size=4, piece=16, step_tokens=32)

@@ -172,6 +172,8 @@ def test_a_stop_waits_for_the_step_and_a_resumed_run_goes_on(tmp_path):
         ({"loss_type": "grop"}, "nearest: 'grpo'"),
         ({"num_generations": 1}, "at least 2"),
         ({"temperature": 0.0}, "must be positive"),
+        ({"importance_correction": "token_trunc"}, "nearest: 'token_truncate'"),
+        ({"importance_correction": "sequence_mask", "loss_type": "vespo"}, "vespo weighs whole"),
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for 1"),
     ],
 )
@@ -195,6 +197,59 @@ def test_the_reward_model_scores_prompt_and_answer(tmp_path):
     )  # fmt: skip
     run.train()
     assert math.isfinite(means(run, "reward")[0])
+
+
+# -- sampler and trainer -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_engine_tells_the_chances_that_the_trainer_finds(tmp_path, temperature):
+    run = trainer(tmp_path, temperature=temperature, max_steps=1)
+    run._prepare()
+    (batch,) = run.objective.assemble(run.model, [[run.train_data[0]]])
+    assert batch.sampled.isfinite().all()
+    logprobs = run.objective._logprobs(run.model, batch)
+    torch.testing.assert_close(batch.sampled, logprobs.detach(), rtol=1e-4, atol=1e-4)
+
+
+def test_a_sampler_that_is_cut_short_is_corrected_and_told(tmp_path):
+    run = trainer(tmp_path, top_k=5, max_steps=1)
+    run.train()
+    ratio = means(run, "sampling/ratio")[0]
+    assert 0 < ratio < 0.9  # the best five hold only a part of what the policy would say
+    assert means(run, "sampling/truncated_fraction") == [0.0]
+    masked = trainer(tmp_path, top_k=5, max_steps=1, importance_correction="token_mask",
+                     importance_correction_min=0.5)  # fmt: skip
+    masked.train()
+    assert 0 < means(masked, "sampling/masked_fraction")[0] <= 1
+
+
+def test_the_ratio_of_the_policies_is_bounded():
+    spread = Spread(torch.tensor([0, 0, 1]), 2)
+    old = torch.tensor([-1.0, -2.0, -3.0])
+    sampled = torch.tensor([-3.0, -1.0, float("nan")])  # e², 1/e, not told
+    e = math.e
+    for mode, wanted, beyond in (
+        ("token_truncate", [3.0, 0.5, 1.0], [True, True, False]),
+        ("token_mask", [0.0, 0.0, 1.0], [True, True, False]),
+        ("sequence_truncate", [e, e, 1.0], [False, False, False]),
+        ("sequence_mask", [e, e, 1.0], [False, False, False]),
+    ):
+        weights, held = policy.Correction(mode, 0.5, 3.0).weights(old, sampled, spread)
+        torch.testing.assert_close(weights, torch.tensor(wanted))
+        assert held.tolist() == beyond
+    weights, held = policy.Correction("sequence_mask", None, 2.0).weights(old, sampled, spread)
+    assert weights.tolist() == [0.0, 0.0, 1.0]
+    assert policy.Correction("token_mask", None, None).weights(old, sampled, spread)[1].sum() == 0
+
+
+def test_answers_that_do_not_end_lose_their_penalty(tmp_path):
+    run = trainer(tmp_path, missing_eos_penalty=3.0, max_steps=1, max_completion_length=2)
+    run.train()
+    cut = means(run, "completions/clipped_ratio")[0]
+    assert cut > 0
+    assert means(run, "rewards/missing_eos/mean")[0] == pytest.approx(-3 * cut)
+    assert means(run, "reward")[0] == pytest.approx(means(run, "rewards/share/mean")[0] - 3 * cut)
 
 
 # -- formulas --------------------------------------------------------------------------------------

@@ -57,6 +57,7 @@ def batch():
     return group, drift, apart
 
 
+CORRECTIONS = [m for m in policy.CORRECTIONS if m != "none"]
 CASES = [
     {"loss_type": kind, "level": level, "beta": beta}
     for kind in policy.AGGREGATION
@@ -66,16 +67,31 @@ CASES = [
 ] + [{"loss_type": "dapo", "delta": 1.1}, {"loss_type": "grpo", "epsilon_high": 0.05}]
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+CORRECTED = [
+    {"loss_type": kind, "beta": 0.3, "correction": mode}
+    for kind in ("dapo", "grpo", "vespo")
+    for mode in CORRECTIONS
+    if kind != "vespo" or mode.startswith("token")
+]
+
+
+@pytest.mark.parametrize("case", [*CASES, *CORRECTED], ids=str)
 def test_each_loss_equals_the_peer(peer, batch, case):
     group, drift, apart = batch
+    case = dict(case)
+    mode = case.pop("correction", None)
     model = tiny.model()
     packed = collate_groups([group])
     spread = Spread(packed.owners, len(SIZES))
     loss = PolicyLoss(**case)
     new = token_logprobs(model, packed)
     old, ref = new.detach() + drift, new.detach() + apart
-    losses = policy.token_losses(new, old, ADVANTAGES, spread, loss, ref)
+    correction = None
+    if mode is not None:
+        bounds = policy.Correction(mode, 0.6, 1.3)
+        correction, beyond = bounds.weights(old, old + drift.flip(0), spread)
+        assert 0 < beyond.sum() < len(beyond)
+    losses = policy.token_losses(new, old, ADVANTAGES, spread, loss, ref, correction)
     divisor = policy.units(loss.loss_type, len(SIZES), sum(SIZES), 9)
     ours = policy.total(losses, spread, loss.loss_type) / divisor
     ours.backward()
@@ -86,20 +102,26 @@ def test_each_loss_equals_the_peer(peer, batch, case):
     width = max(SIZES)
     rows, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
     padded = {"old": torch.zeros(4, width), "ref": torch.zeros(4, width)}
+    weights = torch.ones(4, width)
     at = 0
     for i, answer in enumerate(group.answers):
         n = len(answer)
         rows[i, :n], mask[i, :n] = torch.from_numpy(answer.ids).long(), 1
         padded["old"][i, :n], padded["ref"][i, :n] = old[at : at + n], ref[at : at + n]
+        if correction is not None:
+            weights[i, :n] = correction[at : at + n]
         at += n
     prompt = torch.from_numpy(group.prompt).long().expand(4, PROMPT)
     peer.model.zero_grad()
+    peer.use_vllm = mode is not None
+    peer.vllm_importance_sampling_correction = True
     theirs = peer._compute_loss(
         peer.model,
         {
             "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": rows,
             "completion_mask": mask, "advantages": ADVANTAGES, "old_per_token_logps": padded["old"],
             "ref_per_token_logps": padded["ref"], "num_items_in_batch": mask.sum(),
+            "importance_sampling_ratio": weights,
         },
     )  # fmt: skip
     theirs.backward()

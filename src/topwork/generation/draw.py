@@ -6,12 +6,21 @@ A row's token depends on its own scores, options and generator alone, never on i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import NEVER
+
+
+class Drawn(NamedTuple):
+    """`ids` [N] and the log-probability [N] with which each was drawn, all cuts counted."""
+
+    ids: Tensor
+    logprobs: Tensor
+
 
 PLAIN_CUTS = frozenset({"temperature", "top_k", "top_p", "min_p"})
 
@@ -27,8 +36,8 @@ def is_plain(config: GenerationConfig) -> bool:
 
 def draw(
     scores: Tensor, configs: Sequence[GenerationConfig], generators: Sequence[torch.Generator]
-) -> Tensor:
-    """One id [N] per row of scores [N, V] for configurations of which `is_plain` holds.
+) -> Drawn:
+    """One id per row of scores [N, V] for configurations of which `is_plain` holds.
 
     Rows are grouped by the width they need, so that even ties fall as they would alone.
     """
@@ -39,12 +48,13 @@ def draw(
         width = None if whole else min(c.top_k or vocab, vocab)
         groups.setdefault(width, []).append(row)
     found = torch.empty(len(configs), dtype=torch.long)
+    chances = torch.empty(len(configs))
     for width, rows in groups.items():
         picked = scores if len(rows) == len(configs) else scores[rows]
-        found[rows] = _draw(
+        found[rows], chances[rows] = _draw(
             picked, width, [configs[r] for r in rows], [generators[r] for r in rows]
         )
-    return found
+    return Drawn(found, chances)
 
 
 def _draw(
@@ -52,7 +62,7 @@ def _draw(
     width: int | None,
     configs: Sequence[GenerationConfig],
     generators: Sequence[torch.Generator],
-) -> Tensor:
+) -> Drawn:
     """The cuts are made among the best `width` only, in descending order; None: there are none."""
     heat = torch.tensor([c.temperature for c in configs])[:, None]
     if width is None:
@@ -67,17 +77,19 @@ def _draw(
     return _lookup(values.masked_fill(~keep, NEVER), ids, generators)
 
 
-def draw_row(scores: Tensor, generator: torch.Generator) -> Tensor:
+def draw_row(scores: Tensor, generator: torch.Generator) -> Drawn:
     """One id [1] from scores [1, V] that are shaped already."""
     return _lookup(scores, None, [generator])
 
 
-def _lookup(values: Tensor, ids: Tensor | None, generators: Sequence[torch.Generator]) -> Tensor:
+def _lookup(values: Tensor, ids: Tensor | None, generators: Sequence[torch.Generator]) -> Drawn:
     """One uniform number per row, looked up in the cumulated chances."""
-    reached = values.softmax(-1).cumsum(-1)
+    chances = values.softmax(-1)
+    reached = chances.cumsum(-1)
     point = torch.stack([torch.rand(1, generator=g) for g in generators]) * reached[:, -1:]
     # The first place that is above the point, and has a chance at all.
     place = torch.searchsorted(reached, point, right=True)
     last = (values > NEVER).long().cumsum(-1).argmax(-1, keepdim=True)
     place = torch.minimum(place, last)
-    return (place if ids is None else ids.gather(1, place))[:, 0]
+    found = place if ids is None else ids.gather(1, place)
+    return Drawn(found[:, 0], chances.gather(1, place)[:, 0].log())

@@ -248,7 +248,7 @@ class Engine:
             except Exception as error:
                 events.append(self._end(request, "error", error))
                 continue
-            events.append(self._give(request, int(chosen)))
+            events.append(self._give(request, *chosen))
         if together:
             rows = [request for request, _ in together]
             found = draw.draw(
@@ -256,11 +256,12 @@ class Engine:
                 [r.config for r in rows],
                 [r.generator for r in rows],
             )
-            events += [self._give(r, token) for r, token in zip(rows, found.tolist())]
+            drawn = zip(rows, found.ids.tolist(), found.logprobs.tolist())
+            events += [self._give(*one) for one in drawn]
         return events
 
-    def _give(self, request: Request, token: int) -> Event:
-        reason = request.give(token)
+    def _give(self, request: Request, token: int, logprob: float | None = None) -> Event:
+        reason = request.give(token, logprob)
         if reason is not None:
             return self._end(request, reason, None, token)
         return Event(request, token, False)

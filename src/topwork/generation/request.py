@@ -31,7 +31,8 @@ class Event:
 
 
 class Request:
-    """What `Engine.submit` returns. `ids` is the prompt and what was made so far.
+    """What `Engine.submit` returns. `ids` is the prompt and what was made so far; `logprobs` has,
+    for each token made by drawing, the log-probability with which it was drawn.
 
     `finish_reason`: None while it runs, then "stop", "length", "time", "cancelled" or "error"
     (then `error` says which).
@@ -52,6 +53,7 @@ class Request:
         self.new = new
         self.adapter = adapter
         self.ids = list(prompt)
+        self.logprobs: list[float] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
@@ -156,12 +158,18 @@ class Request:
             return logits
         return apply(self.processors, torch.tensor([self.ids]), logits)
 
-    def choose(self, scores: Tensor) -> Tensor:
-        return draw.draw_row(scores, self.generator) if self.config.do_sample else scores.argmax(-1)
+    def choose(self, scores: Tensor) -> tuple[int, float | None]:
+        """The next token, and its log-probability if it is drawn."""
+        if not self.config.do_sample:
+            return int(scores.argmax(-1)), None
+        found = draw.draw_row(scores, self.generator)
+        return int(found.ids), float(found.logprobs)
 
-    def give(self, token: int) -> str | None:
+    def give(self, token: int, logprob: float | None = None) -> str | None:
         """Append a token; the reason when the request ends with it."""
         self.ids.append(token)
+        if logprob is not None:
+            self.logprobs.append(logprob)
         if token in self._stops:
             return "stop"
         if self._criteria:

@@ -5,6 +5,7 @@ from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
+from topwork.objectives.ppo import PPO, PPOConfig, PPOTrainer
 from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
 from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
 from topwork.objectives.rloo import RLOOConfig, RLOOTrainer
@@ -29,6 +30,9 @@ __all__ = [
     "KTO",
     "KTOConfig",
     "KTOTrainer",
+    "PPO",
+    "PPOConfig",
+    "PPOTrainer",
     "PRM",
     "PRMConfig",
     "PRMTrainer",

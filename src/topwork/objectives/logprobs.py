@@ -32,10 +32,14 @@ class Scored:
         return ops.token_statistics(head, self.seen.detach(), self.targets)
 
 
-def score(model: nn.Module, batch: Batch, *, noise: float = 0.0, smoothing: float = 0.0) -> Scored:
+def score(
+    model: nn.Module, batch: Batch, *, noise: float = 0.0, smoothing: float = 0.0,
+    temperature: float = 1.0,
+) -> Scored:  # fmt: skip
     """The supervised positions of `batch` under `model`.
 
-    `noise`: NEFTune's on the embeddings; `smoothing`: that of the labels.
+    `noise`: NEFTune's on the embeddings; `smoothing`: that of the labels; `temperature` divides
+    the logits.
 
     A model with Topwork's contract (`backbone`, `token_logprobs`) computes no padding, shared
     prompts once, and logits for these positions alone; any other gets padded rows and the familiar
@@ -48,8 +52,10 @@ def score(model: nn.Module, batch: Batch, *, noise: float = 0.0, smoothing: floa
             given = {"inputs_embeds": noisy_embeddings(any_model, batch, noise)}
         hidden = any_model.backbone(**given, lengths=batch.lengths)
         seen = hidden[0, batch.positions]
-        if smoothing:
-            found = ops.token_logprobs_of(any_model.head, seen, batch.targets, smoothing)
+        if smoothing or temperature != 1:
+            head = any_model.head
+            cooled = head if temperature == 1 else lambda rows: head(rows).float() / temperature
+            found = ops.token_logprobs_of(cooled, seen, batch.targets, smoothing)
         else:
             found = any_model.token_logprobs(seen, batch.targets)
         return Scored(found, seen, batch.targets, model)
@@ -57,7 +63,7 @@ def score(model: nn.Module, batch: Batch, *, noise: float = 0.0, smoothing: floa
         raise ConfigError(
             "neftune_noise_alpha and label_smoothing_factor need a model of topwork's"
         )
-    logits = _padded_logits(any_model, batch)[batch.positions].float()
+    logits = _padded_logits(any_model, batch)[batch.positions].float() / temperature
     found = logits.gather(1, batch.targets[:, None])[:, 0] - logits.logsumexp(1)
     return Scored(found, logits, batch.targets, model)
 
@@ -71,9 +77,9 @@ def noisy_embeddings(model: Any, batch: Batch, alpha: float) -> Tensor:
     return embedded + size[None, :, None].to(embedded.dtype) * (2 * torch.rand_like(embedded) - 1)
 
 
-def token_logprobs(model: nn.Module, batch: Batch) -> Tensor:
+def token_logprobs(model: nn.Module, batch: Batch, temperature: float = 1.0) -> Tensor:
     """log p(target) [N] fp32 for each supervised position of `batch`; see `score`."""
-    return score(model, batch).logprobs
+    return score(model, batch, temperature=temperature).logprobs
 
 
 def _has_contract(model: Any) -> bool:

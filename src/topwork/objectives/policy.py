@@ -7,12 +7,14 @@ answer (advantage, sequence ratio) is spread over its tokens.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
+from topwork.training.distributed import World
 
 # How the loss per token becomes one number: mean of the answers' means, mean over all tokens, sum
 # over a constant length, or mean of the answers' sums.
@@ -85,7 +87,8 @@ def kl_k3(new: Tensor, ref: Tensor) -> Tensor:
 
 
 def vespo_weight(ratio: Tensor, advantage: Tensor, spread: Spread, loss: PolicyLoss) -> Tensor:
-    """φ(w) = e^λ · w^k · e^(-λw) [N] for the product w of an answer's ratios; φ(1) = 1."""
+    """φ(w) = e^λ · w^k · e^(-λw) [N] for the product w of an answer's ratios [N], given as their
+    logarithms; φ(1) = 1."""
     log_w = spread.over(spread.sums(ratio.detach().clamp(-20, 20))).clamp(math.log(1e-8), 20)
     good = advantage >= 0
     k = torch.where(good, loss.vespo_pos[0], loss.vespo_neg[0])
@@ -100,11 +103,13 @@ def token_losses(
     spread: Spread,
     loss: PolicyLoss,
     ref: Tensor | None = None,
+    correction: Tensor | None = None,
 ) -> Tensor:
     """The loss of each token [N] from log-probabilities [N] and the answers' advantages [A].
 
-    GRPO arXiv:2402.03300 (dapo 2503.14476, dr_grpo 2503.20783), cispo 2506.13585, sapo
-    2511.20347; gspo is `level="sequence"`.
+    `correction` [N]: the weight of each token for what its sampler made of the policy, see
+    `corrected`. GRPO arXiv:2402.03300 (dapo 2503.14476, dr_grpo 2503.20783), cispo 2506.13585,
+    sapo 2511.20347; gspo is `level="sequence"`.
     """
     given = spread.over(advantage)
     ratio = log_ratio(new, old, spread, loss.level).exp()
@@ -114,15 +119,74 @@ def token_losses(
         heat = torch.where(given > 0, loss.sapo_pos, loss.sapo_neg)
         out = -torch.sigmoid(heat * (ratio - 1)) * 4 / heat * given
     elif loss.loss_type == "vespo":
-        out = -vespo_weight(new - old, given, spread, loss) * given * new
+        apart = new - old
+        if correction is not None:  # within the product, which is of whole answers
+            apart, correction = apart + correction.clamp_min(1e-8).log(), None
+        out = -vespo_weight(apart, given, spread, loss) * given * new
     else:
-        clipped = ratio.clamp(1 - loss.epsilon, 1 + loss.high)
         first = ratio if loss.delta is None else ratio.clamp(max=loss.delta)
-        out = -torch.min(first * given, clipped * given)
+        out = clipped_losses(first, ratio, given, loss.epsilon, loss.high)
+    if correction is not None:
+        out = out * correction
     if loss.beta and ref is not None:
         divergence = kl_k3(new, ref)
         out = out + loss.beta * (divergence * ratio if loss.bias_correction else divergence)
     return out
+
+
+def clipped_losses(
+    first: Tensor, ratio: Tensor, advantage: Tensor, low: float, high: float
+) -> Tensor:
+    """PPO's pessimistic choice (arXiv:1707.06347) between `first` and the clipped `ratio`."""
+    return -torch.min(first * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+# -- the sampler and the trainer -----------------------------------------------------------------
+
+CORRECTIONS = ("none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+
+
+@dataclass(frozen=True)
+class Correction:
+    """How π/μ is bounded, π being the trainer's policy when the answers were drawn and μ what they
+    were drawn from: truncated to [low, high], or set to nothing beyond; for each token, or for the
+    product over an answer."""
+
+    mode: str = "none"
+    low: float | None = None
+    high: float | None = 3.0
+
+    def weights(self, old: Tensor, sampled: Tensor, spread: Spread) -> tuple[Tensor, Tensor]:
+        """The weight of each token [N], and which ones are beyond the bounds.
+
+        `sampled` [N] is NaN where the sampler did not tell: such a token's own ratio is 1.
+        """
+        gap = (old - sampled).nan_to_num(0.0)
+        if self.mode.startswith("sequence"):
+            gap = spread.over(spread.sums(gap))
+        ratio = gap.exp()
+        beyond = torch.zeros_like(ratio, dtype=torch.bool)
+        if self.low is not None:
+            beyond |= ratio < self.low
+        if self.high is not None:
+            beyond |= ratio > self.high
+        if self.mode.endswith("mask"):
+            return ratio.masked_fill(beyond, 0.0), beyond
+        if self.low is None and self.high is None:
+            return ratio, beyond
+        return ratio.clamp(self.low, self.high), beyond
+
+    def told(
+        self, weights: Tensor, beyond: Tensor, old: Tensor, sampled: Tensor
+    ) -> dict[str, Tensor]:
+        """What is logged of it, per token."""
+        gap = (old - sampled).abs()
+        share = "masked" if self.mode.endswith("mask") else "truncated"
+        return {
+            "sampling/logp_difference": gap[~gap.isnan()],
+            "sampling/ratio": weights,
+            f"sampling/{share}_fraction": beyond.float(),
+        }
 
 
 def total(losses: Tensor, spread: Spread, loss_type: str) -> Tensor:
@@ -195,6 +259,19 @@ def group_advantages(
     return found.nan_to_num(0)
 
 
+def whitened(
+    parts: Sequence[Tensor], world: World, centre: bool = True, eps: float = 1e-8
+) -> list[Tensor]:
+    """`parts` of a whole step, over all processes, at deviation 1 and (`centre`) mean 0."""
+    count, first = world.total(
+        sum(len(p) for p in parts), sum(float(p.double().sum()) for p in parts)
+    )
+    mean = first / max(1.0, count)
+    (second,) = world.total(sum(float(((p.double() - mean) ** 2).sum()) for p in parts))
+    deviation = (second / max(1.0, count - 1)) ** 0.5 + eps
+    return [(p - mean) / deviation + (0.0 if centre else mean) for p in parts]
+
+
 def leave_one_out(rewards: Tensor) -> Tensor:
     """RLOO (arXiv:2402.14740): each reward [P, G] less the mean of the others of its group."""
     count = rewards.shape[1]
@@ -206,4 +283,4 @@ def sequence_losses(
 ) -> Tensor:
     """PPO's clipped loss of whole answers [A], their ratio being the product of their tokens'."""
     ratio = spread.sums(new - old).exp()
-    return -torch.min(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)
+    return clipped_losses(ratio, ratio, advantage, epsilon, high)

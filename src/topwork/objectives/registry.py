@@ -9,7 +9,8 @@ from typing import Any
 from topwork.data.preferences import JUDGED, PAIRS
 from topwork.data.prepare import marked_text, prepare
 from topwork.data.rows import read_rows
-from topwork.objectives import answers, distill, dpo, free, grpo, kto, prm, reward, rloo, sft
+from topwork.objectives import answers, distill, dpo, free, grpo, kto, ppo, prm, reward, rloo, sft
+from topwork.objectives.draws import describe_prompts
 from topwork.objectives.rollouts import read_prompts
 from topwork.text import Tokenizer
 
@@ -93,9 +94,7 @@ def preview_prompts(
 ) -> tuple[list[str], Iterator[tuple[str, Runs]]]:
     """Prompts to be answered."""
     prompts, long = read_prompts(rows, tokenizer, args.max_prompt_length)
-    lines = [f"prompts: {len(prompts):,} rows, {args.num_generations} answers to each"]
-    if long:
-        lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
+    lines = describe_prompts(prompts, long, args)
     shown = (
         (f"row {p.row}: {len(p)} tokens", [(tokenizer.decode(p.ids.tolist()), False)])
         for p in prompts
@@ -127,5 +126,9 @@ OBJECTIVES = {
     ),
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, {"reward": "reward_funcs"}
+    ),
+    "ppo": Entry(
+        ppo.PPOConfig, ppo.PPOTrainer, preview_prompts,
+        {"reward": "reward_funcs", "value_model": "value_model"},
     ),
 }  # fmt: skip

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError, TrainingError, nearest
+from topwork.models import AutoModelForSequenceClassification
+from topwork.text import AutoTokenizer
 
 RewardFunc = Callable[..., Any] | nn.Module
 NAN = float("nan")
@@ -22,13 +24,84 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer to a prompt: its text (or messages), its ids, and the row it answers."""
+    """One answer to a prompt: its text (or messages), its ids, the row it answers, and whether it
+    came to an end."""
 
     prompt: Any
     answer: Any
     text: str
     ids: list[int]
     row: Mapping[str, Any]
+    ended: bool = True
+
+
+@dataclass(frozen=True)
+class Jury:
+    """Who judges the answers: functions and reward models (each with its tokenizer), how much each
+    counts, and what an answer loses that does not end (None: nothing)."""
+
+    funcs: Sequence[RewardFunc]
+    tokenizers: Sequence[Any] = ()
+    given_weights: Sequence[float] | None = None
+    missing_eos: float | None = None
+
+    @property
+    def names(self) -> list[str]:
+        found = [name_of(func) for func in self.funcs]
+        return found if self.missing_eos is None else [*found, "missing_eos"]
+
+    @property
+    def weights(self) -> Tensor:
+        found = list(self.given_weights or [1.0] * len(self.funcs))
+        return torch.tensor(found if self.missing_eos is None else [*found, 1.0])
+
+    def judge(self, completions: Sequence[Completion], state: Any) -> Tensor:
+        """Each judge's reward of each completion [N, F], NaN where it has none."""
+        found = judge(self.funcs, completions, state, self.tokenizers)
+        if self.missing_eos is None:
+            return found
+        lost = [0.0 if c.ended else -self.missing_eos for c in completions]
+        return torch.cat([found, torch.tensor(lost)[:, None]], 1)
+
+    def summed(self, rewards: Tensor) -> Tensor:
+        """[..., F] → [...]: the weighted sum of what was judged."""
+        return (rewards * self.weights).nansum(-1)
+
+
+def convene(given: Any, tokenizers: Any, args: Any) -> Jury:
+    """The jury of these functions, reward models, or names of either.
+
+    ConfigError when there is none, or weights or a tokenizer do not fit.
+    """
+    several = isinstance(given, (list, tuple))
+    listed: list[Any] = list(given) if several else [given]
+    if not listed:
+        raise ConfigError("the trainer needs reward_funcs (on the command line: --reward)")
+    funcs, found = _reward_models(listed, tokenizers)
+    weights = args.reward_weights
+    if weights is not None and len(weights) != len(funcs):
+        raise ConfigError(f"{len(weights)} reward_weights for {len(funcs)} rewards")
+    return Jury(funcs, found, weights, args.missing_eos_penalty)
+
+
+def _reward_models(
+    given: Sequence[RewardFunc | str], tokenizers: Any
+) -> tuple[list[RewardFunc], list[Any]]:
+    """Names of reward models loaded; each model with its tokenizer."""
+    listed = tokenizers if isinstance(tokenizers, (list, tuple)) else [tokenizers] * len(given)
+    funcs: list[RewardFunc] = []
+    found: list[Any] = []
+    for func, tokenizer in zip(given, listed, strict=True):
+        if isinstance(func, str) and ".py:" in func:
+            func = from_file(func)
+        elif isinstance(func, str):
+            tokenizer = tokenizer or AutoTokenizer.from_pretrained(func)
+            func = AutoModelForSequenceClassification.from_pretrained(func, num_labels=1)
+        if isinstance(func, nn.Module) and tokenizer is None:
+            raise ConfigError("a reward model needs its tokenizer: reward_processing_classes=…")
+        funcs.append(func)
+        found.append(tokenizer)
+    return funcs, found
 
 
 def from_file(name: str) -> Callable[..., Any]:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from topwork.errors import ConfigError
 from topwork.objectives import policy
-from topwork.objectives.grpo import GRPO, Drawn, GRPOConfig, GRPOTrainer, Rollout
-from topwork.objectives.logprobs import token_logprobs
+from topwork.objectives.draws import Drawn, Rollout, sums_of
+from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer, corrected
 from topwork.training.distributed import World
 from topwork.training.objective import Loss
 
@@ -28,20 +29,28 @@ class RLOOConfig(GRPOConfig):
     advantage: str = "leave_one_out"
     normalize_advantages: bool = False
     """Bring the advantages of a step to mean 0 and deviation 1."""
+    importance_correction: str = "sequence_truncate"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.importance_correction.startswith("token"):
+            raise ConfigError(
+                f"importance_correction={self.importance_correction!r}: here an answer is one "
+                "action; one of none, sequence_truncate, sequence_mask"
+            )
 
 
 class RLOO(GRPO):
     """The objective."""
 
     def weight(self, batch: Rollout) -> float:
-        return len(batch.advantages)
+        return batch.answers
 
     def _advantages(
         self, model: nn.Module, drawn: list[Drawn], rewards: Tensor, world: World
     ) -> Tensor:
         args: Any = self.args
-        weights = torch.tensor(args.reward_weights or [1.0] * rewards.shape[-1])
-        summed = (rewards * weights).nansum(-1)
+        summed = self.draw.jury.summed(rewards)
         if args.beta and self.reference is not None:
             summed = summed - args.beta * self._divergences(model, drawn).view(summed.shape)
         found = policy.leave_one_out(summed)
@@ -58,17 +67,20 @@ class RLOO(GRPO):
         for one in drawn:
             rollout = self._rollout(model, [one], torch.zeros(1, len(one.answers)))
             assert rollout.ref is not None
-            gap = token_logprobs(model, rollout.batch) - rollout.ref
+            gap = self._logprobs(model, rollout) - rollout.ref
             found.append(rollout.spread.sums(gap).cpu())
         return torch.cat(found)
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
-        new, args = token_logprobs(model, batch.batch), self.args
+        new, args, spread = self._logprobs(model, batch), self.args, batch.spread
         old = new.detach() if batch.old is None else batch.old
+        correction, told = corrected(args, batch, old)
         losses = policy.sequence_losses(
-            new, old, batch.advantages, batch.spread, args.epsilon, args.loss().high
+            new, old, batch.advantages, spread, args.epsilon, args.loss().high
         )
-        return Loss(losses.sum(), dict(batch.metrics))
+        if correction is not None:  # the same for all tokens of an answer
+            losses = losses * spread.means(correction)
+        return Loss(losses.sum(), {**batch.metrics, **sums_of(told)})
 
 
 class RLOOTrainer(GRPOTrainer):

@@ -1,12 +1,13 @@
-"""Answers of the policy in the same process: the engine decodes with the weights as they are."""
+"""Answers of the policy: who writes them, and prompts as the model reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 
 from topwork.data.rows import Row, read_rows
 from topwork.errors import ConfigError, DataError
@@ -32,10 +33,65 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the policy said: its ids with the end token, and whether it came to an end."""
+    """What the policy said: its `ids` with the end token, whether it came to an end, and the
+    log-probability with which each token was drawn (NaN: not known)."""
 
     ids: list[int]
     ended: bool
+    logprobs: list[float] = field(default_factory=list)
+
+    @property
+    def sampled(self) -> list[float]:
+        return self.logprobs or [float("nan")] * len(self.ids)
+
+
+class Writer(Protocol):
+    """Goes on with texts under the weights as they are."""
+
+    def write(
+        self, model: Any, texts: Sequence[Sequence[int]], limits: Sequence[int], seeds: list[int]
+    ) -> list[Answer]:
+        """What follows each of `texts`, up to so many tokens, drawn from so seeded a generator."""
+        ...
+
+
+@dataclass(frozen=True)
+class EngineWriter:
+    """The engine in this process, with the model itself: nothing is copied."""
+
+    options: Mapping[str, Any]
+
+    def write(
+        self, model: Any, texts: Sequence[Sequence[int]], limits: Sequence[int], seeds: list[int]
+    ) -> list[Answer]:
+        """Beginnings that several texts share are read once; texts leave as they end."""
+        rows = min(ENGINE_ROWS, len(texts))
+        longest = max(len(t) + n for t, n in zip(texts, limits))
+        engine = Engine(model, max_rows=rows, cache_tokens=(rows + 1) * (longest + 32))
+        asked = [
+            engine.submit(list(text), **{**self.options, "max_new_tokens": limit, "seed": seed})
+            for text, limit, seed in zip(texts, limits, seeds)
+        ]
+        for event in engine.run():
+            if event.request.error is not None:
+                raise event.request.error
+        return [Answer(r.new_ids, r.finish_reason == "stop", r.logprobs) for r in asked]
+
+
+def seeds(count: int) -> list[int]:
+    """Fresh seeds from torch's default generator, so that a resumed run draws the same."""
+    return torch.randint(2**62, (count,)).tolist()
+
+
+def roll_out(
+    writer: Writer, model: Any, prompts: Sequence[Prompt], count: int, limit: int,
+    seeded: list[int] | None = None,
+) -> list[list[Answer]]:  # fmt: skip
+    """`count` answers to each prompt."""
+    texts = [prompt.ids.tolist() for prompt in prompts for _ in range(count)]
+    seeded = seeds(len(texts)) if seeded is None else seeded
+    found = writer.write(model, texts, [limit] * len(texts), seeded)
+    return [found[at : at + count] for at in range(0, len(found), count)]
 
 
 def read_prompts(source: Any, tokenizer: Tokenizer, limit: int | None) -> tuple[list[Prompt], int]:
@@ -68,30 +124,13 @@ def _prompt(number: int, row: Row, tokenizer: Tokenizer) -> Prompt:
     return Prompt(number, np.asarray(ids, np.int32), given, row)
 
 
-def roll_out(
-    model: Any, prompts: Sequence[Prompt], count: int, options: Mapping[str, Any]
-) -> list[list[Answer]]:
-    """`count` answers to each prompt; prompts are read once, rows leave as they end."""
-    new = options["max_new_tokens"]
-    longest = max(len(p) for p in prompts)
-    rows = min(ENGINE_ROWS, len(prompts) * count)
-    engine = Engine(model, max_rows=rows, cache_tokens=(rows + 1) * (longest + new + 32))
-    asked = [
-        [engine.submit(prompt.ids.tolist(), **options) for _ in range(count)] for prompt in prompts
-    ]
-    for event in engine.run():
-        if event.request.error is not None:
-            raise event.request.error
-    return [[Answer(r.new_ids, r.finish_reason == "stop") for r in row] for row in asked]
-
-
 def completion(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Completion:
     """The answer as reward functions see it: a text, or messages where the prompt is messages."""
     text = tokenizer.decode(answer.ids, skip_special_tokens=True)
     said: Any = text
     if not isinstance(prompt.given, str):
         said = [{"role": "assistant", "content": text}]
-    return Completion(prompt.given, said, text, answer.ids, prompt.columns)
+    return Completion(prompt.given, said, text, answer.ids, prompt.columns, answer.ended)
 
 
 def sampling_options(args: Any, tokenizer: Tokenizer) -> dict[str, Any]:

@@ -35,11 +35,28 @@ def total_units(weights: Sequence[float | Sequence[float]]) -> list[float]:
     return [sum(column) for column in zip(*terms)]
 
 
+def held_state(objective: Any) -> dict[str, Tensor]:
+    """What `objective` holds that changes in training, for checkpoints."""
+    state = getattr(objective, "state", None)
+    return {k: v.detach() for k, v in state().items()} if state else {}
+
+
+def take_up(objective: Any, found: dict[str, Tensor]) -> None:
+    """Put a checkpoint's tensors back."""
+    load = getattr(objective, "load_state", None)
+    if load is not None:
+        load(found)
+        return
+    for name, tensor in held_state(objective).items():
+        tensor.copy_(found[name])
+
+
 class Objective(Protocol):
     """An algorithm over the one trainer: SFT, DPO, GRPO … Samples and batches are its own.
 
     One that holds tensors which change in training (a reference that follows the model) also has
-    `state()` → {name: tensor}; checkpoints keep them, and a resumed run copies them back. One whose
+    `state()` → {name: tensor}; checkpoints keep them, and a resumed run copies them back, or gives
+    them to `load_state` where there is that (for tensors whose shapes it cannot know). One whose
     batches are drawn (rollouts) has `draws` = True, so that a run is stopped between steps only;
     `sketch(model, sample)`, a batch of the usual shape made without drawing, to plan the memory;
     `repeat`, how many steps take the same samples; and `answers`, how many items of the batch size

@@ -22,7 +22,7 @@ from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.distributed import choose_device
 from topwork.training.interrupt import StopRequest
-from topwork.training.objective import Objective, total_units
+from topwork.training.objective import Objective, held_state, take_up, total_units
 from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, main_dtype, make_plan, resident_memory
 from topwork.training.plot import plot_losses
@@ -416,7 +416,7 @@ class Trainer:
         )
         if gradients := self.optimiser.gradients():
             save_file({k: v.contiguous() for k, v in gradients.items()}, folder / GRADIENTS)
-        if held := self._objective_state():
+        if held := held_state(self.objective):
             save_file({k: v.contiguous() for k, v in held.items()}, folder / OBJECTIVE)
         save_rng(folder)
         self.args.save(folder / "training_args.json")
@@ -451,20 +451,13 @@ class Trainer:
         self.optimiser.load(load_file(folder / OPTIMISER))
         if (folder / GRADIENTS).exists():
             self.optimiser.set_gradients(load_file(folder / GRADIENTS))
-        if held := self._objective_state():
-            found = load_file(folder / OBJECTIVE)
-            for name, tensor in held.items():
-                tensor.copy_(found[name])
+        if (folder / OBJECTIVE).exists():
+            take_up(self.objective, load_file(folder / OBJECTIVE))
         for i, callback in enumerate(self.callbacks):
             kept = saved.callbacks.get(f"{i}.{type(callback).__name__}")
             if kept is not None:
                 callback.load_state_dict(kept)  # type: ignore[attr-defined]
         load_rng(folder)
-
-    def _objective_state(self) -> dict[str, Tensor]:
-        """What the objective holds that changes in training."""
-        state = getattr(self.objective, "state", None)
-        return {k: v.detach() for k, v in state().items()} if state else {}
 
     def save_model(self, output_dir: str | Path | None = None) -> None:
         """The model (or its adapters) and the tokenizer, ready to use."""

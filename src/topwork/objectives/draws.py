@@ -1,0 +1,378 @@
+"""What the objectives over drawn answers share: settings, drawing and judging, steps that share
+their answers, and the set-up of their trainers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from topwork.data.groups import Group, collate_groups
+from topwork.data.packing import Batch
+from topwork.data.prepare import Sample
+from topwork.errors import ConfigError
+from topwork.objectives import kept, policy
+from topwork.objectives.policy import Correction, Spread
+from topwork.objectives.reference import Reference, choose_reference
+from topwork.objectives.rewards import Jury, check_columns, convene
+from topwork.objectives.rollouts import (
+    Answer,
+    EngineWriter,
+    Prompt,
+    Writer,
+    completion,
+    read_prompts,
+    roll_out,
+    sampling_options,
+)
+from topwork.objectives.setup import adapted, at_least, load_pair, named_sets, one_of
+from topwork.peft import PeftConfig, PeftModel
+from topwork.text import Tokenizer
+from topwork.training import TrainingArguments
+from topwork.training.distributed import World
+
+COMPLETIONS = "completions.jsonl"
+Metrics = dict[str, tuple[float, float]]
+
+
+@dataclass(kw_only=True)
+class DrawsConfig(TrainingArguments):
+    """What runs over drawn answers share.
+
+    `per_device_train_batch_size` counts answers, and must be a multiple of `num_generations`.
+    """
+
+    learning_rate: float = 1e-6
+    disable_dropout: bool = True
+    num_generations: int = 1
+    """Answers to each prompt."""
+    num_mini_batches: int = 1
+    """Optimiser steps that share one draw, each with its part of the micro-batches; divides
+    `gradient_accumulation_steps`."""
+    max_prompt_length: int | None = None
+    """Rows with longer prompts are left out, counted and told."""
+    max_completion_length: int = 256
+    temperature: float = 1.0
+    """The policy is the model at this temperature, in drawing and in training."""
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    reward_weights: list[float] | None = None
+    missing_eos_penalty: float | None = None
+    """Taken off the reward of an answer that does not end within `max_completion_length`."""
+    importance_correction: str = "token_truncate"
+    """How the loss makes up for answers that come from another distribution than the trainer's
+    policy (another kernel, a cut by top-k, older weights): their ratio is truncated, or tokens
+    beyond the bounds are masked, for each token or whole answers: none, token_truncate,
+    token_mask, sequence_truncate, sequence_mask."""
+    importance_correction_max: float | None = 3.0
+    importance_correction_min: float | None = None
+    chat_template: str | None = None
+    log_completions: bool = True
+    """Keep the first group of each step in completions.jsonl."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("importance_correction", self.importance_correction, policy.CORRECTIONS)
+        for name in ("num_generations", "num_mini_batches", "max_completion_length"):
+            at_least(name, getattr(self, name), 1)
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ConfigError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers "
+                f"and must be a multiple of num_generations={self.num_generations}"
+            )
+        if self.gradient_accumulation_steps % self.num_mini_batches:
+            raise ConfigError(
+                f"num_mini_batches={self.num_mini_batches} must divide "
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps}"
+            )
+
+    def correction(self) -> Correction:
+        return Correction(
+            self.importance_correction,
+            self.importance_correction_min,
+            self.importance_correction_max,
+        )
+
+
+@dataclass
+class Drawn:
+    """A prompt with its judged answers; `rewards` [G, F]."""
+
+    prompt: Prompt
+    answers: list[Answer]
+    rewards: Tensor
+
+
+@dataclass
+class Rollout:
+    """A micro-batch of A answers: their `advantages` [A], the log-probabilities [N] under the
+    policy when they were drawn (`old`; None: the present one), under their sampler and under the
+    reference, and what is told."""
+
+    batch: Batch
+    advantages: Tensor
+    old: Tensor | None = None
+    ref: Tensor | None = None
+    sampled: Tensor | None = None
+    metrics: Metrics = field(default_factory=dict)
+
+    @property
+    def answers(self) -> int:
+        return sum(len(n) - 1 if isinstance(n, tuple) else 1 for n in self.batch.lengths)
+
+    @property
+    def spread(self) -> Spread:
+        return Spread(self.batch.owners, self.answers)
+
+
+@dataclass
+class Draw:
+    """Draws answers to prompts and has them judged."""
+
+    args: DrawsConfig
+    tokenizer: Tokenizer
+    jury: Jury
+    writer: Writer
+    trainer_state: Callable[[], Any] = lambda: None
+
+    @property
+    def round(self) -> int:
+        """How many optimiser steps were taken."""
+        state = self.trainer_state()
+        return 0 if state is None else state.global_step
+
+    def __call__(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Drawn]:
+        """Raises TrainingError as `judge` does."""
+        count = self.args.num_generations
+        answers = roll_out(self.writer, model, prompts, count, self.args.max_completion_length)
+        said = [
+            completion(prompt, answer, self.tokenizer)
+            for prompt, row in zip(prompts, answers)
+            for answer in row
+        ]
+        rewards = self.jury.judge(said, self.trainer_state())
+        return [Drawn(*parts) for parts in zip(prompts, answers, rewards.split(count))]
+
+    def metrics(self, drawn: Sequence[Drawn]) -> Metrics:
+        """Sums and counts over the answers of a micro-batch."""
+        rewards = torch.stack([d.rewards for d in drawn])
+        summed = self.jury.summed(rewards)
+        answers = [a for d in drawn for a in d.answers]
+        sizes = [len(a.ids) for a in answers]
+        found: dict[str, Tensor] = {
+            "reward": summed,
+            "completions/mean_length": torch.tensor(sizes, dtype=torch.float32),
+            "completions/clipped_ratio": torch.tensor([float(not a.ended) for a in answers]),
+        }
+        if self.args.num_generations > 1:
+            found["reward_std"] = policy.nan_std(summed, 1)
+            alike = [float(all_alike(d.rewards)) for d in drawn]
+            found["frac_reward_zero_std"] = torch.tensor(alike)
+        for index, name in enumerate(self.jury.names):
+            values = rewards[..., index]
+            found[f"rewards/{name}/mean"] = values[~values.isnan()]
+        return sums_of(found)
+
+    def keep(self, drawn: Drawn, advantages: Tensor) -> None:
+        """Write a group into completions.jsonl, if that is asked for."""
+        state = self.trainer_state()
+        if not self.args.log_completions or state is None:
+            return
+        entry = {
+            "step": state.global_step,
+            "row": drawn.prompt.row,
+            "prompt": drawn.prompt.given,
+            "completions": [self.tokenizer.decode(a.ids) for a in drawn.answers],
+            "rewards": [[None if x != x else x for x in row] for row in drawn.rewards.tolist()],
+            "advantages": advantages.tolist(),
+        }
+        path = Path(self.args.output_dir) / COMPLETIONS
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
+
+
+def sums_of(values: dict[str, Tensor]) -> Metrics:
+    """Each tensor as its sum and its size."""
+    return {name: (float(v.sum()), float(v.numel())) for name, v in values.items()}
+
+
+def all_alike(rewards: Tensor) -> bool:
+    """Whether a group [G, F] teaches nothing: its summed rewards are the same."""
+    summed = rewards.nansum(-1)
+    return bool((summed - summed[0]).abs().max() < 1e-8)
+
+
+def collate_answers(
+    drawn: Sequence[Drawn], device: torch.device, ended_only: bool = False
+) -> tuple[Batch, Tensor]:
+    """The micro-batch of these answers, and the samplers' log-probabilities of what is trained."""
+    groups, sampled = [], []
+    for one in drawn:
+        samples = []
+        for answer in one.answers:
+            ids = np.asarray(answer.ids, np.int32)
+            trained = np.full(len(ids), answer.ended or not ended_only)
+            samples.append(Sample(-1, ids, trained))
+            sampled += np.asarray(answer.sampled, np.float32)[trained].tolist()
+        groups.append(Group(one.prompt.row, one.prompt.ids, tuple(samples)))
+    return collate_groups(groups).to(device), torch.tensor(sampled, device=device)
+
+
+@dataclass
+class OverDraws:
+    """The part of an objective over drawn answers that does not depend on its loss.
+
+    `repeat` steps share the samples and answers of one draw: `passes` over all of it, each in
+    `num_mini_batches` steps. `draws`: a run stops between steps only.
+    """
+
+    args: Any
+    draw: Draw
+    kind: type[Any] = Rollout
+    draws: bool = True
+    kept: tuple[int, list[Any]] | None = None
+
+    @property
+    def passes(self) -> int:
+        return 1
+
+    @property
+    def answers(self) -> int:
+        """Items of the batch size that one prompt stands for."""
+        return self.args.num_generations
+
+    @property
+    def repeat(self) -> int:
+        return self.passes * self.args.num_mini_batches
+
+    def size(self, sample: Prompt) -> int:
+        return len(sample) + self.args.num_generations * self.args.max_completion_length
+
+    def tokens(self, batch: Any) -> int:
+        return batch.batch.tokens
+
+    def rows(self, batch: Any) -> Sequence[int]:
+        return batch.batch.rows
+
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Prompt]], world: World | None = None
+    ) -> list[Any]:
+        """Draw the answers of a whole draw, or take this step's part of those at hand."""
+        if self.repeat == 1 or world is None:
+            return self.collected(model, groups, world)
+        step = self.draw.round
+        if self.kept is None or self.kept[0] != step // self.repeat:
+            found = self.collected(model, groups, world)
+            with torch.no_grad():
+                for one in found:
+                    self.remember(model, one)
+            self.kept = (step // self.repeat, found)
+        shares = self.args.num_mini_batches
+        found = self.kept[1]
+        part = found[step % shares :: shares] or [found[step % len(found)]]
+        device = next(model.parameters()).device
+        return [kept.moved(one, device) for one in part]
+
+    def collected(
+        self, model: nn.Module, groups: Sequence[Sequence[Prompt]], world: World | None
+    ) -> list[Any]:
+        """Fresh micro-batches; `world` is None outside of training."""
+        raise NotImplementedError
+
+    def remember(self, model: nn.Module, batch: Any) -> None:
+        """Note what the present policy says of `batch`, for steps after it has changed."""
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        return {} if self.kept is None else kept.packed(*self.kept)
+
+    def load_state(self, found: dict[str, Tensor]) -> None:
+        self.kept = kept.unpacked(found, self.kind)
+
+
+def split(groups: Sequence[Sequence[Any]], items: Any) -> list[Any]:
+    """`items` (a list, or a tensor's first dimension), one for each sample of `groups` in order, in the same groups."""
+    found, at = [], 0
+    for group in groups:
+        found.append(items[at : at + len(group)])
+        at += len(group)
+    return found
+
+
+# -- trainers --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Setup:
+    """What the trainers over drawn answers begin with."""
+
+    policy: nn.Module
+    reference: Reference | None
+    draw: Draw
+    train: Sequence[Prompt]
+    evals: dict[str, Sequence[Any]]
+    notes: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.train:
+            digest.update(prompt.ids.tobytes())
+        return digest.hexdigest()
+
+    def given(self) -> dict[str, Any]:
+        """The trainer's arguments about data."""
+        return {
+            "train_data": self.train, "eval_data": self.evals, "tokenizer": self.draw.tokenizer,
+            "data_fingerprint": self.fingerprint, "notes": self.notes,
+        }  # fmt: skip
+
+
+def set_up(
+    model: nn.Module | str | Path, reward_funcs: Any, args: DrawsConfig, train_dataset: Any,
+    eval_dataset: Any, tokenizer: Tokenizer | None, reward_tokenizers: Any,
+    peft_config: PeftConfig | None, held: float,
+) -> Setup:  # fmt: skip
+    """The policy with its adapter, its start as reference if it is `held` to it, jury and data."""
+    model, tokenizer = load_pair(model, tokenizer, args)
+    if train_dataset is None:
+        raise ConfigError("the trainer needs train_dataset: rows with `prompt`")
+    jury = convene(reward_funcs, reward_tokenizers, args)
+    train, long = read_prompts(train_dataset, tokenizer, args.max_prompt_length)
+    check_columns(jury.funcs, list(train[0].columns))
+    evals: dict[str, Sequence[Any]] = {
+        name: read_prompts(rows, tokenizer, args.max_prompt_length)[0]
+        for name, rows in named_sets(eval_dataset).items()
+    }
+    reference = _start(model, peft_config) if held else None
+    notes = describe_prompts(train, long, args)
+    writer = EngineWriter(sampling_options(args, tokenizer))
+    draw = Draw(args, tokenizer, jury, writer)
+    return Setup(adapted(model, peft_config), reference, draw, train, evals, notes)
+
+
+def describe_prompts(prompts: Sequence[Prompt], long: int, args: Any) -> list[str]:
+    """What the run answers, and how many prompts were too `long`."""
+    count = args.num_generations
+    each = f"{count} answers to each" if count > 1 else "an answer to each"
+    lines = [f"prompts: {len(prompts):,} rows, {each}"]
+    if long:
+        lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
+    return lines
+
+
+def _start(model: nn.Module, config: PeftConfig | None) -> Reference:
+    """The policy as it is at the start: the bare base below a new adapter, else a copy."""
+    if config is not None and not isinstance(model, PeftModel):
+        return Reference()
+    return choose_reference(model, None, False, False, False)
