@@ -301,7 +301,7 @@ class OverDraws:
 
 
 def split(groups: Sequence[Sequence[Any]], items: Any) -> list[Any]:
-    """`items` (a list, or a tensor's first dimension), one for each sample of `groups` in order, in the same groups."""
+    """`items`, one for each sample of `groups` in order, in the same groups."""
     found, at = [], 0
     for group in groups:
         found.append(items[at : at + len(group)])
