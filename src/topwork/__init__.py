@@ -9,6 +9,7 @@ from topwork._public import HOMES
 from topwork._version import __version__
 
 if TYPE_CHECKING:
+    from topwork.data import *
     from topwork.generation import *
     from topwork.models import *
     from topwork.objectives import *
@@ -16,7 +17,11 @@ if TYPE_CHECKING:
     from topwork.pipelines import *
     from topwork.quant import BitsAndBytesConfig
     from topwork.text import *
-    from topwork.training import *
+    from topwork.training import (  # its Trainer is the loop below all others
+        EarlyStoppingCallback,
+        TrainerCallback,
+        TrainingArguments,
+    )
 
 # Modules are read on first use, so that `import topwork` loads no torch.
 __all__ = sorted([*HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDunderAll]

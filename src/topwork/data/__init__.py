@@ -1,1 +1,19 @@
-"""Rows: read, recognise, render, mask, pack."""
+"""Rows: read, recognise, render, mask, pack, collate."""
+
+from topwork.data.collators import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPacking,
+    DataCollatorWithPadding,
+    default_data_collator,
+)
+
+__all__ = [
+    "DataCollatorForLanguageModeling",
+    "DataCollatorForSeq2Seq",
+    "DataCollatorForTokenClassification",
+    "DataCollatorWithPacking",
+    "DataCollatorWithPadding",
+    "default_data_collator",
+]

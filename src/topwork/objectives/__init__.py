@@ -9,7 +9,9 @@ from topwork.objectives.ppo import PPO, PPOConfig, PPOTrainer
 from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
 from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
 from topwork.objectives.rloo import RLOOConfig, RLOOTrainer
+from topwork.objectives.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
+from topwork.objectives.supervised import EvalPrediction, PredictionOutput, Trainer
 
 __all__ = [
     "Distillation",
@@ -44,4 +46,9 @@ __all__ = [
     "SFT",
     "SFTConfig",
     "SFTTrainer",
+    "EvalPrediction",
+    "PredictionOutput",
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
+    "Trainer",
 ]

@@ -26,7 +26,7 @@ REFUSED = {
     "tf32": "set torch.backends.cuda.matmul.allow_tf32",
     "half_precision_backend": "use bf16=True",
     "ddp_find_unused_parameters": "unused parameters do no harm here",
-    "eval_accumulation_steps": "evaluation keeps no logits",
+    "eval_accumulation_steps": "predictions leave the device batch by batch",
     "evaluation_strategy": "it is called eval_strategy",
     "per_gpu_train_batch_size": "it is called per_device_train_batch_size",
     "no_cuda": "it is called use_cpu",
@@ -89,7 +89,9 @@ class TrainingArguments:
     """Checkpoints to keep; older ones go once the newest is verified."""
     load_best_model_at_end: bool = False
     metric_for_best_model: str = "eval_loss"
-    greater_is_better: bool = False
+    """With or without the prefix "eval_"."""
+    greater_is_better: bool | None = None
+    """None: yes, unless the metric's name ends with "loss"."""
     report_to: str | list[str] = "none"
     run_name: str | None = None
     disable_tqdm: bool = False
@@ -100,6 +102,8 @@ class TrainingArguments:
     def __post_init__(self) -> None:
         if self.eval_steps is None:
             self.eval_steps = self.logging_steps
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         at_least_one = (
             "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps",

@@ -67,7 +67,8 @@ class EarlyStoppingCallback(TrainerCallback):
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any
     ) -> None:
-        value = more["metrics"].get(args.metric_for_best_model)
+        name = f"eval_{args.metric_for_best_model.removeprefix('eval_')}"
+        value = more["metrics"].get(name)
         if value is None:
             raise ConfigError(
                 f"metric_for_best_model={args.metric_for_best_model!r} is not among the metrics "

@@ -66,8 +66,10 @@ class Optimiser:
         """The tensors that the step changes."""
         return [self._stepped(name) for name in self.named]
 
-    def set_factor(self, factor: float) -> float:
-        """Scale each group's own rate; returns the first group's."""
+    def set_factor(self, factor: float | None) -> float:
+        """Scale each group's own rate (None: leave them); returns the first group's."""
+        if factor is None:
+            return self.inner.param_groups[0]["lr"]
         if not hasattr(self, "rates"):
             self.rates = [g["lr"] for g in self.inner.param_groups]
         for group, rate in zip(self.inner.param_groups, self.rates):

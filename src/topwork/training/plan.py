@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from topwork.quant import Summary
+from topwork.training.objective import Objective
 
 # Beside tensors: the interpreter, torch's libraries, buffers of its kernels (measured: 0.5 GB).
 RUNTIME = 500 * 2**20
@@ -172,6 +174,30 @@ def make_plan(
         available_memory(device),
         str(packed) if packed.layers else "",
     )
+
+
+def plan_of(
+    model: nn.Module, objective: Objective, data: Sequence[Any], micro: int, optimiser_bytes: int,
+    device: torch.device,
+) -> Plan:  # fmt: skip
+    """The plan of a run over `data` in micro-batches of `micro` samples.
+
+    Of what is no list in memory some 500 samples are looked at.
+    """
+    every = 1 if isinstance(data, (list, tuple)) else max(1, len(data) // 500)
+    sizes = sorted((objective.size(data[i]), i) for i in range(0, len(data), every))
+    largest = sum(n for n, _ in sizes[-micro:])
+    middle = sizes[len(sizes) // 2][1]
+    sketch = getattr(objective, "sketch", None)
+
+    def probe() -> tuple[Tensor, int]:
+        if sketch is not None:
+            batch = sketch(model, data[middle])
+        else:
+            (batch,) = objective.assemble(model, [[data[middle]]])
+        return objective.loss(model, batch).total, objective.tokens(batch)
+
+    return make_plan(model, optimiser_bytes, probe, largest, device)
 
 
 def main_dtype(model: nn.Module) -> str:

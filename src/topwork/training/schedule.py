@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
+from torch.optim.lr_scheduler import LRScheduler
+
 from topwork.errors import ConfigError
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int], float | None]
+"""A step (from 0) → factor on the learning rate; None: the optimiser's rates are set already."""
 
 
 def _linear(progress: float, steps: int) -> float:
@@ -54,7 +58,7 @@ SCHEDULES: dict[str, Callable[..., float]] = {
 }
 
 
-def schedule(kind: str, steps: int, warmup: int, **options: Any) -> Schedule:
+def schedule(kind: str, steps: int, warmup: int, **options: Any) -> Callable[[int], float]:
     """step (from 0) → factor on the learning rate: a linear rise over `warmup`, then `kind`."""
     shape = SCHEDULES[kind]
 
@@ -84,3 +88,23 @@ def _stable_decay(
     progress = min(1.0, max(0, step - (steps - falling)) / max(1, falling))
     wave = 0.5 * (1 + math.cos(math.pi * progress))
     return (1 - min_lr_ratio) * wave + min_lr_ratio
+
+
+class Given:
+    """A torch scheduler as a schedule: stepped once after each of the optimiser's steps."""
+
+    def __init__(self, scheduler: LRScheduler) -> None:
+        if not isinstance(scheduler, LRScheduler) or hasattr(scheduler, "num_bad_epochs"):
+            raise ConfigError(
+                f"{type(scheduler).__name__} is no scheduler that goes by steps alone; use one of "
+                "torch.optim.lr_scheduler that needs no metric"
+            )
+        self.inner, self.at = scheduler, 0
+
+    def __call__(self, step: int) -> None:
+        with warnings.catch_warnings():
+            # A resumed run goes to its step without taking those before it.
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+            while self.at < step:
+                self.inner.step()
+                self.at += 1

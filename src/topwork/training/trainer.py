@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from topwork.errors import CheckpointError, ConfigError, TrainingError
 from topwork.ops.memory import keep_freed_memory
@@ -21,15 +23,16 @@ from topwork.training import distributed, files
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.distributed import choose_device
+from topwork.training.evaluation import Means
 from topwork.training.interrupt import StopRequest
 from topwork.training.objective import Objective, held_state, take_up, total_units
 from topwork.training.optim import Optimiser, clip
-from topwork.training.plan import Plan, main_dtype, make_plan, resident_memory
+from topwork.training.plan import Plan, main_dtype, plan_of, resident_memory
 from topwork.training.plot import plot_losses
 from topwork.training.precision import cast
 from topwork.training.progress import Show
 from topwork.training.sampler import Sampler
-from topwork.training.schedule import Schedule, schedule
+from topwork.training.schedule import Given, Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
 
 OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
@@ -64,6 +67,7 @@ class Trainer:
         tokenizer: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        scheduler: LRScheduler | None = None,
         data_fingerprint: str = "",
         notes: Sequence[str] = (),
     ) -> None:
@@ -82,6 +86,7 @@ class Trainer:
         self.state = TrainerState(data=data_fingerprint)
         self.control = TrainerControl()
         self._given_optimizer = optimizer
+        self._given_schedule = None if scheduler is None else Given(scheduler)
         self.optimiser: Optimiser
         self.schedule: Schedule
         if args.eval_strategy != "no" and not self.eval_data:
@@ -143,7 +148,7 @@ class Trainer:
             steps = math.ceil(args.num_train_epochs * self.sampler.steps_per_epoch)
         self.state = TrainerState(max_steps=steps, data=self.state.data)
         self.control = TrainerControl()
-        self.schedule = schedule(
+        self.schedule = self._given_schedule or schedule(
             args.lr_scheduler_type, steps, args.warmup(steps), **args.lr_scheduler_kwargs
         )
         torch.manual_seed(args.seed + self.world.rank)
@@ -253,7 +258,6 @@ class Trainer:
 
     # -- evaluation ------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def evaluate(
         self, eval_data: Sequence[Any] | dict[str, Sequence[Any]] | None = None,
         metric_key_prefix: str = "eval",
@@ -263,40 +267,45 @@ class Trainer:
         chosen = self.eval_data if eval_data is None else given
         if not chosen:
             raise ConfigError("there is no eval_dataset")
-        was_training = self.model.training
-        self.model.eval()
-        paused = time.perf_counter()
+        paused = started = time.perf_counter()
         found: dict[str, float] = {}
-        for name, data in chosen.items():
-            prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
-            found |= {prefix + k: v for k, v in self._means(data or ()).items()}
-        self.model.train(was_training)
+        with self.judging():
+            for name, data in chosen.items():
+                prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
+                means = self.measure(data or ())
+                means["runtime"], started = time.perf_counter() - started, time.perf_counter()
+                found |= {prefix + k.removeprefix(prefix): v for k, v in means.items()}
         self._since += time.perf_counter() - paused
         self._log(found)
         self._note_best(found)
         self._fire("on_evaluate", metrics=found)
         return found
 
-    def _means(self, data: Sequence[Any]) -> dict[str, float]:
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Within it the model does not learn."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.model.train(was_training)
+
+    def measure(self, data: Sequence[Any]) -> dict[str, float]:
+        """The mean loss and metrics over `data`."""
+        means = Means()
+        for batch in self.batches(data):
+            means.add(self.objective.loss(self.model, batch), self.objective.weight(batch))
+        return means.over(self.world)
+
+    def batches(self, data: Sequence[Any]) -> Iterator[Any]:
+        """This process's batches of `data`, in order, for evaluation."""
         size = self._samples(self.args.per_device_eval_batch_size)
-        started = time.perf_counter()
-        sums: dict[str, list[float]] = {"loss#0": [0.0, 0.0]}
         mine = range(self.world.rank, len(data), self.world.size)
-        groups = [[data[i] for i in mine[at : at + size]] for at in range(0, len(mine), size)]
-        for group in groups:
-            (batch,) = self.objective.assemble(self.model, [group])
-            loss = self.objective.loss(self.model, batch)
-            terms = loss.total.reshape(-1).tolist()
-            units = total_units([self.objective.weight(batch)])
-            parts = {f"loss#{i}": part for i, part in enumerate(zip(terms, units))}
-            for name, (total, count) in {**parts, **loss.metrics}.items():
-                old = sums.setdefault(name, [0.0, 0.0])
-                sums[name] = [old[0] + total, old[1] + count]
-        names = sorted(sums)
-        flat = self.world.total(*(v for n in names for v in sums[n]))
-        means = {n: flat[2 * i] / max(flat[2 * i + 1], 1e-12) for i, n in enumerate(names)}
-        loss = sum(means.pop(n) for n in names if n.startswith("loss#"))
-        return {"loss": loss, **means, "runtime": time.perf_counter() - started}
+        for at in range(0, len(mine), size):
+            group = [data[i] for i in mine[at : at + size]]
+            yield from self.objective.assemble(self.model, [group])
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         name, state = self.args.metric_for_best_model, self.state
@@ -373,23 +382,12 @@ class Trainer:
 
     def plan(self) -> Plan:
         """What the run will need, from a trial on a sample of middling size."""
-        data, micro = self.train_data, self._samples(self.args.per_device_train_batch_size)
-        sizes = sorted((self.objective.size(data[i]), i) for i in range(len(data)))
-        largest = sum(n for n, _ in sizes[-micro:])
-        middle = sizes[len(sizes) // 2][1]
-
-        sketch = getattr(self.objective, "sketch", None)
-
-        def probe() -> tuple[Tensor, int]:
-            if sketch is not None:
-                batch = sketch(self.model, data[middle])
-            else:
-                (batch,) = self.objective.assemble(self.model, [[data[middle]]])
-            return self.objective.loss(self.model, batch).total, self.objective.tokens(batch)
-
         trained = sum(p.numel() for p in self.optimiser.parameters)
         per = 16 if self.optimiser.masters else 12  # gradient and two moments, in fp32
-        return make_plan(self.model, per * trained, probe, largest, self.device)
+        micro = self._samples(self.args.per_device_train_batch_size)
+        return plan_of(
+            self.model, self.objective, self.train_data, micro, per * trained, self.device
+        )
 
     # -- checkpoints -----------------------------------------------------------------------------
 
