@@ -37,8 +37,11 @@ PARTS = (
     PlainMlpSpec, QkNorm, NormSpec, RotarySpec, Temperature, MoeSpec, ExpertsSpec, SoftmaxRouter,
     TopKSoftmaxRouter, SigmoidRouter, GroupedRouter,
 )  # fmt: skip
-# Acting in training alone: tests/models/test_models.py.
-ELSEWHERE = {(LayerSpec, "dropout"), (DecoderSpec, "embedding_dropout")}
+# Acting in training alone: tests/parity/test_dropout.py.
+ELSEWHERE = {
+    (LayerSpec, "dropout"), (DecoderSpec, "embedding_dropout"), (AttentionSpec, "dropout"),
+    (LatentAttentionSpec, "dropout"),
+}  # fmt: skip
 
 
 def walk(part, seen):

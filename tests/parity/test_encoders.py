@@ -296,16 +296,16 @@ def test_dropout_acts_in_training_alone(tmp_path):
 
 @each_family
 def test_checkpointed_blocks_give_the_same_gradients(family, tmp_path):
-    none = {"hidden_dropout_prob": 0.0, "dropout": 0.0, "seq_classif_dropout": 0.0,
-            "classifier_dropout_prob": 0.0}  # fmt: skip
-    known = {k: v for k, v in none.items() if hasattr(peer(family, 0, "base").config, k)}
-    peer(family, 0, "sequence-classification", **known).save_pretrained(tmp_path)
+    """With the same masks of dropout, drawn again."""
+    peer(family, 0, "sequence-classification").save_pretrained(tmp_path)
     ours = AutoModelForSequenceClassification.from_pretrained(tmp_path).train()
     batch = inputs("sequence-classification")
+    torch.manual_seed(2)
     ours(**batch).loss.backward()
     wanted = {n: p.grad for n, p in ours.named_parameters()}
     ours.zero_grad(set_to_none=True)
     ours.gradient_checkpointing_enable()
+    torch.manual_seed(2)
     ours(**batch).loss.backward()
     for name, parameter in ours.named_parameters():
         if wanted[name] is not None:

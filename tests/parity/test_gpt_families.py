@@ -245,10 +245,12 @@ def test_bare_models_load_causal_files_and_save_as_the_peers_do(family, tmp_path
 @each
 def test_checkpointed_blocks_give_the_same_gradients(family):
     model = ours(family).train()
+    torch.manual_seed(3)
     model(IDS[1:], labels=IDS[1:]).loss.backward()
     wanted = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
     model.gradient_checkpointing_enable()
+    torch.manual_seed(3)
     model(IDS[1:], labels=IDS[1:]).loss.backward()
     assert all(torch.equal(p.grad, w) for p, w in zip(model.parameters(), wanted))
 

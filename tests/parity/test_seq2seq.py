@@ -177,11 +177,13 @@ def test_sampling_draws_and_streams(tmp_path):
 
 @each_family
 def test_checkpointed_blocks_give_the_same_gradients(family, tmp_path):
-    none = {"dropout_rate": 0.0} if family in SIZES else {"dropout": 0.0}
-    peer(family, 0, **none).save_pretrained(tmp_path)
+    """With the same masks of dropout, drawn again."""
+    peer(family, 0).save_pretrained(tmp_path)
     ours = AutoModelForSeq2SeqLM.from_pretrained(tmp_path).train()
+    torch.manual_seed(2)
     wanted = gradients(ours)
     ours.gradient_checkpointing_enable()
+    torch.manual_seed(2)
     for name, gradient in gradients(ours).items():
         torch.testing.assert_close(gradient, wanted[name], msg=name)
 

@@ -19,7 +19,6 @@ INERT = frozenset(
         "_name_or_path",
         "add_cross_attention",
         "architectures",
-        "attention_dropout",
         "auto_map",
         "bad_words_ids",
         "begin_suppress_tokens",
@@ -90,6 +89,7 @@ INERT = frozenset(
 )
 # Present, and without effect, only at these values.
 INERT_AT: dict[str, tuple[Any, ...]] = {
+    "attention_dropout": (0.0, None),
     "pretraining_tp": (1, None),
     "rope_interleaved": (False, None),
 }
@@ -224,6 +224,15 @@ class ConfigReader:
     def config(self) -> Config:
         """What is being read."""
         return Config(**self._values)
+
+    def rate(self, key: str, default: float = 0.0) -> float:
+        """The rate of a dropout, from 0 to below 1."""
+        value = self(key, default)
+        if not isinstance(value, (int, float)) or not 0 <= value < 1:
+            raise ConfigError(
+                f"{key}={value!r} of model_type {self.model_type!r} is no rate (0 … 1)"
+            )
+        return float(value)
 
     def only(self, key: str, *values: Any) -> None:
         """Read `key`, which must be absent, null or one of `values`."""

@@ -90,7 +90,10 @@ class BlockNames:
 
 @dataclass(frozen=True)
 class PostNormSpec:
-    """A block that normalises after each addition."""
+    """A block that normalises after each addition.
+
+    `dropouts`: of the probabilities, of what attention adds, of what the feed-forward part adds.
+    """
 
     hidden: int
     heads: int
@@ -98,7 +101,7 @@ class PostNormSpec:
     width: int
     activation: str
     eps: float
-    dropout: float
+    dropouts: tuple[float, float, float]
     names: BlockNames = BlockNames()
 
 
@@ -119,8 +122,12 @@ class PostNormBlock(nn.Module):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, shared: Any, layout: ops.Layout) -> Tensor:
         """q, k, v [B, T, H, D] → [B, T, H, D]; `shared`: score terms, or None."""
-        rule = ops.Rule(self.spec.head_dim**-0.5, causal=False)
+        rule = self.rule(self.spec.head_dim**-0.5)
         return ops.attention(q, k, v, layout, rule, shared or ops.ScoreTerms())
+
+    def rule(self, scale: float) -> ops.Rule:
+        """Every token sees all of its text; in training some probabilities are dropped."""
+        return ops.Rule(scale, False, dropout=self.spec.dropouts[0] if self.training else 0.0)
 
     def forward(self, x: Tensor, shared: Any, layout: ops.Layout) -> Tensor:
         spec, names = self.spec, self.spec.names
@@ -128,10 +135,10 @@ class PostNormBlock(nn.Module):
         q, k, v = (y.unflatten(-1, (spec.heads, -1)) for y in linears(x, parts))
         y = self.attend(q, k, v, shared, layout).flatten(2)
         y = linears(y, (part(self, names.out),))[0]
-        x = part(self, names.attention_norm)(x + F.dropout(y, spec.dropout, self.training))
+        x = part(self, names.attention_norm)(x + F.dropout(y, spec.dropouts[1], self.training))
         y = ACTIVATIONS[spec.activation](linears(x, (part(self, names.up),))[0])
         y = linears(y, (part(self, names.down),))[0]
-        return part(self, names.norm)(x + F.dropout(y, spec.dropout, self.training))
+        return part(self, names.norm)(x + F.dropout(y, spec.dropouts[2], self.training))
 
 
 @dataclass

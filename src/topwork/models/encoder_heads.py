@@ -31,7 +31,7 @@ class HeadSpec:
     """One head: where its parts stand, and how a text becomes one vector (`pool`; None: it stays).
 
     `bias`: where the checkpoint keeps the bias of `out` beside it (masked language models).
-    `width`: what `dense` gives. `drop_first`: dropout before `dense`, too.
+    `width`: what `dense` gives. `dropout` before `out`, `drop_first` before `dense`.
     """
 
     out: str
@@ -45,7 +45,7 @@ class HeadSpec:
     width: int | None = None
     pool: str | None = None
     dropout: float = 0.0
-    drop_first: bool = False
+    drop_first: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -151,8 +151,7 @@ class EncoderWithHead(Model):
     def logits_of(self, x: Tensor) -> Tensor:
         """Logits [..., labels] of hidden states or pooled texts [..., C]."""
         spec = self.head_spec
-        if spec.drop_first:
-            x = F.dropout(x, spec.dropout, self.training)
+        x = F.dropout(x, spec.drop_first, self.training)
         if spec.dense is not None:
             x = ACTIVATIONS[spec.activation](part(self, spec.dense)(x))
         if spec.norm is not None:

@@ -1,7 +1,7 @@
 """One skeleton for the GPT-shaped families: LayerNorms, plain MLPs, their own names on the Hub.
 
 x = embed(ids)                                   (+ learned positions)
-for each layer:   x = order(x, norm_1, attention, norm_2, mlp)
+for each layer:   x = order(x, norm_1, attention, norm_2, mlp, drop)
 logits = head(norm(x))
 
 The spec says how a block is ordered, how positions enter (learned, rotary or ALiBi), how q, k and
@@ -11,11 +11,12 @@ v lie in their weights, and under which names all of it stands in the checkpoint
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -32,34 +33,54 @@ from topwork.nn.rotary import RotarySpec, rotary_table
 from topwork.weights import Rename, Table
 
 Fn = Callable[[Tensor], Tensor]
+Drop = tuple[Fn, Fn]  # the dropout of what attention adds, and of what the MLP adds
 
 
-def pre_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
-    x = x + attend(norm_1(x))
-    return x + mlp(norm_2(x))
+def pre_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
+    x = x + drop[0](attend(norm_1(x)))
+    return x + drop[1](mlp(norm_2(x)))
 
 
-def post_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
-    x = norm_1(x + attend(x))
-    return norm_2(x + mlp(x))
+def post_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
+    x = norm_1(x + drop[0](attend(x)))
+    return norm_2(x + drop[1](mlp(x)))
 
 
-def norm_in_stream(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+def norm_in_stream(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
     x = norm_1(x)
-    x = norm_2(x + attend(x))
-    return x + mlp(x)
+    x = norm_2(x + drop[0](attend(x)))
+    return x + drop[1](mlp(x))
 
 
-def parallel(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
-    return x + attend(norm_1(x)) + mlp(norm_2(x))
+def parallel(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
+    return x + drop[0](attend(norm_1(x))) + drop[1](mlp(norm_2(x)))
 
 
-def parallel_one_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn) -> Tensor:
+def parallel_one_norm(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
     seen = norm_1(x)
-    return x + attend(seen) + mlp(seen)
+    return x + drop[0](attend(seen)) + drop[1](mlp(seen))
 
 
-ORDERS = {f.__name__: f for f in (pre_norm, post_norm, norm_in_stream, parallel, parallel_one_norm)}
+def parallel_sum(x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop) -> Tensor:
+    """`parallel` with one mask for both branches."""
+    return x + drop[1](attend(norm_1(x)) + mlp(norm_2(x)))
+
+
+def parallel_sum_one_norm(
+    x: Tensor, norm_1: Fn, attend: Fn, norm_2: Fn, mlp: Fn, drop: Drop
+) -> Tensor:
+    """`parallel_one_norm` with one mask for both branches."""
+    seen = norm_1(x)
+    return x + drop[1](attend(seen) + mlp(seen))
+
+
+ORDERS = {
+    f.__name__: f
+    for f in (
+        pre_norm, post_norm, norm_in_stream, parallel, parallel_one_norm, parallel_sum,
+        parallel_sum_one_norm,
+    )
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,7 +115,7 @@ class GptAttentionSpec:
 
     Where q, k and v lie in one weight they are [q|k|v], or, if `grouped`, [q…, k, v] for each
     key/value head. `clip` bounds their values, `norm_qk` puts a LayerNorm over the whole width of
-    q and of k. `window` None sees all earlier tokens.
+    and of k. `window` None sees all earlier tokens. `dropout` of the probabilities.
     """
 
     heads: int
@@ -108,6 +129,7 @@ class GptAttentionSpec:
     rotary: RotarySpec | None = None
     clip: float | None = None
     norm_qk: bool = False
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -132,11 +154,12 @@ class GptMlpSpec:
 
 @dataclass(frozen=True)
 class GptLayerSpec:
-    """What one block is made of; `order` is one of `ORDERS`."""
+    """What one block is made of; `order` is one of `ORDERS`, `dropout` the branches' rates."""
 
     attention: GptAttentionSpec
     mlp: GptMlpSpec
     order: str = "pre_norm"
+    dropout: tuple[float, float] = (0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -145,7 +168,8 @@ class GptSpec:
 
     `hidden` is the width of the embedding and of what the head reads, `inner` that of the blocks.
     `learned`: rows in front of the first position of a table of positions, None for no table.
-    `renames`: names on disk that differ.
+    `dropout` of what enters the blocks, `layer_drop`: how often a block is left out in training
+    (arXiv:1909.11556). `renames`: names on disk that differ.
     """
 
     names: Names
@@ -165,6 +189,8 @@ class GptSpec:
     alibi: AlibiSpec | None = None
     head_bias: bool = False
     logit_scale: float = 1.0
+    dropout: float = 0.0
+    layer_drop: float = 0.0
     renames: tuple[Rename, ...] = ()
 
 
@@ -193,6 +219,7 @@ class GptBlock(nn.Module):
         self.spec, self.names, self.index = layer, names, index
         self.order = ORDERS[layer.order]
         self.rule = ops.Rule(attention.scale, window=attention.window)
+        self.dropping = replace(self.rule, dropout=attention.dropout)  # in training
         self.activation = ACTIVATIONS[mlp.activation]
 
         def linear(path: str, size: int, width: int, bias: bool) -> None:
@@ -230,11 +257,19 @@ class GptBlock(nn.Module):
             if cache is not None:
                 k, v = cache.update(self.index, k, v)
                 held = layout.tail(q.shape[1], k.shape[1])
-            y = ops.attention(q, k, v, held, self.rule, terms)
+            rule = self.dropping if self.training else self.rule
+            y = ops.attention(q, k, v, held, rule, terms)
             return linears(y.flatten(2), (at(self, names.out),))[0]
 
         names = self.names
-        return self.order(x, at(self, names.norm_1), attend, at(self, names.norm_2), self._mlp)
+        norm_1, norm_2 = at(self, names.norm_1), at(self, names.norm_2)
+        return self.order(x, norm_1, attend, norm_2, self._mlp, (self._drop_1, self._drop_2))
+
+    def _drop_1(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.spec.dropout[0]) if self.training and self.spec.dropout[0] else y
+
+    def _drop_2(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.spec.dropout[1]) if self.training and self.spec.dropout[1] else y
 
     def _heads(self, x: Tensor, tables: dict[RotarySpec, tuple[Tensor, Tensor]]) -> list[Tensor]:
         """q [B, T, H, D], k and v [B, T, K, D], clipped, normed and turned as the spec says."""
@@ -325,7 +360,12 @@ class Gpt(nn.Module):
         kinds = {layer.attention.rotary for layer in spec.layers} - {None}
         tables = {kind: rotary_table(kind, positions, x.dtype) for kind in kinds if kind}
         terms = spec.alibi.terms(longest, x.device) if spec.alibi else ops.ScoreTerms()
+        if self.training and spec.dropout:
+            x = F.dropout(x, spec.dropout)
+        skip = spec.layer_drop if self.training else 0.0
         for block in at(self, names.layers):
+            if skip and float(torch.rand(())) < skip:
+                continue
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, tables, terms, layout, cache, use_reentrant=False)
             else:

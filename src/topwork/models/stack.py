@@ -50,6 +50,9 @@ class StackSpec:
     embedding of positions; `relative` is (buckets, longest distance) of a learned bias that the
     first block holds for all. `scale` of the scores, `embedding_scale` of the words. `key_bias`:
     whether keys have a bias where the other linears do.
+    In training: `dropout` of what enters and of what each part adds, `attention_dropout` of the
+    probabilities, `inner_dropout` within the feed-forward part, and `layer_drop`, how often a whole
+    block is left out (arXiv:1909.11556).
     """
 
     vocab: int
@@ -70,8 +73,10 @@ class StackSpec:
     relative: tuple[int, int] | None = None
     embedding_scale: float = 1.0
     dropout: float = 0.0
+    attention_dropout: float = 0.0
     inner_dropout: float = 0.0
     key_bias: bool = True
+    layer_drop: float = 0.0
 
     @property
     def relative_path(self) -> str:
@@ -179,6 +184,10 @@ class StackBlock(nn.Module):
             return x + F.dropout(run(part(self, norm)(x)), drop, training)
         return part(self, norm)(x + F.dropout(run(x), drop, training))
 
+    @property
+    def _attention_drop(self) -> float:
+        return self.spec.attention_dropout if self.training else 0.0
+
     def _look(
         self, x: Tensor, layout: ops.Layout, terms: ops.ScoreTerms, cache: DecoderCache | None
     ) -> Tensor:
@@ -186,7 +195,7 @@ class StackBlock(nn.Module):
         q, k, v = heads.project(x, "qkv")
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        rule = ops.Rule(self.spec.scale, causal=self.spec.crossed)
+        rule = ops.Rule(self.spec.scale, causal=self.spec.crossed, dropout=self._attention_drop)
         return heads.out(ops.attention(q, k, v, layout, rule, terms))
 
     def _cross(
@@ -196,13 +205,15 @@ class StackBlock(nn.Module):
         (q,) = heads.project(x, "q")
         if cache is not None:
             k, v = cache.memory[self.index]
-            return heads.out(cross_attention(q, k, v, scale, keep=cache.keep))
+            return heads.out(
+                cross_attention(q, k, v, scale, keep=cache.keep, dropout=self._attention_drop)
+            )
         assert memory is not None
         k, v = heads.project(memory.hidden, "kv")
         pairs = None
         if layout.lengths is not None and memory.lengths is not None:
             pairs = tuple(zip(layout.documents, memory.lengths))
-        return heads.out(cross_attention(q, k, v, scale, pairs))
+        return heads.out(cross_attention(q, k, v, scale, pairs, dropout=self._attention_drop))
 
     def _feed(self, x: Tensor) -> Tensor:
         spec, names = self.spec, self.spec.names
@@ -281,9 +292,12 @@ class Stack(nn.Module):
             x = part(self, spec.names.embedding_norm)(x)
         x = F.dropout(x, spec.dropout, self.training)
         terms = self._terms(longest, cache)
+        skip = spec.layer_drop if self.training else 0.0
         for block in self.blocks:
             if states is not None:
                 states.append(x)
+            if skip and float(torch.rand(())) < skip:
+                continue
             if self.checkpointing and self.training and torch.is_grad_enabled():
                 x = checkpoint(block, x, layout, terms, memory, cache, use_reentrant=False)
             else:

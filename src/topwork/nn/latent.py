@@ -26,7 +26,7 @@ class LatentAttentionSpec:
     """`plain` + `turned` is the size of a query's and key's head, `value` that of a value's.
 
     `query_rank` None: queries come straight from the stream. `bias`: on the first projections and
-    the last.
+    the last. `dropout` of the probabilities.
     """
 
     heads: int
@@ -38,6 +38,7 @@ class LatentAttentionSpec:
     rotary: RotarySpec
     scale: float
     bias: bool = False
+    dropout: float = 0.0
     window: ClassVar[int | None] = None
 
     def positional(self) -> tuple[RotarySpec, ...]:
@@ -95,5 +96,7 @@ class LatentAttention(nn.Module):
         k_plain, v = expanded.split((spec.plain, spec.value), -1)  # [B, S, H, N], [B, S, H, D]
         q = torch.cat((q_plain, q_turned), -1)
         k = torch.cat((k_plain, key.expand(-1, -1, spec.heads, -1)), -1)
-        y = ops.attention(q, k, v, layout, ops.Rule(spec.scale))
+        y = ops.attention(
+            q, k, v, layout, ops.Rule(spec.scale, dropout=spec.dropout if self.training else 0.0)
+        )
         return linears(y.flatten(2), (self.o_proj,))[0]

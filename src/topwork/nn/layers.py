@@ -76,7 +76,7 @@ class AttentionSpec:
     `rotary` None: no positions; `window` None sees all earlier tokens, `chunk` those of its own
     chunk. `scale` None is D^-½. `softcap` bounds the scores, `clip` the values of q, k, v. `sinks`:
     a learned score per head that takes weight and gives nothing. `fused`: q, k and v are one linear
-    `qkv_proj`; `out` names the linear behind attention.
+    `qkv_proj`; `out` names the linear behind attention. `dropout` of the probabilities.
     """
 
     heads: int
@@ -95,6 +95,7 @@ class AttentionSpec:
     temperature: Temperature | None = None
     fused: bool = False
     out: str = "o_proj"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -226,7 +227,13 @@ class Attention(nn.Module):
             k, v = cache.update(self.layer, k, v)
             layout = layout.tail(q.shape[1], k.shape[1])
         scale = spec.head_dim**-0.5 if spec.scale is None else spec.scale
-        rule = ops.Rule(scale, window=spec.window, chunk=spec.chunk, softcap=spec.softcap)
+        rule = ops.Rule(
+            scale,
+            window=spec.window,
+            chunk=spec.chunk,
+            softcap=spec.softcap,
+            dropout=spec.dropout if self.training else 0.0,
+        )
         terms = ops.ScoreTerms(sinks=self.sinks if spec.sinks else None)
         y = ops.attention(q, k, v, layout, rule, terms)
         return linears(y.flatten(2), (getattr(self, spec.out),))[0]

@@ -13,8 +13,10 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.dispatch import Op
+from topwork.ops.dropout import dropped, new_seed
 from topwork.ops.native.attention import has_amx, packed_attention
 
 Lengths = tuple[int | tuple[int, ...], ...]
@@ -98,7 +100,8 @@ class Rule:
 
     `causal`: the keys up to p, else all; `window`: only keys nearer than `window` to p (on the
     far side too when not causal); `chunk`: only keys of p's own chunk of so many positions.
-    `softcap`: scores s become softcap · tanh(s / softcap) before masking.
+    `softcap`: scores s become softcap · tanh(s / softcap) before masking. `dropout`: how many of
+    the probabilities are dropped, the others growing for it; 0 but in training.
     """
 
     scale: float
@@ -106,6 +109,7 @@ class Rule:
     window: int | None = None
     chunk: int | None = None
     softcap: float | None = None
+    dropout: float = 0.0
 
     def sees_all(self, keys: int) -> bool:
         """Whether neither window nor chunk hides anything among `keys` keys."""
@@ -201,6 +205,13 @@ def attention(
 
     The head size of `v` may differ from that of `q` and `k`.
     """
+    return _attended(q, k, v, layout, rule, terms, new_seed() if rule.dropout else 0)
+
+
+def _attended(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms, seed: int
+) -> Tensor:
+    """The definition; `seed` draws which probabilities are dropped."""
     groups = q.shape[2] // k.shape[2]
     k = k.repeat_interleave(groups, dim=2).transpose(1, 2)
     v = v.repeat_interleave(groups, dim=2).transpose(1, 2)
@@ -215,8 +226,11 @@ def attention(
     if terms.sinks is not None:
         sinks = terms.sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, sinks), -1)
-    weights = scores.softmax(-1, dtype=torch.float32)[..., :keys]
-    return (weights.to(v.dtype) @ v).transpose(1, 2)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.softmax(-1, dtype=wide)[..., :keys].to(v.dtype)
+    if rule.dropout:
+        weights = dropped(weights, rule.dropout, seed)
+    return (weights @ v).transpose(1, 2)
 
 
 def _runs(lengths: tuple[int, ...]) -> Iterator[tuple[int, int]]:
@@ -249,6 +263,7 @@ def _tiled(
         and plain
         and same
         and terms == NO_TERMS
+        and not rule.dropout
         and (
             rule.chunk is None
             or rule.chunk >= max(layout.documents if layout.lengths else (k.shape[1],))
@@ -285,7 +300,9 @@ def document_attention(
 def _fusable(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> bool:
-    return rule.softcap is None and terms.sinks is None and layout.lengths is None
+    # With dropout torch has a fused kernel on GPUs alone.
+    drops = rule.dropout > 0 and not q.is_cuda
+    return rule.softcap is None and terms.sinks is None and layout.lengths is None and not drops
 
 
 @attention.variant("fused", when=_fusable)
@@ -310,8 +327,36 @@ def fused_attention(
         k.transpose(1, 2),
         v.transpose(1, 2),
         attn_mask=mask,
+        dropout_p=rule.dropout,
         is_causal=causal,
         scale=rule.scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
+
+
+# Scores of a block, on a CPU and on a GPU.
+BLOCK = {False: 2**22, True: 2**26}
+
+
+@attention.variant("blocks", when=lambda q, k, v, layout, rule, *a, **kw: rule.dropout > 0)
+def dropping_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
+) -> Tensor:
+    """Blocks of queries whose probabilities are dropped; the backward pass forms them again.
+
+    So no more than a block's scores are ever in memory, and its mask is drawn twice, not kept.
+    """
+    step = max(1, BLOCK[q.is_cuda] // (q.shape[0] * q.shape[2] * k.shape[1]))
+    outputs = []
+    for at, block in zip(range(0, q.shape[1], step), q.split(step, 1)):
+        stop = layout.past + at + block.shape[1] if rule.causal else k.shape[1]
+        keep = None if layout.keep is None else layout.keep[:, :stop]
+        outputs.append(
+            checkpoint(
+                _attended, block, k[:, :stop], v[:, :stop],
+                Layout(None, layout.past + at, keep), rule, terms, new_seed(),
+                use_reentrant=False, preserve_rng_state=False,
+            )
+        )  # fmt: skip
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topwork.ops.attention import Layout
 from topwork.ops.dispatch import Op
+from topwork.ops.dropout import dropped, new_seed
 
 
 @Op
@@ -25,10 +26,12 @@ def disentangled_attention(
     index: Tensor,
     layout: Layout,
     scale: float,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale · (q·k + q·Pk[δ] + k·Pq[δ])) v, all [B, T, H, D] (arXiv:2006.03654).
 
-    Pk and Pq [R, H, D], either may be None; `index` [≥T, ≥T] holds δ for query and key.
+    Pk and Pq [R, H, D], either may be None; `index` [≥T, ≥T] holds δ for query and key. `dropout`:
+    how many of the probabilities are dropped.
     """
     outputs, at = [], 0
     documents = (q.shape[1],) if layout.lengths is None else layout.documents
@@ -42,12 +45,24 @@ def disentangled_attention(
         bias = _position_scores(a, b, position_keys, position_queries, index[:length, :length])
         if bias is not None:
             bias = bias * scale
-        out = F.scaled_dot_product_attention(a, b, c, attn_mask=bias, scale=scale).transpose(1, 2)
+        out = _weighted(a, b, c, bias, scale, dropout).transpose(1, 2)
         if layout.lengths is None:
             return out
         outputs.append(out.flatten(0, 1))
         at = stop
     return torch.cat(outputs)[None]
+
+
+def _weighted(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, dropout: float
+) -> Tensor:
+    """softmax(scale · q kᵀ + bias) v, all [B, H, T, D]."""
+    if not dropout:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    scores = q @ k.transpose(2, 3) * scale
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    weights = (scores if bias is None else scores + bias).softmax(-1, dtype=wide)
+    return dropped(weights.to(v.dtype), dropout, new_seed()) @ v
 
 
 def _position_scores(

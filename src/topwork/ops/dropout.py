@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from topwork.ops.dispatch import apply
 from topwork.ops.native import elementwise as native
 
 
@@ -29,6 +32,22 @@ def drop(x: Tensor, rate: float, seed: int, onto: Tensor | None = None) -> Tenso
         return native.drop(x, seed, threshold, scale, onto)
     kept = x * (random_bits(x.numel(), seed, x.device).view(x.shape) >= threshold) * scale
     return kept if onto is None else onto.add_(kept)
+
+
+class _Dropped(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rate: float, seed: int) -> Tensor:  # type: ignore[override]
+        ctx.rate, ctx.seed = rate, seed
+        return drop(x, rate, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        return drop(grad.contiguous(), ctx.rate, ctx.seed), None, None
+
+
+def dropped(x: Tensor, rate: float, seed: int) -> Tensor:
+    """`drop` with a gradient: the backward pass draws the same mask again and saves nothing."""
+    return apply(_Dropped, x, rate, seed)
 
 
 def random_bits(count: int, seed: int, device: torch.device) -> Tensor:

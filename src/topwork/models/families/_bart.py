@@ -15,17 +15,26 @@ from topwork.nn.places import LearnedPlaces, Sines, StoredSines
 from topwork.weights import Table
 
 # Of the first files: what they say must be what the family does.
-LAYER_DROPS = ("encoder_layerdrop", "decoder_layerdrop")
 EMPTY = ("num_hidden_layers", "output_past", "gradient_checkpointing", "add_bias_logits",
          "force_bos_token_to_be_generated", "extra_pos_embeddings", "save_step", "classif_dropout",
-         "classifier_dropout", "init_std", "attention_dropout", "_num_labels")  # fmt: skip
+         "classifier_dropout", "init_std", "_num_labels")  # fmt: skip
 
 
 def refuse_contradictions(read: ConfigReader, facts: dict[str, bool]) -> None:
     for key, value in facts.items():
         if bool(read(key, value)) != value:
             raise ConfigError(f"{key}={read(key)!r}: this family is defined for {value}")
-    read.ignore(*LAYER_DROPS, *EMPTY)
+    read.ignore(*EMPTY)
+
+
+def dropouts(read: ConfigReader, side: str, attention: float, layer: float) -> dict[str, float]:
+    """What is dropped in one stack; the last two are defaults."""
+    return {
+        "dropout": read.rate("dropout", 0.1),
+        "attention_dropout": read.rate("attention_dropout", attention),
+        "inner_dropout": read.rate("activation_dropout"),
+        "layer_drop": read.rate(f"{side}_layerdrop", layer),
+    }
 
 
 def bart_like(
@@ -38,9 +47,11 @@ def bart_like(
     bias: bool = True,
     wraps: bool = False,
     act: str = "gelu",
+    rates: tuple[float, float] = (0.0, 0.0),
     drop: tuple[str, ...] = (),
 ) -> Seq2SeqSpec:
-    """Both stacks from the keys that they share. `places`: learned, sines, stored or fairseq."""
+    """Both stacks from the keys that they share. `places`: learned, sines, stored or fairseq;
+    `rates`: the defaults of attention_dropout and of encoder_ and decoder_layerdrop."""
     refuse_contradictions(
         read,
         {
@@ -67,13 +78,13 @@ def bart_like(
         heads = read(f"{side}_attention_heads", 16)
         if hidden % heads:
             raise ConfigError(f"d_model={hidden} is no multiple of {side}_attention_heads={heads}")
-        options: dict[str, Any] = {"crossed": crossed, "context": context, "places": make}
+        options: dict[str, Any] = dropouts(read, side, *rates)
         return StackSpec(
             words, hidden, heads, hidden // heads, read(f"{side}_ffn_dim", 4096),
             read(f"{side}_layers", 12), activation(read("activation_function", act)),
             NormSpec("layer-bias", 1e-5), (hidden // heads) ** -0.5, True, norm_first, names,
             embedding_scale=math.sqrt(hidden) if read("scale_embedding", scaled) else 1.0,
-            dropout=read("dropout", 0.1), inner_dropout=read("activation_dropout", 0.0), **options,
+            crossed=crossed, context=context, places=make, **options,
         )  # fmt: skip
 
     return Seq2SeqSpec(

@@ -137,6 +137,7 @@ def llama_like(
                 out_bias,
                 qk_norm,
                 windows[i] if windows else None,
+                dropout=read.rate("attention_dropout"),
                 **(attention or {}),
             ),
             mlps[i],

@@ -26,7 +26,7 @@ def refuse_unusual(read: ConfigReader) -> None:
         )
     if read("is_decoder", False) or read("add_cross_attention", False):
         raise ConfigError("is_decoder=true: an encoder does not work as a decoder here")
-    read.ignore("gradient_checkpointing", "output_past", "attention_probs_dropout_prob")
+    read.ignore("gradient_checkpointing", "output_past")
 
 
 def bert_like(
@@ -39,12 +39,16 @@ def bert_like(
     types: int | None = None,
     outer: str | None = None,
     pooler: str | None = "pooler.dense",
+    dropouts: tuple[float, float, float] | None = None,
 ) -> FamilySpec:
     """An encoder in BERT's shape from the keys that they share; the differences are arguments."""
     refuse_unusual(read)
     hidden, count = read.need("hidden_size"), read.need("num_attention_heads")
     embedded = read("embedding_size", hidden) if outer else hidden
-    eps, dropout = read("layer_norm_eps", 1e-12), read("hidden_dropout_prob", 0.1)
+    eps = read("layer_norm_eps", 1e-12)
+    if dropouts is None:
+        dropout = read.rate("hidden_dropout_prob", 0.1)
+        dropouts = read.rate("attention_probs_dropout_prob", 0.1), dropout, dropout
     block = PostNormSpec(
         hidden,
         count,
@@ -52,7 +56,7 @@ def bert_like(
         read.need("intermediate_size"),
         activation(read("hidden_act", "gelu")),
         eps,
-        dropout,
+        dropouts,
         names,
     )
     embedding = EmbeddingSpec(
@@ -66,7 +70,7 @@ def bert_like(
     spec = EncoderSpec(
         hidden,
         eps,
-        dropout,
+        dropouts[1],
         embedding,
         tuple(f"encoder.layer.{i}" for i in range(read.need("num_hidden_layers"))),
         lambda _: PostNormBlock(block),
@@ -84,7 +88,7 @@ def head_size(hidden: int, heads: int) -> int:
 
 def classifier_dropout(read: ConfigReader) -> float:
     """`classifier_dropout`, else the dropout of the hidden states."""
-    return read("classifier_dropout", read("hidden_dropout_prob", 0.1))
+    return read.rate("classifier_dropout", read.rate("hidden_dropout_prob", 0.1))
 
 
 def plain_heads(read: ConfigReader) -> dict[str, HeadSpec]:
@@ -108,15 +112,15 @@ def roberta_like(
     types: int | None = None,
 ) -> FamilySpec:
     """BERT whose positions begin after the padding id (or at `first`), with heads of its own."""
-    dropout = read("hidden_dropout_prob", 0.1)
+    dropout = read.rate("hidden_dropout_prob", 0.1)
     heads = {
         **plain_heads(read),
         "masked-lm": HeadSpec(
             "lm_head.decoder", "lm_head.dense", norm="lm_head.layer_norm", bias="lm_head.bias"
         ),
         "sequence-classification": HeadSpec(
-            "classifier.out_proj", "classifier.dense", "tanh", pool="first", drop_first=True,
-            dropout=classifier_dropout(read),
+            "classifier.out_proj", "classifier.dense", "tanh", pool="first",
+            dropout=classifier_dropout(read), drop_first=classifier_dropout(read),
         ),
         "multiple-choice": replace(pooled_head(read, f"{prefix}.pooler.dense"), dropout=dropout),
     }  # fmt: skip

@@ -16,7 +16,6 @@ WITHOUT_EFFECT = (
     "summary_activation", "summary_first_dropout", "summary_proj_to_labels", "summary_type",
     "summary_use_proj", "gradient_checkpointing", "reorder_and_upcast_attn", "n_ctx",
     "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32", "classifier_dropout",
-    "attn_pdrop", "embd_pdrop", "resid_pdrop",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ NAMES = BlockNames(
 
 def family(read: ConfigReader) -> FamilySpec:
     read.ignore("net_structure_type", "down_scale_factor", "gap_size", "num_memory_blocks")
-    act, dropout = read("hidden_act", "gelu_new"), read("classifier_dropout_prob", 0.1)
+    act, dropout = read("hidden_act", "gelu_new"), read.rate("classifier_dropout_prob", 0.1)
     width = read("embedding_size", 128)
     sentence = HeadSpec("classifier", "albert.pooler", "tanh", pool="first", dropout=dropout)
     heads = {
@@ -35,7 +35,10 @@ def family(read: ConfigReader) -> FamilySpec:
         "question-answering": HeadSpec("qa_outputs"),
         "multiple-choice": sentence,
     }  # fmt: skip
-    found = bert_like(read, "albert", heads, names=NAMES, outer=OUTER, pooler="pooler")
+    rates = read.rate("attention_probs_dropout_prob"), read.rate("hidden_dropout_prob")
+    found = bert_like(
+        read, "albert", heads, names=NAMES, outer=OUTER, pooler="pooler", dropouts=(*rates, 0.0)
+    )
     layers, groups = read.need("num_hidden_layers"), read("num_hidden_groups", 1)
     order = tuple(
         f"encoder.albert_layer_groups.{i * groups // layers}.albert_layers.{j}"

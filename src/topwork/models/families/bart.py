@@ -15,6 +15,6 @@ def spec_of(read: ConfigReader) -> Seq2SeqSpec:
 MODELS = {
     "seq2seq-lm": lambda config, read: Seq2SeqModel(config, spec_of(read)),
     "sequence-classification": lambda config, read: Seq2SeqClassifier(
-        config, spec_of(read), read("classifier_dropout", 0.0)
+        config, spec_of(read), read.rate("classifier_dropout")
     ),
 }

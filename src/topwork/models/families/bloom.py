@@ -23,20 +23,23 @@ NAMES = Names(
 def gpt_spec(read: ConfigReader) -> GptSpec:
     # How Megatron ran; the result is the same.
     read.ignore(
-        "bias_dropout_fusion", "hidden_dropout", "masked_softmax_fusion", "n_inner",
-        "offset_alibi", "pretraining_tp", "seq_length", "skip_bias_add", "skip_bias_add_qkv",
-        "slow_but_exact",
+        "bias_dropout_fusion", "masked_softmax_fusion", "n_inner", "offset_alibi", "pretraining_tp",
+        "seq_length", "skip_bias_add", "skip_bias_add_qkv", "slow_but_exact",
     )  # fmt: skip
     hidden = either(read, "hidden_size", "n_embed")
     heads = either(read, "n_head", "num_attention_heads")
     size = hidden // heads
+    rate = read.rate("hidden_dropout")
     order = "pre_norm"
     if read("apply_residual_connection_post_layernorm", False):
         order = "norm_in_stream"
     layer = GptLayerSpec(
-        GptAttentionSpec(heads, heads, size, size**-0.5, grouped=True),
+        GptAttentionSpec(
+            heads, heads, size, size**-0.5, grouped=True, dropout=read.rate("attention_dropout")
+        ),
         GptMlpSpec(4 * hidden, "gelu_new"),
         order,
+        (rate, rate),
     )
     return GptSpec(
         names=NAMES,

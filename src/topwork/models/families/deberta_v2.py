@@ -136,14 +136,16 @@ class DebertaBlock(PostNormBlock):
         kind, spec = self.kind, self.spec
         scale = (spec.head_dim * kind.scores) ** -0.5
         if not kind.relative:
-            return ops.attention(q, k, v, layout, ops.Rule(scale, causal=False))
-        table = F.dropout(shared["table"], spec.dropout, self.training)
+            return ops.attention(q, k, v, layout, self.rule(scale))
+        table = F.dropout(shared["table"], spec.dropouts[1], self.training)
         maps = (NAMES.key, NAMES.query) if kind.shared_keys else (POSITION_KEY, POSITION_QUERY)
         keys, queries = (
             part(self, path)(table).unflatten(-1, (spec.heads, -1)) if used else None
             for path, used in zip(maps, (kind.content_to_position, kind.position_to_content))
         )
-        return disentangled_attention(q, k, v, keys, queries, shared["index"], layout, scale)
+        return disentangled_attention(
+            q, k, v, keys, queries, shared["index"], layout, scale, self.rule(scale).dropout
+        )
 
     def forward(self, x: Tensor, shared: Any, layout: ops.Layout) -> Tensor:
         y = super().forward(x, shared, layout)
@@ -152,7 +154,7 @@ class DebertaBlock(PostNormBlock):
             return y
         texts = [x] if layout.lengths is None else x.split(layout.lengths, 1)
         beside = torch.cat([conv.conv(t.transpose(1, 2)).transpose(1, 2) for t in texts], 1)
-        beside = F.dropout(beside, self.spec.dropout, self.training)
+        beside = F.dropout(beside, self.spec.dropouts[1], self.training)
         return conv.LayerNorm(y + ACTIVATIONS[self.kind.convolution](beside))
 
 
@@ -194,15 +196,16 @@ def masked_head(read: ConfigReader, act: str) -> HeadSpec:
 
 
 def family(read: ConfigReader) -> FamilySpec:
-    read.ignore("attention_probs_dropout_prob", "pooler_dropout", "padding_idx", "pooler_size")
+    read.ignore("padding_idx", "pooler_size")
     hidden, count = read.need("hidden_size"), read.need("num_attention_heads")
-    eps, dropout = read("layer_norm_eps", 1e-7), read("hidden_dropout_prob", 0.1)
+    eps, dropout = read("layer_norm_eps", 1e-7), read.rate("hidden_dropout_prob", 0.1)
     act, size = activation(read("hidden_act", "gelu")), read("embedding_size", hidden)
     if read("pooler_hidden_size", hidden) != hidden:
         raise ConfigError(f"pooler_hidden_size={read('pooler_hidden_size')} is not hidden_size")
     block = PostNormSpec(
         hidden, count, read("attention_head_size", head_size(hidden, count)),
-        read.need("intermediate_size"), act, eps, dropout, NAMES,
+        read.need("intermediate_size"), act, eps,
+        (read.rate("attention_probs_dropout_prob", 0.1), dropout, dropout), NAMES,
     )  # fmt: skip
     kind = disentangled(read)
     embedding = EmbeddingSpec(
@@ -224,7 +227,7 @@ def family(read: ConfigReader) -> FamilySpec:
     )
     sentence = HeadSpec(
         "classifier", "pooler.dense", activation(read("pooler_hidden_act", "gelu")), pool="first",
-        dropout=read("cls_dropout", dropout),
+        dropout=read.rate("cls_dropout", dropout), drop_first=read.rate("pooler_dropout"),
     )  # fmt: skip
     heads = {
         "masked-lm": masked_head(read, act),

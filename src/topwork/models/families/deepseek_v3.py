@@ -55,6 +55,7 @@ def spec(read: ConfigReader) -> DecoderSpec:
         rotary,
         (plain + turned) ** -0.5 * temperature(rotary) ** 2,
         read("attention_bias", False),
+        read.rate("attention_dropout"),
     )
     act, width = read("hidden_act", "silu"), read("moe_intermediate_size", 2048)
     moe = MoeSpec(

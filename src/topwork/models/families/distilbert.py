@@ -26,10 +26,10 @@ NAMES = BlockNames(
 def family(read: ConfigReader) -> FamilySpec:
     read.ignore("sinusoidal_pos_embds", "tie_weights_", "output_past", "gradient_checkpointing")
     hidden, count = read("dim", 768), read("n_heads", 12)
-    act, dropout = activation(read("activation", "gelu")), read("dropout", 0.1)
+    act, dropout = activation(read("activation", "gelu")), read.rate("dropout", 0.1)
     block = PostNormSpec(
-        hidden, count, head_size(hidden, count), read("hidden_dim", 4 * 768), act, 1e-12, dropout,
-        NAMES,
+        hidden, count, head_size(hidden, count), read("hidden_dim", 4 * 768), act, 1e-12,
+        (read.rate("attention_dropout", 0.1), 0.0, dropout), NAMES,
     )  # fmt: skip
     spec = EncoderSpec(
         hidden,
@@ -41,13 +41,13 @@ def family(read: ConfigReader) -> FamilySpec:
     )
     sentence = HeadSpec(
         "classifier", "pre_classifier", "relu", pool="first",
-        dropout=read("seq_classif_dropout", 0.2),
+        dropout=read.rate("seq_classif_dropout", 0.2),
     )  # fmt: skip
     heads = {
         "masked-lm": HeadSpec("vocab_projector", "vocab_transform", act, "vocab_layer_norm"),
         "sequence-classification": sentence,
         "token-classification": HeadSpec("classifier", dropout=dropout),
-        "question-answering": HeadSpec("qa_outputs", dropout=read("qa_dropout", 0.1)),
+        "question-answering": HeadSpec("qa_outputs", dropout=read.rate("qa_dropout", 0.1)),
         "multiple-choice": sentence,
     }
     return FamilySpec("distilbert", spec, heads, bool(read("tie_word_embeddings", True)))

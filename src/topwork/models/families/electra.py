@@ -28,12 +28,12 @@ def family(read: ConfigReader) -> FamilySpec:
             width=read("embedding_size", read.need("hidden_size")),
         ),
         "sequence-classification": HeadSpec(
-            "classifier.out_proj", "classifier.dense", pool="first", drop_first=True,
-            dropout=classifier_dropout(read),
+            "classifier.out_proj", "classifier.dense", pool="first",
+            dropout=classifier_dropout(read), drop_first=classifier_dropout(read),
         ),
         "multiple-choice": HeadSpec(
             "classifier", "sequence_summary.summary", read("summary_activation", "gelu"),
-            pool="first", dropout=read("summary_last_dropout", 0.1),
+            pool="first", dropout=read.rate("summary_last_dropout", 0.1),
         ),
     }  # fmt: skip
     found = bert_like(read, "electra", heads, outer="embeddings_project", pooler=None)

@@ -40,18 +40,18 @@ def order(read: ConfigReader) -> tuple[str, Names]:
     groups = read("new_decoder_architecture", False)
     norms = read("num_ln_in_parallel_attn", 2 if groups else 1)
     if groups and norms == 2:
-        return "parallel", replace(NAMES, norm_1="ln_attn", norm_2="ln_mlp")
+        return "parallel_sum", replace(NAMES, norm_1="ln_attn", norm_2="ln_mlp")
     if norms == 2:
         raise ConfigError(
             "num_ln_in_parallel_attn=2 has a meaning only with new_decoder_architecture=true"
         )
     if groups or read("parallel_attn", True):
-        return "parallel_one_norm", replace(NAMES, norm_2=NAMES.norm_1)
+        return "parallel_sum_one_norm", replace(NAMES, norm_2=NAMES.norm_1)
     return "pre_norm", NAMES
 
 
 def gpt_spec(read: ConfigReader) -> GptSpec:
-    read.ignore("hidden_dropout", "parallel_attn", "multi_query", "head_dim")
+    read.ignore("parallel_attn", "multi_query", "head_dim")
     if read("apply_residual_connection_post_layernorm", False):
         raise ConfigError("apply_residual_connection_post_layernorm=true is not part of Falcon")
     hidden = either(read, "hidden_size", "n_embed")
@@ -63,15 +63,18 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     elif read("multi_query", True):
         kv_heads = 1
     read.ignore("num_kv_heads", "n_head_kv")
+    # Of the probabilities with ALiBi alone, as in the peer; of what attention adds, always.
+    drop = read.rate("attention_dropout")
     alibi, rotary = read("alibi", False), read_rotary(read, size)
     how, names = order(read)
     layer = GptLayerSpec(
         GptAttentionSpec(
             heads, kv_heads, size, size**-0.5, grouped=True, qkv_bias=bias, out_bias=bias,
-            rotary=None if alibi else rotary,
+            rotary=None if alibi else rotary, dropout=drop if alibi else 0.0,
         ),
         GptMlpSpec(read("ffn_hidden_size", 4 * hidden), read("activation", "gelu"), bias),
         how,
+        (drop, read.rate("hidden_dropout")),
     )  # fmt: skip
     return GptSpec(
         names=names,

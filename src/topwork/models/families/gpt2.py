@@ -25,6 +25,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     scale = size**-0.5 if read("scale_attn_weights", True) else 1.0
     deeper = read("scale_attn_by_inverse_layer_idx", False)
     mlp = GptMlpSpec(read("n_inner", 4 * hidden), read("activation_function", "gelu_new"))
+    drop, rate = read.rate("attn_pdrop", 0.1), read.rate("resid_pdrop", 0.1)
     return GptSpec(
         names=NAMES,
         vocab=read.need("vocab_size"),
@@ -34,13 +35,18 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         norm_eps=read("layer_norm_epsilon", 1e-5),
         layers=tuple(
             GptLayerSpec(
-                GptAttentionSpec(heads, heads, size, scale / (i + 1) if deeper else scale), mlp
+                GptAttentionSpec(
+                    heads, heads, size, scale / (i + 1) if deeper else scale, dropout=drop
+                ),
+                mlp,
+                dropout=(rate, rate),
             )
             for i in range(read.need("n_layer"))
         ),
         tied=read("tie_word_embeddings", True),
         linear=Conv1D,
         learned=0,
+        dropout=read.rate("embd_pdrop", 0.1),
     )
 
 

@@ -21,6 +21,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     )  # fmt: skip
     hidden, heads = read.need("n_embd"), read.need("n_head")
     size = hidden // heads
+    rate = read.rate("resid_pdrop", 0.1)
     # With many key/value heads each has its q, k and v side by side; one head is both layouts.
     layer = GptLayerSpec(
         GptAttentionSpec(
@@ -29,8 +30,10 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
             size,
             size**-0.5 if read("scale_attn_weights", True) else 1.0,
             grouped=True,
+            dropout=read.rate("attn_pdrop", 0.1),
         ),
         GptMlpSpec(read("n_inner", 4 * hidden), read("activation_function", "gelu_pytorch_tanh")),
+        dropout=(rate, rate),
     )
     return GptSpec(
         names=gpt2.NAMES,
@@ -42,6 +45,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         layers=(layer,) * read.need("n_layer"),
         tied=read("tie_word_embeddings", True),
         learned=0,
+        dropout=read.rate("embd_pdrop", 0.1),
     )
 
 

@@ -37,7 +37,8 @@ def kinds(read: ConfigReader) -> list[str]:
 
 
 def gpt_spec(read: ConfigReader) -> GptSpec:
-    read.ignore("resid_dropout", "embed_dropout", "attention_layers")
+    read.ignore("attention_layers")
+    rate, drop = read.rate("resid_dropout"), read.rate("attention_dropout")
     hidden, heads = read.need("hidden_size"), read.need("num_heads")
     window = read("window_size", 256)
     mlp = GptMlpSpec(read("intermediate_size", 4 * hidden), read("activation_function", "gelu_new"))
@@ -52,14 +53,16 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
             GptLayerSpec(
                 GptAttentionSpec(
                     heads, heads, hidden // heads, 1.0, qkv_bias=False,
-                    window=window if kind == "local" else None,
+                    window=window if kind == "local" else None, dropout=drop,
                 ),
                 mlp,
+                dropout=(rate, rate),
             )
             for kind in kinds(read)
         ),
         tied=read("tie_word_embeddings", True),
         learned=0,
+        dropout=read.rate("embed_dropout"),
     )  # fmt: skip
 
 

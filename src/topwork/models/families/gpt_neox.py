@@ -29,20 +29,22 @@ NAMES = Names(
 def gpt_spec(read: ConfigReader) -> GptSpec:
     read.ignore(
         "attention_dropout_prob", "attention_probs_dropout_prob", "bias_dropout_fusion",
-        "hidden_dropout", "hidden_dropout_prob",
+        "hidden_dropout_prob",
     )  # fmt: skip
     hidden, heads = read.need("hidden_size"), read.need("num_attention_heads")
     size, bias = hidden // heads, read("attention_bias", True)
     rotary = read_rotary(
         read, size, share=read("rotary_pct", 0.25), theta=read("rotary_emb_base", 10000.0)
     )
+    rate = read.rate("hidden_dropout")
     layer = GptLayerSpec(
         GptAttentionSpec(
             heads, heads, size, size**-0.5, grouped=True, qkv_bias=bias, out_bias=bias,
-            rotary=rotary,
+            rotary=rotary, dropout=read.rate("attention_dropout"),
         ),
         GptMlpSpec(read.need("intermediate_size"), read("hidden_act", "gelu")),
         "parallel" if read("use_parallel_residual", True) else "pre_norm",
+        (rate, rate),
     )  # fmt: skip
     return GptSpec(
         names=NAMES,
@@ -53,6 +55,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         norm_eps=read("layer_norm_eps", 1e-5),
         layers=(layer,) * read.need("num_hidden_layers"),
         tied=read("tie_word_embeddings", False),
+        dropout=rate,
         renames=(Rename("^embed_out", "^lm_head"),),
     )
 

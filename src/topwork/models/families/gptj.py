@@ -26,13 +26,16 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     read.ignore("rotary", "scale_attn_weights")
     hidden, heads = read.need("n_embd"), read.need("n_head")
     size, context = hidden // heads, read("n_positions", 2048)
+    rate = read.rate("resid_pdrop")
     rotary = RotarySpec(read("rotary_dim", 64), 10000.0, context, interleaved=True)
     layer = GptLayerSpec(
         GptAttentionSpec(
             heads, heads, size, size**-0.5, qkv_bias=False, out_bias=False, rotary=rotary,
+            dropout=read.rate("attn_pdrop"),
         ),
         GptMlpSpec(read("n_inner", 4 * hidden), read("activation_function", "gelu_new")),
         "parallel_one_norm",
+        (rate, rate),
     )  # fmt: skip
     return GptSpec(
         names=NAMES,
@@ -44,6 +47,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         layers=(layer,) * read.need("n_layer"),
         tied=read("tie_word_embeddings", False),
         head_bias=True,
+        dropout=read.rate("embd_pdrop"),
     )
 
 

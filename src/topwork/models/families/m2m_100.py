@@ -11,6 +11,7 @@ MODELS = {
     "seq2seq-lm": lambda config, read: Seq2SeqModel(
         config,
         bart_like(read, norm_first=True, embedding_norm=False, places="fairseq", scaled=True,
-                  bias=False, act="relu", drop=(r"embed_positions\.weights?$",)),
+                  bias=False, act="relu", rates=(0.1, 0.05),
+                  drop=(r"embed_positions\.weights?$",)),
     )
 }  # fmt: skip

@@ -63,7 +63,8 @@ class ModernAttention(nn.Module):
         q, k, v = linears(x, (self.Wqkv,))[0].unflatten(-1, (3, -1, size)).unbind(2)
         cos, sin = tables[self.spec.rotary]
         q, k = ops.rotary(q, cos, sin), ops.rotary(k, cos, sin)
-        rule = ops.Rule(size**-0.5, causal=False, window=self.spec.window)
+        drop = self.spec.dropouts[0] if self.training else 0.0
+        rule = ops.Rule(size**-0.5, causal=False, window=self.spec.window, dropout=drop)
         y = linears(ops.attention(q, k, v, layout, rule).flatten(2), (self.Wo,))[0]
         return F.dropout(y, self.spec.dropouts[0], self.training)
 
@@ -157,7 +158,7 @@ def blocks(read: ConfigReader) -> list[ModernSpec]:
             rotary[kind],
             half + 1 if kind == KINDS[1] else None,
             first=i == 0,
-            dropouts=(read("attention_dropout", 0.0), read("mlp_dropout", 0.0)),
+            dropouts=(read.rate("attention_dropout"), read.rate("mlp_dropout")),
         )
         for i, kind in enumerate(kinds)
     ]
@@ -183,7 +184,7 @@ def family(read: ConfigReader) -> FamilySpec:
     encoder = EncoderSpec(
         specs[0].hidden,
         specs[0].eps,
-        read("embedding_dropout", 0.0),
+        read.rate("embedding_dropout"),
         embedding,
         tuple(f"layers.{i}" for i in range(len(specs))),
         lambda i: ModernBlock(specs[i]),
@@ -197,7 +198,7 @@ def family(read: ConfigReader) -> FamilySpec:
             bias, bool(read("classifier_bias", False)), pool=pool, **options,
         )  # fmt: skip
 
-    dropout = read("classifier_dropout", 0.0)
+    dropout = read.rate("classifier_dropout")
     pool = "mean" if pooling == "mean" else "first"
     heads = {
         "masked-lm": head("decoder", out_bias=bool(read("decoder_bias", True))),

@@ -46,7 +46,8 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     size = hidden // heads
     bias = not read("no_bias", True)
     inner = ConfigReader(Config(**read("attn_config", {})))
-    inner.ignore("attn_impl", "attn_pdrop", "output_hidden_states", "return_dict")
+    drop = inner.rate("attn_pdrop")  # of what both branches add, too
+    inner.ignore("attn_impl", "output_hidden_states", "return_dict")
     only(inner, ONLY_IN_ATTENTION)
     attention = GptAttentionSpec(
         heads,
@@ -57,11 +58,14 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         out_bias=bias,
         clip=inner("clip_qkv"),
         norm_qk=inner("qk_ln", False),
+        dropout=drop,
     )
     max_bias = inner("alibi_bias_max", 8)
     inner.finish()
     layer = GptLayerSpec(
-        attention, GptMlpSpec(int(read("expansion_ratio", 4) * hidden), "gelu", bias)
+        attention,
+        GptMlpSpec(int(read("expansion_ratio", 4) * hidden), "gelu", bias),
+        dropout=(drop, drop),
     )
     scale = read("logit_scale", 1.0)
     return GptSpec(

@@ -27,17 +27,20 @@ NAMES = Names(
 
 
 def gpt_spec(read: ConfigReader) -> GptSpec:
-    read.ignore("dropout", "activation_dropout", "layerdrop", "init_std")
+    read.ignore("activation_dropout", "init_std")  # the peer's blocks have none within the MLP
     hidden, heads = read.need("hidden_size"), read.need("num_attention_heads")
     bias, before = read("enable_bias", True), read("do_layer_norm_before", True)
     removed = read("_remove_final_layer_norm", False)  # fine-tuned before transformers 4.20.1
+    rate = read.rate("dropout", 0.1)
     layer = GptLayerSpec(
         GptAttentionSpec(
-            heads, heads, hidden // heads, (hidden // heads) ** -0.5, qkv_bias=bias, out_bias=bias
+            heads, heads, hidden // heads, (hidden // heads) ** -0.5, qkv_bias=bias, out_bias=bias,
+            dropout=read.rate("attention_dropout"),
         ),
         GptMlpSpec(read.need("ffn_dim"), read("activation_function", "relu"), bias),
         "pre_norm" if before else "post_norm",
-    )
+        (rate, rate),
+    )  # fmt: skip
     return GptSpec(
         names=NAMES,
         vocab=read.need("vocab_size"),
@@ -50,6 +53,7 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
         norm_affine=read("layer_norm_elementwise_affine", True),
         final_norm=before and not removed,
         learned=2,
+        layer_drop=read.rate("layerdrop"),
     )
 
 

@@ -19,7 +19,7 @@ CASES = [
 def spec(read: ConfigReader) -> DecoderSpec:
     norm = NormSpec("layer-bias", read("layer_norm_eps", 1e-5))
     on_heads = QkNorm(norm, names=("q_layernorm", "k_layernorm"))
-    rate = read("resid_pdrop", 0.0)
+    rate = read.rate("resid_pdrop")
     mlp = PlainMlpSpec(
         read.need("intermediate_size"), read("hidden_act", "gelu_new"), names=("fc1", "fc2")
     )
@@ -33,7 +33,7 @@ def spec(read: ConfigReader) -> DecoderSpec:
         mlp=mlp,
         attention={"out": "dense"},
         layer={"norms": ONE_NORM, "parallel": True, "dropout": (rate, rate)},
-        embedding_dropout=read("embd_pdrop", 0.0),
+        embedding_dropout=read.rate("embd_pdrop"),
         head=HeadSpec(bias=True),
         table=Table((Rename("final_layernorm", "norm"),)),
     )

@@ -31,7 +31,7 @@ def spec(read: ConfigReader) -> DecoderSpec:
     rotary = read_rotary(
         read, head_size(read), share=1.0, aliases={"su": "longrope", "yarn": "longrope"}
     )
-    rate = read("resid_pdrop", 0.0)
+    rate = read.rate("resid_pdrop")
     read.ignore("embd_pdrop", "attention_bias", "rope_theta")  # the peer reads none of them
     return llama_like(
         read,

@@ -29,7 +29,7 @@ def spec(read: ConfigReader) -> DecoderSpec:
         layer={
             "norms": ONE_NORM if parallel else PRE_NORMS,
             "parallel": parallel,
-            "dropout": (0.0, read("hidden_dropout", 0.0)),
+            "dropout": (0.0, read.rate("hidden_dropout")),
         },
         table=Table(tuple(Pack((f"{n}.norms.#.weight",), f"{n}.weight") for n in per_head.names)),
     )

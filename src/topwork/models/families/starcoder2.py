@@ -15,7 +15,7 @@ CASES = [
 
 
 def spec(read: ConfigReader) -> DecoderSpec:
-    bias, rate = read("use_bias", True), read("residual_dropout", 0.0)
+    bias, rate = read("use_bias", True), read.rate("residual_dropout")
     read.ignore("activation_function", "norm_type", "layer_norm_epsilon", "mlp_type",
                 "attention_softmax_in_fp32", "scale_attention_softmax_in_fp32",
                 "scale_attn_weights")  # fmt: skip
@@ -34,5 +34,5 @@ def spec(read: ConfigReader) -> DecoderSpec:
         mlp=mlp,
         layer={"dropout": (rate, rate)},
         tied=True,
-        embedding_dropout=read("embedding_dropout", 0.0),
+        embedding_dropout=read.rate("embedding_dropout"),
     )

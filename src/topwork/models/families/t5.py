@@ -54,7 +54,7 @@ def t5_like(read: ConfigReader, scaled: bool, feed: str = "relu") -> Seq2SeqSpec
         raise ConfigError(f"feed_forward_proj={read('feed_forward_proj')!r}: 'ACT' or 'gated-ACT'")
     act = "gelu_new" if kind == ["gated", "gelu"] else activation(kind[-1])
     names = replace(ENCODER, **GATED) if len(kind) == 2 else ENCODER
-    hidden, dropout = read("d_model", 512), read("dropout_rate", 0.1)
+    hidden, dropout = read("d_model", 512), read.rate("dropout_rate", 0.1)
     count = read("num_layers", 6)
     encoder = StackSpec(
         read.need("vocab_size"), hidden, read("num_heads", 8), read("d_kv", 64),
@@ -64,7 +64,7 @@ def t5_like(read: ConfigReader, scaled: bool, feed: str = "relu") -> Seq2SeqSpec
             read("relative_attention_num_buckets", 32),
             read("relative_attention_max_distance", 128),
         ),
-        dropout=dropout, inner_dropout=dropout,
+        dropout=dropout, inner_dropout=dropout, attention_dropout=dropout,
     )  # fmt: skip
     decoder = replace(
         encoder,
