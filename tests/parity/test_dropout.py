@@ -70,7 +70,7 @@ def peer_has(name, task):
     )
 
 
-NAMES = [name for name in ALL if rates_of(name)]
+NAMES = [name for name in ALL if set(TASKS) & set(tasks_of(name)) and rates_of(name)]
 ROWS = [
     (name, task, i)
     for name in NAMES

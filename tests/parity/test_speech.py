@@ -291,12 +291,14 @@ def test_what_acts_in_training_alone_acts(family, tmp_path):
     raw = (
         {"hidden_dropout": 0.3},
         {"activation_dropout": 0.3},
+        {"attention_dropout": 0.3},
         {"layerdrop": 0.6},
     )
     raw = (*raw, {"feat_proj_dropout": 0.4}, {"mask_feature_prob": 0.3})
-    seen = {"dropout": 0.3}, {"activation_dropout": 0.3}
+    seen = {"dropout": 0.3}, {"activation_dropout": 0.3}, {"attention_dropout": 0.3}
     seen = (*seen, {"apply_spec_augment": True, "mask_time_prob": 0.2})
-    none = {"hidden_dropout": 0.0, "activation_dropout": 0.0, "mask_time_prob": 0.0}
+    none = {"hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0,
+            "mask_time_prob": 0.0}  # fmt: skip
     for i, options in enumerate(({}, *(seen if family == "whisper" else raw))):
         off = none if family != "whisper" else {}
         peer(family, 0, task, **{**off, **options}).save_pretrained(tmp_path / str(i))
@@ -311,7 +313,8 @@ def test_what_acts_in_training_alone_acts(family, tmp_path):
 
 @pytest.mark.parametrize(("family", "task"), [("wav2vec2", "ctc"), ("whisper", "speech-seq2seq")])
 def test_checkpointed_blocks_give_the_same_gradients(family, task, tmp_path):
-    none = {"hidden_dropout": 0.0, "activation_dropout": 0.0, "mask_time_prob": 0.0,
+    none = {"hidden_dropout": 0.0, "activation_dropout": 0.0, "attention_dropout": 0.0,
+            "mask_time_prob": 0.0,
             "final_dropout": 0.0} if family == "wav2vec2" else {}  # fmt: skip
     peer(family, 0, task, **none).save_pretrained(tmp_path)
     ours = TASKS[task].from_pretrained(tmp_path).train()

@@ -387,7 +387,11 @@ def test_checkpointed_blocks_give_the_same_gradients(family):
 def test_dropout_and_dropped_parts_act_in_training_alone():
     torch.manual_seed(0)
     images = torch.randn(8, 3, 16, 16)
-    for family, option in (("vit", "hidden_dropout_prob"), ("dinov2", "drop_path_rate")):
+    for family, option in (
+        ("vit", "hidden_dropout_prob"), ("vit", "attention_probs_dropout_prob"),
+        ("dinov2", "drop_path_rate"), ("dinov2", "attention_probs_dropout_prob"),
+        ("clip_vision_model", "attention_dropout"),
+    ):  # fmt: skip
         config = Config(model_type=family, **VISION, **{option: 0.5})
         ours = AutoModel.from_config(config).eval()
         calm = ours(images).last_hidden_state

@@ -38,7 +38,8 @@ class PreNormSpec:
 
     `layer_scale`: what a learned factor per channel on each part begins with, None for no factor.
     `gated`: `up` gives gate and up together and feed is down(silu(gate) · up). `drop_path`: how
-    often training leaves a part out for a row (arXiv:1603.09382).
+    often training leaves a part out for a row (arXiv:1603.09382). `attention_dropout` of the
+    probabilities.
     """
 
     hidden: int
@@ -52,6 +53,7 @@ class PreNormSpec:
     layer_scale: float | None = None
     gated: bool = False
     drop_path: float = 0.0
+    attention_dropout: float = 0.0
     names: PreNormNames = PreNormNames()
 
     def __post_init__(self) -> None:
@@ -102,10 +104,11 @@ class PreNormBlock(nn.Module):
         parts = [part(self, path) for path in (names.query, names.key, names.value)]
         q, k, v = (y.unflatten(-1, (spec.heads, -1)) for y in linears(x, parts))
         scale = (spec.hidden // spec.heads) ** -0.5
+        drop = spec.attention_dropout if self.training else 0.0
         if layout.keep is None or spec.causal:
-            y = ops.attention(q, k, v, layout, ops.Rule(scale, causal=spec.causal))
+            y = ops.attention(q, k, v, layout, ops.Rule(scale, spec.causal, dropout=drop))
         else:  # what is padding, and may be read, sees all that is real
-            y = cross_attention(q, k, v, scale, keep=layout.keep)
+            y = cross_attention(q, k, v, scale, keep=layout.keep, dropout=drop)
         return linears(y.flatten(2), (part(self, names.out),))[0]
 
     def _feed(self, x: Tensor) -> Tensor:

@@ -73,6 +73,7 @@ class SpeechSpec:
     inner_dropout: float = 0.0
     feature_dropout: float = 0.0
     layer_dropout: float = 0.0
+    attention_dropout: float = 0.0
 
     @property
     def output(self) -> int:
@@ -120,7 +121,7 @@ class Heads(nn.Module):
 
     def __init__(self, spec: SpeechSpec) -> None:
         super().__init__()
-        self.heads = spec.heads
+        self.heads, self.drop = spec.heads, spec.attention_dropout
         self.k_proj = nn.Linear(spec.hidden, spec.hidden)
         self.v_proj = nn.Linear(spec.hidden, spec.hidden)
         self.q_proj = nn.Linear(spec.hidden, spec.hidden)
@@ -129,7 +130,8 @@ class Heads(nn.Module):
     def forward(self, x: Tensor, layout: ops.Layout) -> Tensor:
         parts = linears(x, (self.q_proj, self.k_proj, self.v_proj))
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in parts)
-        rule = ops.Rule(q.shape[-1] ** -0.5, causal=False)
+        drop = self.drop if self.training else 0.0
+        rule = ops.Rule(q.shape[-1] ** -0.5, causal=False, dropout=drop)
         return linears(ops.attention(q, k, v, layout, rule).flatten(2), (self.out_proj,))[0]
 
 

@@ -28,6 +28,7 @@ def block(read: ConfigReader, act: str, eps: float, causal: bool, size: tuple[in
         read("hidden_act", act),
         read("layer_norm_eps", eps),
         causal=causal,
+        attention_dropout=read.rate("attention_dropout"),
     )
 
 

@@ -64,10 +64,11 @@ def speech_spec(read: ConfigReader, prefix: str, norm_features: bool = True) -> 
         shortener if read("add_adapter", False) else None,
         bottleneck,
         norm_features,
-        read("hidden_dropout", 0.1),
-        read("activation_dropout", 0.1),
-        read("feat_proj_dropout", 0.0),
-        read("layerdrop", 0.1),
+        read.rate("hidden_dropout", 0.1),
+        read.rate("activation_dropout", 0.1),
+        read.rate("feat_proj_dropout"),
+        read.rate("layerdrop", 0.1),
+        read.rate("attention_dropout", 0.1),
     )
 
 

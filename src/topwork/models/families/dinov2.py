@@ -18,7 +18,7 @@ CASES = [
 
 def tower(read: ConfigReader, registers: int = 0) -> VisionSpec:
     read.ignore(
-        "attention_probs_dropout_prob", "intermediate_size", "apply_layernorm", "out_features",
+        "intermediate_size", "apply_layernorm", "out_features",
         "out_indices", "reshape_hidden_states", "stage_names", "gradient_checkpointing",
     )  # fmt: skip
     hidden, gated = read("hidden_size", 768), bool(read("use_swiglu_ffn", False))
@@ -55,12 +55,13 @@ def tower(read: ConfigReader, registers: int = 0) -> VisionSpec:
         qkv_bias=bool(read("qkv_bias", True)),
         layer_scale=read("layerscale_value", 1.0),
         gated=gated,
-        drop_path=read("drop_path_rate", 0.0),
+        drop_path=read.rate("drop_path_rate"),
+        attention_dropout=read.rate("attention_probs_dropout_prob"),
         names=names,
     )
     return VisionSpec(
         patches, block, read("num_hidden_layers", 12), "encoder.layer",
-        read("hidden_dropout_prob", 0.0), final_norm="layernorm", pooling=FirstToken(),
+        read.rate("hidden_dropout_prob"), final_norm="layernorm", pooling=FirstToken(),
     )  # fmt: skip
 
 

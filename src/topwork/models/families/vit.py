@@ -29,9 +29,9 @@ NAMES = PreNormNames(
 
 
 def tower(read: ConfigReader) -> VisionSpec:
-    read.ignore("attention_probs_dropout_prob", "encoder_stride", "gradient_checkpointing")
+    read.ignore("encoder_stride", "gradient_checkpointing")
     hidden = read("hidden_size", 768)
-    dropout, eps = read("hidden_dropout_prob", 0.0), read("layer_norm_eps", 1e-12)
+    dropout, eps = read.rate("hidden_dropout_prob"), read("layer_norm_eps", 1e-12)
     patches = PatchSpec(
         read("num_channels", 3), hidden, pair(read("image_size", 224)), pair(read("patch_size", 16))
     )
@@ -43,6 +43,7 @@ def tower(read: ConfigReader) -> VisionSpec:
         eps,
         dropout,
         bool(read("qkv_bias", True)),
+        attention_dropout=read.rate("attention_probs_dropout_prob"),
         names=NAMES,
     )
     pooling = DensePooling(hidden, read("pooler_output_size", hidden), read("pooler_act", "tanh"))

@@ -45,7 +45,8 @@ def stack_spec(read: ConfigReader, side: str) -> StackSpec:
         activation(read("activation_function", "gelu")), NormSpec("layer-bias", 1e-5),
         (hidden // heads) ** -0.5, True, True, StackNames(final_norm="layer_norm"),
         crossed=crossed, context=context, places=places, key_bias=False,
-        dropout=read("dropout", 0.0), inner_dropout=read("activation_dropout", 0.0),
+        dropout=read.rate("dropout"), inner_dropout=read.rate("activation_dropout"),
+        attention_dropout=read.rate("attention_dropout"),
     )  # fmt: skip
 
 
