@@ -11,6 +11,7 @@ from topwork._version import __version__
 if TYPE_CHECKING:
     from topwork.data import *
     from topwork.generation import *
+    from topwork.media import *
     from topwork.models import *
     from topwork.objectives import *
     from topwork.peft import *

@@ -3,6 +3,7 @@
 HOMES = {
     "AdaLoraConfig": "topwork.peft",
     "AutoConfig": "topwork.models",
+    "AutoFeatureExtractor": "topwork.media",
     "AutoModel": "topwork.models",
     "AutoModelForAudioClassification": "topwork.models",
     "AutoModelForCTC": "topwork.models",
@@ -20,6 +21,7 @@ HOMES = {
     "AutoPeftModelForFeatureExtraction": "topwork.peft",
     "AutoPeftModelForSequenceClassification": "topwork.peft",
     "AutoPeftModelForTokenClassification": "topwork.peft",
+    "AutoProcessor": "topwork.media",
     "AutoTokenizer": "topwork.text",
     "BOFTConfig": "topwork.peft",
     "BitsAndBytesConfig": "topwork.quant",

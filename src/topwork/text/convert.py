@@ -17,6 +17,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Core
 
 from topwork.errors import CheckpointError
+from topwork.text.ctc import core_of
 from topwork.text.merges import merges_of
 
 SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
@@ -43,6 +44,9 @@ def convert(files: Mapping[str, Path], config: dict[str, Any]) -> tuple[Core, di
         core, config = _sentencepiece(model, kind, config)
     elif "vocab.json" in files and "merges.txt" in files:
         core, config = _byte_level(files["vocab.json"], files["merges.txt"], kind, config)
+    elif "vocab.json" in files and kind == "Wav2Vec2CTC":
+        vocab = json.loads(files["vocab.json"].read_text(encoding="utf-8"))
+        return core_of(vocab, config)
     elif "vocab.txt" in files:
         core, config = _wordpiece(files["vocab.txt"], kind, config)
     else:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,11 @@ SIDES = ("left", "right")
 UNLIMITED = int(1e30)
 FILLERS = {"attention_mask": 0, "token_type_ids": 0, "offset_mapping": (0, 0),
            "special_tokens_mask": 1, "assistant_masks": 0, "words": None}  # fmt: skip
+# Tokenizers that do more than their files say, by the class that the files name.
+KINDS = {
+    "Wav2Vec2CTC": ("topwork.text.ctc", "CtcTokenizer"),
+    "Whisper": ("topwork.text.whisper", "WhisperTokenizer"),
+}
 # Whose token_type_ids a call returns, by the name of the tokenizer's class.
 TYPED = ("Bert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert",
          "Deberta", "DebertaV2", "FNet")  # fmt: skip
@@ -70,6 +76,7 @@ class Tokenizer:
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in checkpoint.files:
                 config |= checkpoint.json(file)
+        cls = _kind(cls, config)
         if "chat_template.jinja" in checkpoint.files:
             path = checkpoint.files["chat_template.jinja"]
             config["chat_template"] = path.read_text(encoding="utf-8")
@@ -403,6 +410,15 @@ def clean_up(text: str) -> str:
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip())
     return text
+
+
+def _kind(cls: type[Tokenizer], config: Mapping[str, Any]) -> type[Tokenizer]:
+    """`cls`, or what the files ask for in its place."""
+    named = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
+    if cls is not Tokenizer or named not in KINDS:
+        return cls
+    module, name = KINDS[named]
+    return getattr(importlib.import_module(module), name)
 
 
 def _template(given: Any) -> str | None:
