@@ -19,6 +19,7 @@ from topwork.data.packing import Batch
 from topwork.data.prepare import Sample
 from topwork.errors import ConfigError
 from topwork.objectives import kept, policy
+from topwork.objectives.episodes import Stage, set_stage
 from topwork.objectives.policy import Correction, Spread
 from topwork.objectives.reference import Reference, choose_reference
 from topwork.objectives.rewards import Jury, check_columns, convene
@@ -76,13 +77,16 @@ class DrawsConfig(TrainingArguments):
     importance_correction_max: float | None = 3.0
     importance_correction_min: float | None = None
     chat_template: str | None = None
+    max_tool_calling_iterations: int | None = None
+    """How often an answer may call tools; None: until it is too long."""
     log_completions: bool = True
     """Keep the first group of each step in completions.jsonl."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("importance_correction", self.importance_correction, policy.CORRECTIONS)
-        for name in ("num_generations", "num_mini_batches", "max_completion_length"):
+        for name in ("num_generations", "num_mini_batches", "max_completion_length",
+                     "max_tool_calling_iterations"):  # fmt: skip
             at_least(name, getattr(self, name), 1)
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
@@ -142,6 +146,7 @@ class Draw:
     tokenizer: Tokenizer
     jury: Jury
     writer: Writer
+    stage: Stage | None = None
     trainer_state: Callable[[], Any] = lambda: None
 
     @property
@@ -152,8 +157,11 @@ class Draw:
 
     def __call__(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Drawn]:
         """Raises TrainingError as `judge` does."""
-        count = self.args.num_generations
-        answers = roll_out(self.writer, model, prompts, count, self.args.max_completion_length)
+        count, limit = self.args.num_generations, self.args.max_completion_length
+        if self.stage is None:
+            answers = roll_out(self.writer, model, prompts, count, limit)
+        else:
+            answers = self.stage.play(self.writer, model, prompts, count, limit)
         said = [
             completion(prompt, answer, self.tokenizer)
             for prompt, row in zip(prompts, answers)
@@ -167,7 +175,7 @@ class Draw:
         rewards = torch.stack([d.rewards for d in drawn])
         summed = self.jury.summed(rewards)
         answers = [a for d in drawn for a in d.answers]
-        sizes = [len(a.ids) for a in answers]
+        sizes = [a.written for a in answers]
         found: dict[str, Tensor] = {
             "reward": summed,
             "completions/mean_length": torch.tensor(sizes, dtype=torch.float32),
@@ -177,6 +185,11 @@ class Draw:
             found["reward_std"] = policy.nan_std(summed, 1)
             alike = [float(all_alike(d.rewards)) for d in drawn]
             found["frac_reward_zero_std"] = torch.tensor(alike)
+        if self.stage is not None:
+            calls, failures = sum(a.calls for a in answers), sum(a.failures for a in answers)
+            found["tools/call_frequency"] = torch.tensor([float(a.calls) for a in answers])
+            failed = torch.arange(calls) < failures
+            found["tools/failure_frequency"] = failed.float()
         for index, name in enumerate(self.jury.names):
             values = rewards[..., index]
             found[f"rewards/{name}/mean"] = values[~values.isnan()]
@@ -215,16 +228,25 @@ def all_alike(rewards: Tensor) -> bool:
 def collate_answers(
     drawn: Sequence[Drawn], device: torch.device, ended_only: bool = False
 ) -> tuple[Batch, Tensor]:
-    """The micro-batch of these answers, and the samplers' log-probabilities of what is trained."""
+    """The micro-batch of these answers, and the samplers' log-probabilities of what is trained.
+
+    Answers share their prompt, unless an environment gave them prompts of their own.
+    """
     groups, sampled = [], []
     for one in drawn:
-        samples = []
-        for answer in one.answers:
+        prompts = [one.prompt.ids if a.prompt is None else a.prompt for a in one.answers]
+        samples: list[Sample] = []
+        for k, answer in enumerate(one.answers):
             ids = np.asarray(answer.ids, np.int32)
             trained = np.full(len(ids), answer.ended or not ended_only)
+            if answer.own is not None:
+                trained &= np.asarray(answer.own)
+            if k and not np.array_equal(prompts[k], prompts[k - 1]):
+                groups.append(Group(one.prompt.row, prompts[k - 1], tuple(samples)))
+                samples = []
             samples.append(Sample(-1, ids, trained))
             sampled += np.asarray(answer.sampled, np.float32)[trained].tolist()
-        groups.append(Group(one.prompt.row, one.prompt.ids, tuple(samples)))
+        groups.append(Group(one.prompt.row, prompts[-1], tuple(samples)))
     return collate_groups(groups).to(device), torch.tensor(sampled, device=device)
 
 
@@ -341,23 +363,25 @@ class Setup:
 def set_up(
     model: nn.Module | str | Path, reward_funcs: Any, args: DrawsConfig, train_dataset: Any,
     eval_dataset: Any, tokenizer: Tokenizer | None, reward_tokenizers: Any,
-    peft_config: PeftConfig | None, held: float,
+    peft_config: PeftConfig | None, held: float, tools: Any = (), environment_factory: Any = None,
 ) -> Setup:  # fmt: skip
     """The policy with its adapter, its start as reference if it is `held` to it, jury and data."""
     model, tokenizer = load_pair(model, tokenizer, args)
     if train_dataset is None:
         raise ConfigError("the trainer needs train_dataset: rows with `prompt`")
-    jury = convene(reward_funcs, reward_tokenizers, args)
-    train, long = read_prompts(train_dataset, tokenizer, args.max_prompt_length)
+    stage = set_stage(tokenizer, tools or (), environment_factory, args.max_tool_calling_iterations)
+    own = [] if stage is None else stage.rewards()
+    jury = convene(reward_funcs, reward_tokenizers, args, own)
+    how = (tokenizer, args.max_prompt_length, None if stage is None else stage.schemas)
+    train, long = read_prompts(train_dataset, *how)
     check_columns(jury.funcs, list(train[0].columns))
     evals: dict[str, Sequence[Any]] = {
-        name: read_prompts(rows, tokenizer, args.max_prompt_length)[0]
-        for name, rows in named_sets(eval_dataset).items()
+        name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
     }
     reference = _start(model, peft_config) if held else None
     notes = describe_prompts(train, long, args)
     writer = EngineWriter(sampling_options(args, tokenizer))
-    draw = Draw(args, tokenizer, jury, writer)
+    draw = Draw(args, tokenizer, jury, writer, stage)
     return Setup(adapted(model, peft_config), reference, draw, train, evals, notes)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -202,6 +202,10 @@ class GRPOTrainer(Trainer):
     `reward_funcs`: functions f(prompts=, completions=, **columns) → numbers or None, sequence
     classifiers with one label, names of such, or "file.py:function". Rows have `prompt`, a text or
     messages.
+
+    `tools`: functions that answers may call. `environment_factory`: makes an environment for each
+    answer, whose `reset(**columns)` may add to the prompt, whose other public methods are tools,
+    and whose `get_reward()` is a reward; several by name for rows with `environment`.
     """
 
     objective_class: ClassVar[type[GRPO]] = GRPO
@@ -219,11 +223,13 @@ class GRPOTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
         peft_config: PeftConfig | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        environment_factory: Any = None,
     ) -> None:
         args = args or self.config_class()
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-            reward_processing_classes, peft_config, args.beta,
+            reward_processing_classes, peft_config, args.beta, tools, environment_factory,
         )  # fmt: skip
         objective = self.objective_class(args, found.draw, reference=found.reference)
         super().__init__(

@@ -3,7 +3,7 @@ by token (arXiv:1909.08593)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -218,12 +218,14 @@ class PPOTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
         peft_config: PeftConfig | None = None,
+        tools: Sequence[Callable[..., Any]] = (),
+        environment_factory: Any = None,
         value_model: nn.Module | str | Path | None = None,
     ) -> None:
         args = args or PPOConfig()
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-            reward_processing_classes, peft_config, args.kl_coef,
+            reward_processing_classes, peft_config, args.kl_coef, tools, environment_factory,
         )  # fmt: skip
         self.policy = found.policy
         super().__init__(

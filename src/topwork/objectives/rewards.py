@@ -24,8 +24,8 @@ NAN = float("nan")
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer to a prompt: its text (or messages), its ids, the row it answers, and whether it
-    came to an end."""
+    """One answer to a prompt: its text (or messages), its ids, the row it answers, whether it came
+    to an end, and its environment."""
 
     prompt: Any
     answer: Any
@@ -33,6 +33,7 @@ class Completion:
     ids: list[int]
     row: Mapping[str, Any]
     ended: bool = True
+    environment: Any = None
 
 
 @dataclass(frozen=True)
@@ -68,20 +69,24 @@ class Jury:
         return (rewards * self.weights).nansum(-1)
 
 
-def convene(given: Any, tokenizers: Any, args: Any) -> Jury:
-    """The jury of these functions, reward models, or names of either.
+def convene(
+    given: Any, tokenizers: Any, args: Any, more: Sequence[Callable[..., Any]] = ()
+) -> Jury:
+    """The jury of these functions, reward models, or names of either, and of `more` functions.
 
     ConfigError when there is none, or weights or a tokenizer do not fit.
     """
     several = isinstance(given, (list, tuple))
     listed: list[Any] = list(given) if several else [given]
-    if not listed:
+    if not listed and not more:
         raise ConfigError("the trainer needs reward_funcs (on the command line: --reward)")
     funcs, found = _reward_models(listed, tokenizers)
     weights = args.reward_weights
     if weights is not None and len(weights) != len(funcs):
         raise ConfigError(f"{len(weights)} reward_weights for {len(funcs)} rewards")
-    return Jury(funcs, found, weights, args.missing_eos_penalty)
+    if weights is not None and more:
+        weights = [*weights, *[1.0] * len(more)]
+    return Jury([*funcs, *more], [*found, *[None] * len(more)], weights, args.missing_eos_penalty)
 
 
 def _reward_models(
@@ -132,9 +137,10 @@ def judge(
 ) -> Tensor:
     """Each function's reward of each completion [N, F], NaN where it returned None.
 
-    A function is called as f(prompts=, completions=, completion_ids=, trainer_state=, **columns)
-    and returns a list of numbers or None. TrainingError, with the function's name and the
-    completion, when it raises, returns NaN, or not one number for each completion.
+    A function is called as f(prompts=, completions=, completion_ids=, trainer_state=,
+    environments=, **columns) and returns a list of numbers or None. TrainingError, with the
+    function's name and the completion, when it raises, returns NaN, or not one number for each
+    completion.
     """
     columns = {
         key: [c.row.get(key) for c in completions]
@@ -159,6 +165,7 @@ def _called(
         "completions": [c.answer for c in completions],
         "completion_ids": [c.ids for c in completions],
         "trainer_state": state,
+        "environments": [c.environment for c in completions],
         **columns,
     }
     try:
@@ -177,7 +184,7 @@ async def _awaited(value: Any) -> Any:
 
 def check_columns(funcs: Sequence[RewardFunc], columns: Sequence[str]) -> None:
     """ConfigError when a function wants an argument that neither the rows nor the run have."""
-    known = {"prompts", "completions", "completion_ids", "trainer_state", *columns}
+    known = {"prompts", "completions", "completion_ids", "trainer_state", "environments", *columns}
     for func in funcs:
         if isinstance(func, nn.Module):
             continue

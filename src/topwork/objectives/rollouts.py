@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -34,15 +34,33 @@ class Prompt:
 @dataclass(frozen=True)
 class Answer:
     """What the policy said: its `ids` with the end token, whether it came to an end, and the
-    log-probability with which each token was drawn (NaN: not known)."""
+    log-probability with which each token was drawn (NaN: not known).
+
+    Of several turns: `own`, which ids are the policy's and not a tool's; its own `prompt`; the
+    `messages` after that; the environment; how many calls there were and how many failed.
+    """
 
     ids: list[int]
     ended: bool
     logprobs: list[float] = field(default_factory=list)
+    own: list[bool] | None = None
+    prompt: np.ndarray | None = None
+    messages: list[dict[str, Any]] | None = None
+    environment: Any = None
+    calls: int = 0
+    failures: int = 0
 
     @property
     def sampled(self) -> list[float]:
         return self.logprobs or [float("nan")] * len(self.ids)
+
+    @property
+    def written(self) -> int:
+        """How many ids are the policy's."""
+        return len(self.ids) if self.own is None else sum(self.own)
+
+
+Schemas = Callable[[Mapping[str, Any], int], list[dict[str, Any]]]
 
 
 class Writer(Protocol):
@@ -94,26 +112,34 @@ def roll_out(
     return [found[at : at + count] for at in range(0, len(found), count)]
 
 
-def read_prompts(source: Any, tokenizer: Tokenizer, limit: int | None) -> tuple[list[Prompt], int]:
+def read_prompts(
+    source: Any, tokenizer: Tokenizer, limit: int | None, schemas: Schemas | None = None
+) -> tuple[list[Prompt], int]:
     """The rows of `source` with their prompts as tokens, and how many were too long.
 
-    A row has `prompt`, a text or messages; further columns go to the reward functions.
+    A row has `prompt`, a text or messages; further columns go to the reward functions. `schemas`:
+    the tools of a row, which the template describes, beside those of its column `tools`.
     """
     rows = read_rows(source)
-    prompts = [_prompt(number, row, tokenizer) for number, row in enumerate(rows)]
+    prompts = [_prompt(number, row, tokenizer, schemas) for number, row in enumerate(rows)]
     kept = [p for p in prompts if limit is None or len(p) <= limit]
     if not kept:
         raise DataError(f"every one of the {len(rows)} prompts is longer than {limit} tokens")
     return kept, len(prompts) - len(kept)
 
 
-def _prompt(number: int, row: Row, tokenizer: Tokenizer) -> Prompt:
+def _prompt(number: int, row: Row, tokenizer: Tokenizer, schemas: Schemas | None) -> Prompt:
     given = row.get("prompt")
+    tools = list(row.get("tools") or ())
+    if schemas is not None:
+        tools += schemas(row, number)
     if isinstance(given, str):
+        if schemas is not None:
+            raise DataError(f"row {number}: with tools `prompt` is messages, not a text")
         ids = tokenizer(given)["input_ids"]
     elif isinstance(given, Sequence):
         ids = tokenizer.apply_chat_template(
-            list(given), add_generation_prompt=True, tools=row.get("tools") or None
+            list(given), add_generation_prompt=True, tools=tools or None
         )
     else:
         raise DataError(
@@ -129,8 +155,10 @@ def completion(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Completi
     text = tokenizer.decode(answer.ids, skip_special_tokens=True)
     said: Any = text
     if not isinstance(prompt.given, str):
-        said = [{"role": "assistant", "content": text}]
-    return Completion(prompt.given, said, text, answer.ids, prompt.columns, answer.ended)
+        said = answer.messages or [{"role": "assistant", "content": text}]
+    return Completion(
+        prompt.given, said, text, answer.ids, prompt.columns, answer.ended, answer.environment
+    )
 
 
 def sampling_options(args: Any, tokenizer: Tokenizer) -> dict[str, Any]:
