@@ -246,14 +246,21 @@ def test_evaluation_best_model_and_early_stopping(tmp_path):
     assert run.evaluate()["eval_a_loss"] == pytest.approx(min(evals), rel=1e-6)
 
 
-def test_a_run_leaves_a_log_a_plot_and_its_adapter(tmp_path):
+def test_a_run_leaves_a_log_a_page_and_its_adapter(tmp_path):
     run = trainer(tmp_path, save_strategy="epoch", num_train_epochs=2, save_total_limit=1)
     run.train()
     run.save_model()
     log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [e["step"] for e in log] == list(range(1, 11))
     assert {"loss", "grad_norm", "learning_rate", "tokens_per_second", "num_tokens"} <= set(log[0])
-    assert (tmp_path / "loss.svg").read_text().startswith("<svg")
+    page = (tmp_path / "report.html").read_text()
+    assert "<polyline" in page
+    assert "messages format; 10 of 10 rows kept" in page
+    card = (tmp_path / "README.md").read_text()
+    assert "base model" in card.lower()
+    assert "| Steps | `10 (epoch 2.00)` |" in card
+    run.save_model()
+    assert (tmp_path / "README.md").read_text() == card
     folder = tmp_path / "checkpoint-10"
     names = {p.name for p in folder.iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json",

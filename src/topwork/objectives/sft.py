@@ -15,6 +15,7 @@ from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, mar
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.logprobs import score
+from topwork.objectives.samples import SampleAnswers
 from topwork.objectives.setup import adapted, at_least, end_token, load_pair, named_sets, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -52,6 +53,8 @@ class SFTConfig(TrainingArguments):
     """Share of each label that goes to all tokens alike."""
     neftune_noise_alpha: float | None = None
     """Size of the noise on the embeddings in training (arXiv:2310.05914)."""
+    sample_answers: int = 3
+    """Held-out prompts that are answered at each evaluation, for report.html."""
     token_metrics: bool = False
     """Log entropy and mean_token_accuracy in training too, for one more pass through the head;
     evaluation always does."""
@@ -68,6 +71,7 @@ class SFTConfig(TrainingArguments):
             )
         if self.label_smoothing_factor and self.loss_type == "dft":
             raise ConfigError("label_smoothing_factor has no meaning for the dft loss")
+        at_least("sample_answers", self.sample_answers, 0)
         at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs max_length, the tokens of a pack")
@@ -154,6 +158,8 @@ class SFTTrainer(Trainer):
         }
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         self.prepared, self.prepared_eval = train, evals
+        held_out = (s for prepared in evals.values() for s in prepared.samples)
+        shown = SampleAnswers(held_out, tokenizer, args.sample_answers)
         super().__init__(
             adapted(model, peft_config),
             args,
@@ -166,7 +172,7 @@ class SFTTrainer(Trainer):
             samples_of(train, args, args.packing),
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
             tokenizer=tokenizer,
-            callbacks=callbacks,
+            callbacks=[*callbacks, shown],
             optimizer=optimizer,
             data_fingerprint=train.fingerprint,
             notes=report(train, tokenizer, evals),

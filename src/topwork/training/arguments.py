@@ -11,6 +11,11 @@ from topwork.errors import ConfigError, nearest
 from topwork.training.optim import OPTIMISERS
 from topwork.training.schedule import SCHEDULES
 
+# Always told of a run.
+TOLD = frozenset({
+    "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
+    "gradient_accumulation_steps", "seed", "optim",
+})  # fmt: skip
 # Familiar fields that have no meaning here: why, and what to use instead.
 REFUSED = {
     "fp16": "there is no loss scaling here; use bf16=True",
@@ -21,7 +26,7 @@ REFUSED = {
     "use_liger_kernel": "the loss never holds all logits, so nothing is to be gained",
     "padding_free": "batches never hold padding",
     "remove_unused_columns": "columns that are not used never reach the model",
-    "push_to_hub": "upload the output folder with huggingface_hub",
+    "push_to_hub": "call trainer.model.push_to_hub(repo_id) after the run",
     "group_by_length": "batches never hold padding, so there is nothing to group for",
     "tf32": "set torch.backends.cuda.matmul.allow_tf32",
     "half_precision_backend": "use bf16=True",
@@ -142,6 +147,15 @@ class TrainingArguments:
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def chosen(self) -> dict[str, Any]:
+        """The fields that say what was set: those that are not at their defaults, and `TOLD`."""
+        defaults = {f.name: f.default for f in fields(self)}
+        return {
+            name: value
+            for name, value in self.to_dict().items()
+            if name in TOLD or (value != defaults[name] and value not in ({}, []))
+        }
 
     def save(self, path: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"

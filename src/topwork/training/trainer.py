@@ -28,16 +28,16 @@ from topwork.training.interrupt import StopRequest
 from topwork.training.objective import Objective, held_state, take_up, total_units
 from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, main_dtype, plan_of, resident_memory
-from topwork.training.plot import plot_losses
 from topwork.training.precision import cast
 from topwork.training.progress import Show
+from topwork.training.report import add_run, facts_of, keep_until, write_report
 from topwork.training.sampler import Sampler
 from topwork.training.schedule import Given, Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
 
 OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
 OBJECTIVE = "objective.safetensors"
-LOG, PLOT = "log.jsonl", "loss.svg"
+LOG = "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ class Trainer:
             raise ConfigError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
         self._home = Path(args.output_dir)
         self._tokens, self._since = 0, 0.0
+        self.planned: list[str] = []
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -111,7 +112,8 @@ class Trainer:
         with Show(state.max_steps, state.global_step, self._quiet) as self.show, \
                 StopRequest() as stop:  # fmt: skip
             if self.world.is_main:
-                self.show.lines([*self.notes, *self.plan().lines(), *self._steps_lines()])
+                self.planned = [*self.plan().lines(), *self._steps_lines()]
+                self.show.lines([*self.notes, *self.planned])
             self._write_log()
             self._fire("on_train_begin")
             if args.eval_on_start and state.global_step == 0:
@@ -251,8 +253,7 @@ class Trainer:
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             checkpoints.verify(Path(state.best_model_checkpoint))
             files.load_trained(self.model, Path(state.best_model_checkpoint))
-        if self.world.is_main and state.log_history:
-            plot_losses(state.log_history, self._home / PLOT, args.run_name or "loss")
+        self._report()
         self.model.eval()
         self._fire("on_train_end")
 
@@ -275,10 +276,10 @@ class Trainer:
                 means = self.measure(data or ())
                 means["runtime"], started = time.perf_counter() - started, time.perf_counter()
                 found |= {prefix + k.removeprefix(prefix): v for k, v in means.items()}
-        self._since += time.perf_counter() - paused
         self._log(found)
         self._note_best(found)
         self._fire("on_evaluate", metrics=found)
+        self._since += time.perf_counter() - paused
         return found
 
     @contextmanager
@@ -360,11 +361,16 @@ class Trainer:
         self._fire("on_log", logs=whole)
 
     def _write_log(self) -> None:
-        """The log file says what the state says, also after resuming from an earlier point."""
+        """The logs say what the state says, also after resuming from an earlier point."""
         if self.world.is_main:
             self._home.mkdir(parents=True, exist_ok=True)
             text = "".join(json.dumps(entry) + "\n" for entry in self.state.log_history)
             (self._home / LOG).write_text(text, encoding="utf-8")
+            keep_until(self.state.global_step, self._home)
+
+    def _report(self) -> None:
+        if self.world.is_main and self.state.log_history:
+            write_report(self._home, self.state.log_history, facts_of(self))
 
     @property
     def _quiet(self) -> bool:
@@ -402,6 +408,7 @@ class Trainer:
                 checkpoints.prune(
                     self._home, self.args.save_total_limit, None if best is None else Path(best)
                 )
+            self._report()
         self.world.wait()
         self._fire("on_save")
         return folder
@@ -463,6 +470,8 @@ class Trainer:
         if self.world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             files.save_model(self.model, folder, self.tokenizer)
+            if self.state.log_history:
+                add_run(folder, self.state, facts_of(self))
         self.world.wait()
 
     # -- small things ----------------------------------------------------------------------------
