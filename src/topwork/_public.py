@@ -4,6 +4,7 @@ HOMES = {
     "AdaLoraConfig": "topwork.peft",
     "AutoConfig": "topwork.models",
     "AutoFeatureExtractor": "topwork.media",
+    "AutoImageProcessor": "topwork.media",
     "AutoModel": "topwork.models",
     "AutoModelForAudioClassification": "topwork.models",
     "AutoModelForCTC": "topwork.models",
