@@ -7,6 +7,7 @@ from topwork.models.auto import (
     AutoModelForCausalLM,
     AutoModelForCTC,
     AutoModelForImageClassification,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -14,6 +15,8 @@ from topwork.models.auto import (
     AutoModelForSequenceClassification,
     AutoModelForSpeechSeq2Seq,
     AutoModelForTokenClassification,
+    AutoModelForVision2Seq,
+    AutoModelForVisualQuestionAnswering,
     AutoModelForZeroShotImageClassification,
 )
 from topwork.models.base import CausalLMOutput, CausalModel, Model
@@ -27,6 +30,8 @@ __all__ = [
     "AutoModelForMaskedLM",
     "AutoModelForMultipleChoice", "AutoModelForQuestionAnswering", "AutoModelForSeq2SeqLM",
     "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
+    "AutoModelForImageTextToText", "AutoModelForVision2Seq",
+    "AutoModelForVisualQuestionAnswering",
     "AutoModelForZeroShotImageClassification", "CausalLMOutput",
     "CausalModel", "Config", "Model", "capabilities", "describe",
 ]  # fmt: skip

@@ -233,6 +233,20 @@ class AutoModelForZeroShotImageClassification(_Auto):
     task = "zero-shot-image-classification"
 
 
+class AutoModelForImageTextToText(_Auto):
+    """Builds the model that reads texts with images in them and goes on with them."""
+
+    task = "image-text-to-text"
+
+
+class AutoModelForVisualQuestionAnswering(_Auto):
+    """Builds the model that answers questions about an image."""
+
+    task = "visual-question-answering"
+
+
+AutoModelForVision2Seq = AutoModelForImageTextToText
+
 # Task name → its Auto class.
 AUTO: dict[str, Any] = {made.task: made for made in _Auto.__subclasses__()}
 

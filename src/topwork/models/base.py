@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -143,12 +143,14 @@ def backbone(
     lengths: ops.Lengths | None = None,
     attention_mask: Tensor | None = None,
     cache: KVCache | None = None,
+    blocks: ops.Blocks | None = None,
 ) -> Tensor:
     """Hidden states [B, T, C] after the final norm.
 
     Either `lengths`, the documents packed in a single row (B = 1), or `attention_mask`
     [B, S] over cached and new tokens, 1 where a token is real; neither: all are real.
     Without a cache, padded rows are computed as packed ones; padding comes back as zeros.
+    `blocks`: which tokens see each other whatever their order.
     """
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None:
@@ -168,6 +170,7 @@ def backbone(
             inputs_embeds=None if inputs_embeds is None else rows.pack(inputs_embeds),
             positions=None if positions is None else rows.pack(positions),
             lengths=rows.lengths,
+            blocks=None if blocks is None else replace(blocks, ids=rows.pack(blocks.ids)),
         )
         return rows.unpack(packed)
     past = cache.length if cache is not None else 0
@@ -179,11 +182,13 @@ def backbone(
         )
     if positions is None:
         positions = _positions(given, lengths, keep, past)
+        if cache is not None and cache.ahead is not None:
+            positions = positions + cache.ahead[:, None]
     return self.trunk(
         input_ids if inputs_embeds is None else None,
         inputs_embeds=inputs_embeds,
         positions=positions,
-        layout=ops.Layout(lengths, past, keep),
+        layout=ops.Layout(lengths, past, keep, blocks),
         cache=cache,
     )
 
@@ -203,12 +208,13 @@ class CausalModel(Model):
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
         # For rows that lie apart torch would repeat a frozen weight, once for each of them.
-        return self.lm_head(hidden.contiguous())
+        return self.get_output_embeddings()(hidden.contiguous())
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""
-        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
-            return ops.token_logprobs(hidden, self.lm_head.weight, targets)
+        linear = self.get_output_embeddings()
+        if type(linear) is nn.Linear and linear.bias is None:
+            return ops.token_logprobs(hidden, linear.weight, targets)
         return ops.token_logprobs_of(self.head, hidden, targets)
 
     def forward(
@@ -222,8 +228,12 @@ class CausalModel(Model):
         use_cache: bool = False,
         lengths: ops.Lengths | None = None,
         logits_to_keep: int = 0,
+        **inputs: Any,
     ) -> CausalLMOutput:
-        """The familiar call. `labels` [B, T] are not shifted; -100 marks tokens without loss."""
+        """The familiar call. `labels` [B, T] are not shifted; -100 marks tokens without loss.
+
+        `inputs`: what else the model's `backbone` takes (images).
+        """
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
@@ -234,6 +244,7 @@ class CausalModel(Model):
             lengths=lengths,
             attention_mask=attention_mask,
             cache=cache,
+            **inputs,
         )
         logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None

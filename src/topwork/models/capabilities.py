@@ -11,6 +11,7 @@ TASKS = (
     "question-answering", "multiple-choice", "seq2seq-lm", "speech-seq2seq", "ctc",
     "audio-classification",
     "image-classification", "zero-shot-image-classification",
+    "image-text-to-text", "visual-question-answering",
 )  # fmt: skip
 
 

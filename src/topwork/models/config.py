@@ -208,12 +208,15 @@ class ConfigReader:
             )
         return value
 
-    def part(self, *keys: str, model_type: str = "") -> ConfigReader:
+    def part(
+        self, *keys: str, model_type: str = "", usual: Mapping[str, Any] | None = None
+    ) -> ConfigReader:
         """A reader of the configuration nested at `keys` (a later one wins; empty when absent).
 
-        `finish` looks at it too. `model_type`: what it is when it does not say.
+        `finish` looks at it too. `model_type`: what it is when it does not say; `usual`: what it
+        leaves out.
         """
-        values: dict[str, Any] = {"model_type": model_type or self.model_type}
+        values = {"model_type": model_type or self.model_type, **(usual or {})}
         for key in keys:
             values |= self(key, {})
         made = ConfigReader(Config(**values))

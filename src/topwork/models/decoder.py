@@ -27,6 +27,7 @@ from topwork.nn.cache import KVCache
 from topwork.nn.layers import ScaledEmbedding
 from topwork.nn.moe import MoeSpec, router_logits
 from topwork.nn.norms import NormSpec
+from topwork.nn.paths import part, place
 from topwork.weights import PLAIN, Table
 
 
@@ -204,37 +205,47 @@ class Decoder(nn.Module):
 
 
 class CausalDecoder(CausalModel):
-    """A `Decoder` under its name on the Hub (`model`) and its `lm_head`."""
+    """A `Decoder` and its head under their names on the Hub."""
+
+    trunk_path, head_path = "model", "lm_head"
 
     def __init__(self, config: Config, spec: DecoderSpec) -> None:
         super().__init__(config)
-        self.model = Decoder(spec)
-        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=spec.head.bias)
         self.table = table_of(spec)
-        self.tied = {"lm_head.weight": "model.embed_tokens.weight"} if spec.tied else {}
+        self._add_decoder(spec)
         self.tie_weights()
+
+    def _add_decoder(self, spec: DecoderSpec) -> None:
+        head = nn.Linear(spec.hidden, spec.vocab, bias=spec.head.bias)
+        place(self, self.trunk_path, Decoder(spec))
+        place(self, self.head_path, head)
+        words = f"{self.trunk_path}.embed_tokens.weight"
+        self.tied = {f"{self.head_path}.weight": words} if spec.tied else {}
 
     @property
     def trunk(self) -> Decoder:
-        return self.model
+        return part(self, self.trunk_path)
 
     @property
     def layer_count(self) -> int:
-        return self.model.layer_count
+        return self.trunk.layer_count
+
+    def get_output_embeddings(self) -> nn.Module:
+        return part(self, self.head_path)
 
     @property
     def windows(self) -> list[int | None]:
-        return [layer.attention.window for layer in self.model.spec.layers]
+        return [layer.attention.window for layer in self.trunk.spec.layers]
 
     @property
     def turning_point(self) -> int | None:
-        rotaries = (getattr(layer.attention, "rotary", None) for layer in self.model.spec.layers)
+        rotaries = (getattr(layer.attention, "rotary", None) for layer in self.trunk.spec.layers)
         turns = [r.original for r in rotaries if r is not None and r.kind == "longrope"]
         return min(turns, default=None)
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits [..., V] of hidden states [..., C]."""
-        spec, logits = self.model.spec.head, super().head(hidden)
+        spec, logits = self.trunk.spec.head, super().head(hidden)
         if spec.scale != 1:
             logits = logits * spec.scale
         if spec.softcap is not None:
@@ -243,18 +254,18 @@ class CausalDecoder(CausalModel):
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Log-probability [N] fp32 of `targets` [N] after `hidden` [N, C]; exact, in chunks."""
-        if self.model.spec.head == HeadSpec():
+        if self.trunk.spec.head == HeadSpec():
             return super().token_logprobs(hidden, targets)
         return ops.token_logprobs_of(self.head, hidden, targets)
 
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
         """The familiar call; with labels, a routers' loss that the spec asks for joins the loss."""
-        weight = self.model.spec.router_loss
+        weight = self.trunk.spec.router_loss
         if weight is None:
             return super().forward(*args, **kwargs)
-        with router_logits(self.model) as logits:
+        with router_logits(self.trunk) as logits:
             output = super().forward(*args, **kwargs)
-        mixes = (layer.mlp for layer in self.model.spec.layers)
+        mixes = (layer.mlp for layer in self.trunk.spec.layers)
         top_k = next(mix.router.top_k for mix in mixes if isinstance(mix, MoeSpec))
         output.aux_loss = ops.load_balancing_loss(logits, top_k)
         if output.loss is not None:

@@ -185,12 +185,17 @@ def _cropped(held: int, length: int) -> int:
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far; by default each layer's store grows."""
+    """Keys and values of the tokens seen so far; by default each layer's store grows.
+
+    `ahead` [B]: by how much the positions of a row's next tokens exceed their count (an image's
+    tokens may share positions); None: by nothing.
+    """
 
     def __init__(self, layers: int | Sequence[Store]) -> None:
         self.stores: list[Store] = (
             [Growing() for _ in range(layers)] if isinstance(layers, int) else list(layers)
         )
+        self.ahead: Tensor | None = None
 
     @classmethod
     def static(cls, layers: int, room: int) -> KVCache:
@@ -223,5 +228,6 @@ class KVCache:
 
     def select(self, rows: Tensor) -> None:
         """Keep, order or repeat the batch rows by index (beam search, finished rows)."""
+        self.ahead = None if self.ahead is None else self.ahead[rows]
         for store in self.stores:
             store.select(rows)

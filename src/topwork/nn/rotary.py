@@ -21,7 +21,9 @@ class RotarySpec:
     and `original` the length of pre-training where a scaling stretches it. `interleaved`:
     neighbouring dimensions turn together, else those half the width apart. `wide`: cos and sin stay
     fp32, and so does the turn. longrope divides the angles by `short_factor`, beyond the original
-    length by `long_factor`; proportional turns only the first `share` of them.
+    length by `long_factor`; proportional turns only the first `share` of them. `sections`: tokens
+    may have several positions (time, height, width), which take turns in setting so many angles
+    each (M-RoPE, arXiv:2409.12191).
     """
 
     dim: int
@@ -43,6 +45,7 @@ class RotarySpec:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     share: float = 1.0
+    sections: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in SCALINGS:
@@ -52,6 +55,8 @@ class RotarySpec:
             )
         if self.dim % 2 or self.dim <= 0:
             raise ConfigError(f"rotary width {self.dim} must be even and positive")
+        if self.sections and sum(self.sections) != self.dim // 2:
+            raise ConfigError(f"mrope_section={self.sections} must sum to {self.dim // 2} angles")
         for name in ("short_factor", "long_factor"):
             if self.kind == "longrope" and len(getattr(self, name)) != self.dim // 2:
                 raise ConfigError(
@@ -60,7 +65,7 @@ class RotarySpec:
                 )
 
     def table(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """cos and sin for integer `positions` [B, T]; see `rotary_table`."""
+        """cos and sin for integer `positions` [B, T] or [B, T, 3]; see `rotary_table`."""
         return rotary_table(self, positions, dtype)
 
 
@@ -131,10 +136,18 @@ def attention_factor(spec: RotarySpec) -> float:
 
 
 def rotary_table(spec: RotarySpec, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, T, dim/2] in `dtype` for integer `positions` [B, T]; formed in fp32."""
+    """cos and sin [B, T, dim/2] in `dtype` for integer `positions`; formed in fp32.
+
+    `positions` [B, T], or with sections [B, T, axes].
+    """
     moving = spec.kind in ("dynamic", "longrope") and positions.numel()
     length = int(positions.max()) + 1 if moving else 0
     dtype = torch.float32 if spec.wide else dtype
-    angles = positions[..., None].float() * inverse_frequencies(spec, length).to(positions.device)
+    if positions.dim() == 2:
+        positions = positions[..., None]
+    else:
+        axes = [i % positions.shape[-1] for i, n in enumerate(spec.sections) for _ in range(n)]
+        positions = positions[..., axes]  # [B, T, dim/2]
+    angles = positions.float() * inverse_frequencies(spec, length).to(positions.device)
     factor = attention_factor(spec)
     return (angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype)

@@ -1,7 +1,17 @@
 """The hot functions: each has one plain torch reference and faster variants beside it."""
 
 from topwork.ops.activation import swiglu
-from topwork.ops.attention import Layout, Lengths, Rule, ScoreTerms, Unshared, attention, unshared
+from topwork.ops.attention import (
+    Blocks,
+    Layout,
+    Lengths,
+    Rule,
+    ScoreTerms,
+    Unshared,
+    attention,
+    is_branched,
+    unshared,
+)
 from topwork.ops.blocks import decode_blocks, encode_blocks
 from topwork.ops.divergence import divergence, token_divergence
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
@@ -22,6 +32,7 @@ bound_primitive_cache()
 
 __all__ = [
     "TokenStatistics",
+    "Blocks",
     "Layout",
     "Lengths",
     "LinearParts",
@@ -35,6 +46,7 @@ __all__ = [
     "encode_blocks",
     "divergence",
     "grouped_linear",
+    "is_branched",
     "linear",
     "load_balancing_loss",
     "lora_linear",

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -59,18 +60,35 @@ def unshared(lengths: Lengths, device: torch.device) -> Unshared:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """Tokens that see each other whatever their order: those of one number ≥ 0 in `ids` [B, S].
+
+    `windowed`: a window hides them from each other like all others; else it does not.
+    """
+
+    ids: Tensor
+    windowed: bool = False
+
+    def part(self, index: Any) -> Blocks:
+        """Those at `index` of `ids`."""
+        return Blocks(self.ids[index], self.windowed)
+
+
+@dataclass(frozen=True)
 class Layout:
     """Where the rows' tokens lie.
 
     `lengths`: the documents that lie one after the other in a single row (then B is 1 and there is
     no cache); (P, n, m …) stands for a shared beginning of P tokens and its branches, each of which
     goes on from the beginning and does not see the others. Otherwise `past` keys stand before the
-    first query, and `keep` [B, S] is False where a key is padding (None: no padding).
+    first query, and `keep` [B, S] is False where a key is padding (None: no padding). `blocks`:
+    which tokens look ahead too.
     """
 
     lengths: Lengths | None = None
     past: int = 0
     keep: Tensor | None = None
+    blocks: Blocks | None = None
 
     @property
     def longest(self) -> int:
@@ -91,7 +109,8 @@ class Layout:
         if gone <= 0 or self.lengths is not None:
             return self
         keep = None if self.keep is None else self.keep[:, gone:]
-        return Layout(None, self.past - gone, keep)
+        blocks = None if self.blocks is None else self.blocks.part((slice(None), slice(gone, None)))
+        return Layout(None, self.past - gone, keep, blocks)
 
 
 @dataclass(frozen=True)
@@ -140,28 +159,44 @@ def visible(layout: Layout, queries: int, keys: int, rule: Rule, device: torch.d
     q = torch.arange(layout.past, layout.past + queries, device=device)[:, None]
     k = torch.arange(keys, device=device)[None, :]
     mask = k <= q if rule.causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
+    ahead = None if layout.blocks is None else _same_block(layout, layout.blocks, queries, keys)
+    if ahead is not None and layout.blocks is not None and layout.blocks.windowed:
+        mask = mask | ahead
     if layout.lengths is not None:
         sizes = torch.tensor(layout.documents, device=device)
         owner = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
         mask = mask & (owner[:, None] == owner[None, :])
+        ahead = None if ahead is None else ahead & (owner[:, None] == owner[None, :])
         starts = (sizes.cumsum(0) - sizes)[owner]
         q, k = q - starts[:, None], k - starts[None, :]
     if rule.window is not None:
-        mask = mask & ((q - k).abs() < rule.window)
-    mask = mask[None, None]
+        near = (q - k) if rule.causal else (q - k).abs()
+        mask = mask & (near < rule.window)
+    if ahead is not None and layout.blocks is not None and not layout.blocks.windowed:
+        mask = mask | ahead
+    mask = mask.view(-1, 1, queries, keys)
     if rule.chunk is not None:
         if layout.keep is not None:  # a row's positions start at its first real token
             first = layout.keep.long().argmax(1)[:, None, None]
             q, k = q - first, k - first
         mask = mask & (q // rule.chunk == k // rule.chunk).view(-1, 1, queries, keys)
     if layout.keep is not None:
-        # A query that is padding itself sees itself, so that its softmax stays finite.
+        # A query that would see nothing sees itself, so that its softmax stays finite.
         itself = (
             torch.arange(keys, device=device)[None, :]
             == torch.arange(layout.past, layout.past + queries, device=device)[:, None]
         )
-        mask = (mask & layout.keep[:, None, None, :]) | itself[None, None]
+        itself = itself[None, None]
+        if not rule.causal:
+            itself = itself & ~layout.keep.any(1)[:, None, None, None]
+        mask = (mask & layout.keep[:, None, None, :]) | itself
     return mask
+
+
+def _same_block(layout: Layout, blocks: Blocks, queries: int, keys: int) -> Tensor:
+    """[B, T, S]: True where query and key are of one block."""
+    own = blocks.ids[:, layout.past : layout.past + queries, None]
+    return (own == blocks.ids[:, None, :keys]) & (own >= 0)
 
 
 def added_scores(
@@ -247,7 +282,9 @@ def branched_attention(
     assert layout.lengths is not None
     plain = unshared(layout.lengths, q.device)
     wide_q, wide_k, wide_v = (t.index_select(1, plain.take) for t in (q, k, v))
-    out = attention(wide_q, wide_k, wide_v, Layout(plain.lengths), rule, terms)
+    blocks = None if layout.blocks is None else layout.blocks.part((slice(None), plain.take))
+    wide = Layout(plain.lengths, blocks=blocks)
+    out = attention(wide_q, wide_k, wide_v, wide, rule, terms)
     return out.index_select(1, plain.back)
 
 
@@ -255,6 +292,7 @@ def _tiled(
     q: Tensor, k: Tensor, v: Tensor, layout: Layout, rule: Rule, terms: ScoreTerms = NO_TERMS
 ) -> bool:
     plain = layout.past == 0 and layout.keep is None and rule.softcap is None
+    plain = plain and layout.blocks is None
     same = q.shape[1] == k.shape[1] > 1 and q.shape[3] == v.shape[3]
     return (
         q.device.type == "cpu"
@@ -292,7 +330,11 @@ def document_attention(
     for length, count in _runs(layout.documents):
         stop = at + length * count
         one = [t[0, at:stop].unflatten(0, (count, length)) for t in (q, k, v)]
-        outputs.append(attention(*one, Layout(), rule, terms).flatten(0, 1))
+        inner = Layout()
+        if layout.blocks is not None:
+            own = layout.blocks.ids[0, at:stop].unflatten(0, (count, length))
+            inner = Layout(blocks=Blocks(own, layout.blocks.windowed))
+        outputs.append(attention(*one, inner, rule, terms).flatten(0, 1))
         at = stop
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None]
 
@@ -312,7 +354,7 @@ def fused_attention(
     """torch's fused kernel with the smallest mask that says the same."""
     queries, keys = q.shape[1], k.shape[1]
     mask, causal = None, rule.causal and queries > 1
-    plain = layout.keep is None and rule.sees_all(keys)
+    plain = layout.keep is None and layout.blocks is None and rule.sees_all(keys)
     if not (plain and (not causal or layout.past == 0)):
         mask, causal = visible(layout, queries, keys, rule, q.device), False
     added = added_scores(layout, queries, keys, terms, q.device)

@@ -408,6 +408,7 @@ class PeftModel(nn.Module):
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
         found = state.tensors_of(self.base_model, self._known(name), name)
         named = {state.PREFIX + key: tensor for key, tensor in found.items()}
+        named = state.in_files(self.get_base_model(), named)
         return named | (self.prompt_encoder[name].saved() if name in self.prompt_encoder else {})  # type: ignore[operator]
 
     def save_pretrained(
@@ -484,7 +485,7 @@ class PeftModel(nn.Module):
         words = state.embeddings_of(self.base_model, self.get_base_model())
         words = {state.PREFIX + key: tensor for key, tensor in words.items()}
         wanted |= {key: words[key] for key in words.keys() & given.keys()}
-        state.fill(wanted, given, source)
+        state.fill(wanted, state.recognised(self.get_base_model(), given, wanted), source)
 
 
 # The names that scripts import; one class serves every task and mixes methods.

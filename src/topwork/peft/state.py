@@ -20,6 +20,7 @@ from topwork.weights import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model."
+MODEL = PREFIX + "model."
 
 
 def bias_parameters(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str, nn.Parameter]]:
@@ -72,6 +73,33 @@ def embeddings_of(home: nn.Module, model: Any) -> dict[str, Tensor]:
         for path, module in home.named_modules()
         if id(module) in bases
     }
+
+
+def in_files(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under the names that adapters' files have for `model`, where it tells them."""
+    table = getattr(model, "adapter_table", None)
+    if table is None:
+        return tensors
+    return {
+        MODEL + table.disk_name(key.removeprefix(MODEL)) if key.startswith(MODEL) else key: tensor
+        for key, tensor in tensors.items()
+    }
+
+
+def recognised(
+    model: Any, given: dict[str, Tensor], wanted: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """`given` under the names of `wanted`, from any layout of the model that is known."""
+    tables = [getattr(model, name, None) for name in ("adapter_table", "table")]
+    found: dict[str, Tensor] = {}
+    for key, tensor in given.items():
+        name = key
+        if key not in wanted and key.startswith(MODEL):
+            paths = [t.memory_name(key.removeprefix(MODEL)) for t in tables if t is not None]
+            homes = [next(iter(in_files(model, {MODEL + path: tensor}))) for path in paths]
+            name = next((home for home in homes if home in wanted), key)
+        found[name] = tensor
+    return found
 
 
 @torch.no_grad()

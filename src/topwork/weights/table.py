@@ -120,12 +120,15 @@ class Table:
                 return [replace(place, name=home) for place, home in zip(found, homes)]
         return []
 
-    def _renamed_places(self, key: str) -> list[Place]:
-        everything = (*self.old, *self.rules)
-        name = key
-        for rule in everything:
+    def memory_name(self, key: str) -> str:
+        """The file's `key` with all paths renamed."""
+        for rule in (*self.old, *self.rules):
             if isinstance(rule, Rename):
-                name = _swap(name, rule.disk, rule.memory) or name
+                key = _swap(key, rule.disk, rule.memory) or key
+        return key
+
+    def _renamed_places(self, key: str) -> list[Place]:
+        everything, name = (*self.old, *self.rules), self.memory_name(key)
         for rule in everything:
             if isinstance(rule, Unpack) and _match(rule.disk, name):
                 homes = [_swap(name, rule.disk, memory) or name for memory in rule.memory]
@@ -171,7 +174,7 @@ class Table:
                 tensor = self._saved(name, waiting.pop(name))
                 pieces = pieces_of(tensor, rule)
                 return [
-                    _whole(self._disk_name(self._numbered(name, rule, part, index)), piece)
+                    _whole(self.disk_name(self._numbered(name, rule, part, index)), piece)
                     for index, part, piece in pieces
                 ]
             if isinstance(rule, Unpack):
@@ -181,10 +184,10 @@ class Table:
                 names = [_swap(name, pattern, p) or name for p in rule.memory]
                 if all(n in waiting for n in names):
                     parts = [self._saved(n, waiting.pop(n)) for n in names]
-                    disk = self._disk_name(_swap(name, pattern, rule.disk) or name)
+                    disk = self.disk_name(_swap(name, pattern, rule.disk) or name)
                     size = sum(p.numel() * p.element_size() for p in parts)
                     return [Stored(disk, size, partial(torch.cat, parts, rule.dim))]
-        return [_whole(self._disk_name(name), self._saved(name, waiting.pop(name)))]
+        return [_whole(self.disk_name(name), self._saved(name, waiting.pop(name)))]
 
     def missing_keys(self, name: str, shape: torch.Size, filled: set[tuple[int, int]]) -> list[str]:
         """The file's keys that would make `name`, less the `filled` (index, part) of them."""
@@ -193,11 +196,11 @@ class Table:
                 count = shape[0] if rule.numbered else 1
                 slots = [(i, p) for i in range(count) for p in range(len(rule.disk))]
                 return [
-                    self._disk_name(self._numbered(name, rule, part, index))
+                    self.disk_name(self._numbered(name, rule, part, index))
                     for index, part in slots
                     if (index, part) not in filled
                 ]
-        return [self._disk_name(name)]
+        return [self.disk_name(name)]
 
     def _numbered(self, name: str, rule: Pack, part: int, index: int) -> str:
         return _swap(name, rule.memory, rule.disk[part].replace("#", str(index))) or name
@@ -208,7 +211,8 @@ class Table:
                 tensor = rule.save(tensor)
         return tensor
 
-    def _disk_name(self, name: str) -> str:
+    def disk_name(self, name: str) -> str:
+        """`name` in memory with all paths as the file has them."""
         for rule in reversed(self.rules):
             if isinstance(rule, Rename):
                 name = _swap(name, rule.memory, rule.disk) or name

@@ -15,6 +15,11 @@ CASES = [
 
 def spec(read: ConfigReader) -> DecoderSpec:
     read.only("use_bidirectional_attention", False)
+    return text_spec(read)
+
+
+def text_spec(read: ConfigReader) -> DecoderSpec:
+    """Whatever tokens see of each other."""
     read.ignore("hidden_activation")  # of old files; the tanh form is meant whatever it says
     bias, act = read("attention_bias", False), read("hidden_act", "gelu_pytorch_tanh")
     mlp = gated(read, "gelu_pytorch_tanh")

@@ -18,6 +18,11 @@ CASES = [
 
 def spec(read: ConfigReader) -> DecoderSpec:
     read.only("use_bidirectional_attention", False)
+    return text_spec(read)
+
+
+def text_spec(read: ConfigReader) -> DecoderSpec:
+    """Whatever tokens see of each other."""
     read.ignore("hidden_act", "cache_implementation")  # hidden_activation is the one that counts
     bias, count = read("attention_bias", False), read.need("num_hidden_layers")
     kinds = layer_types(read, every_nth_full(read, 2))
