@@ -6,6 +6,7 @@ x = gelu(conv2(gelu(conv1(spectrogram)))) + places;   then both stacks as in `se
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -93,6 +94,20 @@ class SpeechSeq2Seq(Seq2SeqModel):
     def listen(self, input_features: Tensor, attention_mask: Tensor | None = None) -> Memory:
         """The memory of spectrograms [B, bins, frames]."""
         return Memory(self.encoder_stack.read(input_features, attention_mask))
+
+    def attention_to_memory(
+        self, memory: Memory, ids: Tensor, heads: Sequence[tuple[int, int]]
+    ) -> Tensor:
+        """How much each of `ids` [1, T] looks at each state, by (layer, head): [heads, T, S]."""
+        states: list[Tensor] = []
+        places = torch.arange(ids.shape[1], device=ids.device)[None]
+        self.decoder_stack(
+            ids, positions=places, longest=ids.shape[1], layout=ops.Layout(), memory=memory,
+            states=states,
+        )  # fmt: skip
+        blocks = self.decoder_stack.blocks
+        looks = {n: blocks[n].looks(states[n], memory.hidden)[0] for n in {n for n, _ in heads}}
+        return torch.stack([looks[layer][head] for layer, head in heads])
 
     def forward(  # type: ignore[override]
         self,

@@ -215,6 +215,16 @@ class StackBlock(nn.Module):
             pairs = tuple(zip(layout.documents, memory.lengths))
         return heads.out(cross_attention(q, k, v, scale, pairs, dropout=self._attention_drop))
 
+    def looks(self, x: Tensor, memory: Tensor) -> Tensor:
+        """How much each token of whole texts x [B, T, C] looks at each state [B, H, T, S], fp32."""
+        names, scale = self.spec.names, self.spec.scale
+        layout, terms = ops.Layout(), ops.ScoreTerms()
+        x = self._add(x, names.attention_norm, lambda y: self._look(y, layout, terms, None))
+        x = part(self, names.cross_norm)(x) if self.spec.norm_first else x
+        heads = part(self, names.cross)
+        (q,), (k,) = heads.project(x, "q"), heads.project(memory, "k")
+        return (torch.einsum("bthd,bshd->bhts", q, k) * scale).float().softmax(-1)
+
     def _feed(self, x: Tensor) -> Tensor:
         spec, names = self.spec, self.spec.names
         act = ACTIVATIONS[spec.activation]
