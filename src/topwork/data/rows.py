@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,33 @@ def read_rows(source: Any) -> list[Row]:
                 f"{_name(source)}: row {number} is {type(row).__name__}, not a mapping of columns"
             )
     return rows
+
+
+class LazyRows:
+    """The rows of a source, read anew at each iteration and never held together.
+
+    A .jsonl, .csv or .parquet file, several of them, or any iterable of mappings.
+    """
+
+    def __init__(self, source: Any) -> None:
+        if _is_mixture(source):
+            raise DataError("sources with weights are not streamed; leave streaming out")
+        files = [source] if _is_file(source) else source
+        if isinstance(files, Sequence) and files and all(_is_file(f) for f in files):
+            self.source: Any = [Path(file).expanduser() for file in files]
+            for path in self.source:
+                _found(path)
+        elif isinstance(source, Iterable):
+            self.source = source
+        else:
+            raise DataError(f"rows are not streamed from a {type(source).__name__}")
+
+    def __iter__(self) -> Iterator[Row]:
+        if not isinstance(self.source, list) or not all(isinstance(p, Path) for p in self.source):
+            yield from self.source
+            return
+        for path in self.source:
+            yield from _lazy_file(path)
 
 
 def _is_mixture(source: Any) -> bool:
@@ -89,16 +116,24 @@ def _from_columns(columns: Mapping[str, Any]) -> list[Row]:
     return [dict(zip(columns, values)) for values in zip(*columns.values())]
 
 
-def _read_file(path: Path) -> list[Row]:
+def _found(path: Path) -> None:
     if not path.is_file():
         hint = "" if path.suffix else "; a dataset of the Hub: pass datasets.load_dataset(…)"
         near = nearest(path.name, (p.name for p in path.parent.glob("*")))
         raise DataError(f"{path}: no such file{near}{hint}")
+
+
+def _read_file(path: Path) -> list[Row]:
+    _found(path)
+    return _json(path) if path.suffix.lower() == ".json" else list(_lazy_file(path))
+
+
+def _lazy_file(path: Path) -> Iterator[Row]:
     suffix = path.suffix.lower()
     if suffix in (".jsonl", ".ndjson"):
         return _json_lines(path)
     if suffix == ".json":
-        return _json(path)
+        return iter(_json(path))
     if suffix in (".csv", ".tsv"):
         return _csv(path, "\t" if suffix == ".tsv" else ",")
     if suffix == ".parquet":
@@ -106,16 +141,15 @@ def _read_file(path: Path) -> list[Row]:
     raise DataError(f"{path}: cannot read {suffix or 'a file without suffix'}; one of {SUFFIXES}")
 
 
-def _json_lines(path: Path) -> list[Row]:
-    rows = []
+def _json_lines(path: Path) -> Iterator[Row]:
     with path.open(encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    rows.append(json.loads(line))
+                    row = json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{path}:{number}: no JSON: {error}") from error
-    return rows
+                yield row
 
 
 def _json(path: Path) -> list[Row]:
@@ -124,7 +158,7 @@ def _json(path: Path) -> list[Row]:
         value = json.loads(text)
     except ValueError as error:
         if "Extra data" in str(error):
-            return _json_lines(path)  # one object a line under the name .json
+            return list(_json_lines(path))  # one object a line under the name .json
         raise DataError(f"{path}: no JSON: {error}") from error
     if isinstance(value, list):
         return value
@@ -134,11 +168,10 @@ def _json(path: Path) -> list[Row]:
     raise DataError(f"{path}: expected a list of objects, found {type(value).__name__}")
 
 
-def _csv(path: Path, delimiter: str) -> list[Row]:
+def _csv(path: Path, delimiter: str) -> Iterator[Row]:
     csv.field_size_limit(1 << 30)
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
-        rows: list[Row] = []
         try:
             for row in reader:
                 if "" in row or None in row.values():
@@ -146,15 +179,16 @@ def _csv(path: Path, delimiter: str) -> list[Row]:
                         f"{path}:{reader.line_num}: does not have the "
                         f"{len(reader.fieldnames or [])} columns of the header"
                     )
-                rows.append(row)
+                yield row
         except csv.Error as error:
             raise DataError(f"{path}:{reader.line_num}: {error}") from error
-    return rows
 
 
-def _parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> Iterator[Row]:
     try:
         from pyarrow import parquet  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise DataError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from error
-    return parquet.read_table(path).to_pylist()
+    with parquet.ParquetFile(path) as file:
+        for batch in file.iter_batches():
+            yield from batch.to_pylist()

@@ -12,14 +12,15 @@ from torch import nn
 
 from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
 from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
-from topwork.data.rows import read_rows
+from topwork.data.rows import LazyRows, read_rows
+from topwork.data.stream import Stream
 from topwork.errors import ConfigError
 from topwork.objectives.logprobs import score
 from topwork.objectives.samples import SampleAnswers
 from topwork.objectives.setup import adapted, at_least, end_token, load_pair, named_sets, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
-from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments
+from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments, distributed
 
 LOSSES = ("nll", "dft")
 
@@ -53,6 +54,9 @@ class SFTConfig(TrainingArguments):
     """Share of each label that goes to all tokens alike."""
     neftune_noise_alpha: float | None = None
     """Size of the noise on the embeddings in training (arXiv:2310.05914)."""
+    streaming: bool | None = None
+    """Read rows as the run needs them, `max_steps` long; None: where they have no length and
+    `max_steps` is given. They are shuffled by the thousand."""
     sample_answers: int = 3
     """Held-out prompts that are answered at each evaluation, for report.html."""
     token_metrics: bool = False
@@ -151,7 +155,7 @@ class SFTTrainer(Trainer):
         marking = marking_of(args, tokenizer)
         if train_dataset is None:
             raise ConfigError("SFTTrainer needs train_dataset")
-        train = _read(train_dataset, tokenizer, marking, formatting_func)
+        data, train = _training_data(train_dataset, tokenizer, marking, formatting_func, args)
         evals = {
             name: _read(rows, tokenizer, marking, formatting_func)
             for name, rows in named_sets(eval_dataset).items()
@@ -169,13 +173,13 @@ class SFTTrainer(Trainer):
                 args.neftune_noise_alpha or 0.0,
                 args.token_metrics,
             ),
-            samples_of(train, args, args.packing),
+            data,
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
             tokenizer=tokenizer,
-            callbacks=[*callbacks, shown],
+            callbacks=[*callbacks, shown, *([Told(data)] if isinstance(data, Stream) else [])],
             optimizer=optimizer,
             data_fingerprint=train.fingerprint,
-            notes=report(train, tokenizer, evals),
+            notes=report(train, tokenizer, evals, isinstance(data, Stream)),
         )
 
 
@@ -199,6 +203,41 @@ def _read(
     return prepare(found, tokenizer, marking)
 
 
+def _training_data(
+    rows: Any, tokenizer: Tokenizer, marking: Marking,
+    formatting: Callable[[Any], str] | None, args: SFTConfig,
+) -> tuple[Sequence[Any], Prepared]:  # fmt: skip
+    """The samples, and the prepared rows (of a stream: its first) that the report shows."""
+    streams = args.streaming
+    if streams is None:
+        endless = not isinstance(rows, (str, Path)) and not hasattr(rows, "__len__")
+        streams = endless and args.max_steps > 0
+    if not streams:
+        prepared = _read(rows, tokenizer, marking, formatting)
+        return samples_of(prepared, args, args.packing), prepared
+    if args.max_steps <= 0:
+        raise ConfigError("streaming needs max_steps: the rows' number is not known")
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps
+    stream = Stream(
+        LazyRows(rows),
+        args.max_steps * batch * distributed.join().size,
+        lambda chunk: _read(chunk, tokenizer, marking, formatting),
+        lambda prepared: samples_of(prepared, args, args.packing),
+        (args.seed if args.data_seed is None else args.data_seed) if args.shuffle else None,
+    )
+    return stream, stream.head
+
+
+class Told(TrainerCallback):
+    """Says at the end what a stream has read and lost."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        more["trainer"].show.lines(self.stream.lines())
+
+
 def samples_of(prepared: Prepared, args: SFTConfig, packing: bool) -> Sequence[Sample | Pack]:
     """The samples of a run: rows, or packs of them."""
     if not packing or args.max_length is None:
@@ -207,7 +246,10 @@ def samples_of(prepared: Prepared, args: SFTConfig, packing: bool) -> Sequence[S
 
 
 def report(
-    train: Prepared, tokenizer: Tokenizer, evals: Mapping[str, Prepared] | None = None
+    train: Prepared,
+    tokenizer: Tokenizer,
+    evals: Mapping[str, Prepared] | None = None,
+    streamed: bool = False,
 ) -> list[str]:
     """What the run trains on: format, counts, losses, and one row with its trained tokens marked.
 
@@ -216,7 +258,8 @@ def report(
     """
     kept = len(train)
     lines = [
-        f"data: {train.format} format; {kept:,} of {train.rows:,} rows kept, {train.tokens:,} "
+        f"data: {train.format} format; {kept:,} of {'the first ' if streamed else ''}"
+        f"{train.rows:,} rows kept, {train.tokens:,} "
         f"tokens, {train.supervised:,} of them trained "
         f"({100 * train.supervised / max(1, train.tokens):.0f} %)",
         *describe_losses(train),

@@ -176,6 +176,12 @@ def make_plan(
     )
 
 
+def looked_at(data: Sequence[Any], most: int) -> list[int]:
+    """At most `most` samples of `data`, evenly spaced; of a stream those that it knows already."""
+    count = min(len(data), getattr(data, "known", len(data)))
+    return [i * count // min(count, most) for i in range(min(count, most))]
+
+
 def plan_of(
     model: nn.Module, objective: Objective, data: Sequence[Any], micro: int, optimiser_bytes: int,
     device: torch.device,
@@ -184,8 +190,8 @@ def plan_of(
 
     Of what is no list in memory some 500 samples are looked at.
     """
-    every = 1 if isinstance(data, (list, tuple)) else max(1, len(data) // 500)
-    sizes = sorted((objective.size(data[i]), i) for i in range(0, len(data), every))
+    count = len(data) if isinstance(data, (list, tuple)) else 500
+    sizes = sorted((objective.size(data[i]), i) for i in looked_at(data, count))
     largest = sum(n for n, _ in sizes[-micro:])
     middle = sizes[len(sizes) // 2][1]
     sketch = getattr(objective, "sketch", None)

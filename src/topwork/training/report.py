@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from topwork.training.plan import looked_at
 from topwork.training.plot import Point, bars_svg, curves_svg
 from topwork.training.state import TrainerState
 
@@ -96,13 +97,8 @@ def facts_of(trainer: Any) -> Facts:
     """Of a trainer's run."""
     args, data, size = trainer.args, trainer.train_data, trainer.objective.size
     title = args.run_name or f"{type(trainer.objective).__name__} · {Path(args.output_dir).name}"
-    sizes = [size(data[i]) for i in evenly(len(data))]
+    sizes = [size(data[i]) for i in looked_at(data, 20_000)]
     return Facts(title, trainer.notes, trainer.planned, sizes, args.chosen())
-
-
-def evenly(count: int, most: int = 20_000) -> list[int]:
-    """At most `most` of the numbers below `count`, evenly spaced."""
-    return [i * count // min(count, most) for i in range(min(count, most))]
 
 
 def keep_until(step: int, home: Path) -> None:

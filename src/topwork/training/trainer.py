@@ -143,7 +143,8 @@ class Trainer:
             len(self.train_data), self._samples(args.per_device_train_batch_size),
             args.gradient_accumulation_steps,
             args.seed if args.data_seed is None else args.data_seed,
-            args.shuffle, self.world.rank, self.world.size, getattr(self.objective, "repeat", 1),
+            args.shuffle and not hasattr(self.train_data, "known"), self.world.rank,
+            self.world.size, getattr(self.objective, "repeat", 1),
         )  # fmt: skip
         steps = args.max_steps
         if steps <= 0:
