@@ -70,6 +70,9 @@ class Script:
     def __init__(self, *lines):
         self.lines, self.seen = lines, []
 
+    def follow(self, model, step):
+        pass
+
     def write(self, model, texts, limits, seeds):
         turn = len(self.seen)
         self.seen.append([TOKENIZER.decode(list(t)) for t in texts])
@@ -237,6 +240,23 @@ def test_a_run_trains_on_what_the_policy_wrote_alone(tmp_path, kind, config):
     first, second = call("step", by=1), call("step", by=0)
     trained = TOKENIZER.decode(batches[-1].batch.targets.tolist())
     assert trained == f"{first}<|im_end|>ok<|im_end|>{second}<|im_end|>well<|im_end|>"
+
+
+def test_environments_of_rounds_in_flight_are_apart(tmp_path):
+    def undisturbed(environments, goal, **_):
+        return [float(e.goal == g) for e, g in zip(environments, goal)]
+
+    run = GRPOTrainer(
+        tiny.model(max_position_embeddings=1024), undisturbed,
+        GRPOConfig(output_dir=str(tmp_path), max_staleness=2,
+                   **{**OPTIONS, "max_completion_length": 16, "max_steps": 8}),
+        ROWS, processing_class=TOKENIZER, environment_factory=Counter,
+        peft_config=LoraConfig(r=4, target_modules="all-linear"),
+    )  # fmt: skip
+    run.train()
+    assert [e["rewards/undisturbed/mean"] for e in run.state.log_history] == [1.0] * 8
+    made = [e for stage in run.objective.draw.stages for e in stage.pool[None]]
+    assert len({id(e) for e in made}) == len(made) == 8
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@ their answers, and the set-up of their trainers."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,24 +18,20 @@ from topwork.data.packing import Batch
 from topwork.data.prepare import Sample
 from topwork.errors import ConfigError
 from topwork.objectives import kept, policy
-from topwork.objectives.episodes import Stage, set_stage
+from topwork.objectives.ahead import Ahead
+from topwork.objectives.episodes import Stage
 from topwork.objectives.policy import Correction, Spread
-from topwork.objectives.reference import Reference, choose_reference
-from topwork.objectives.rewards import Jury, check_columns, convene
+from topwork.objectives.rewards import Jury
 from topwork.objectives.rollouts import (
     Answer,
-    EngineWriter,
     Prompt,
     Writer,
     completion,
-    read_prompts,
     roll_out,
-    sampling_options,
 )
-from topwork.objectives.setup import adapted, at_least, load_pair, named_sets, one_of
-from topwork.peft import PeftConfig, PeftModel
+from topwork.objectives.setup import at_least, one_of
 from topwork.text import Tokenizer
-from topwork.training import TrainingArguments
+from topwork.training import TrainerCallback, TrainingArguments
 from topwork.training.distributed import World
 
 COMPLETIONS = "completions.jsonl"
@@ -76,6 +71,14 @@ class DrawsConfig(TrainingArguments):
     token_mask, sequence_truncate, sequence_mask."""
     importance_correction_max: float | None = 3.0
     importance_correction_min: float | None = None
+    rollout_server: str | None = None
+    """Address of a vLLM server that writes the answers, such as http://localhost:8000; see
+    topwork/objectives/server.py for how to start it. None: the engine in this process."""
+    rollout_timeout: float = 600.0
+    """Seconds after which a server that does not answer stops the run."""
+    max_staleness: int = 0
+    """Draws that a thread makes ahead while training goes on, each under the weights of the time:
+    answers are at most so many draws old. 0: drawn when they are needed."""
     chat_template: str | None = None
     max_tool_calling_iterations: int | None = None
     """How often an answer may call tools; None: until it is too long."""
@@ -88,6 +91,8 @@ class DrawsConfig(TrainingArguments):
         for name in ("num_generations", "num_mini_batches", "max_completion_length",
                      "max_tool_calling_iterations"):  # fmt: skip
             at_least(name, getattr(self, name), 1)
+        at_least("max_staleness", self.max_staleness, 0)
+        at_least("rollout_timeout", self.rollout_timeout, 0, above=True)
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers "
@@ -114,6 +119,8 @@ class Drawn:
     prompt: Prompt
     answers: list[Answer]
     rewards: Tensor
+    staleness: int = 0
+    """Optimiser steps since the weights that drew them."""
 
 
 @dataclass
@@ -146,29 +153,63 @@ class Draw:
     tokenizer: Tokenizer
     jury: Jury
     writer: Writer
-    stage: Stage | None = None
+    stages: Sequence[Stage] = ()
+    """Several, if rounds are drawn while others are judged: each has environments of its own."""
+    ahead: Ahead | None = None
     trainer_state: Callable[[], Any] = lambda: None
 
     @property
-    def round(self) -> int:
+    def step(self) -> int:
         """How many optimiser steps were taken."""
         state = self.trainer_state()
         return 0 if state is None else state.global_step
 
-    def __call__(self, model: nn.Module, prompts: Sequence[Prompt]) -> list[Drawn]:
-        """Raises TrainingError as `judge` does."""
-        count, limit = self.args.num_generations, self.args.max_completion_length
-        if self.stage is None:
-            answers = roll_out(self.writer, model, prompts, count, limit)
+    def __call__(
+        self, model: nn.Module, prompts: Sequence[Prompt], number: int | None = None
+    ) -> list[Drawn]:
+        """The judged answers to `prompts`, those of round `number` of the training if it is given.
+
+        Raises TrainingError as `judge` does.
+        """
+        staleness = 0
+        if number is not None and self.ahead is not None:
+            staleness, answers = self.ahead.take(model, number, self.step)
         else:
-            answers = self.stage.play(self.writer, model, prompts, count, limit)
+            self.writer.follow(model, self.step)
+            answers = self.play(self.writer, prompts, 0, None, model)
         said = [
             completion(prompt, answer, self.tokenizer)
             for prompt, row in zip(prompts, answers)
             for answer in row
         ]
-        rewards = self.jury.judge(said, self.trainer_state())
-        return [Drawn(*parts) for parts in zip(prompts, answers, rewards.split(count))]
+        rewards = self.jury.judge(said, self.trainer_state()).split(self.args.num_generations)
+        return [Drawn(*parts, staleness) for parts in zip(prompts, answers, rewards)]
+
+    def play(
+        self, writer: Writer, prompts: Sequence[Prompt], number: int,
+        generator: torch.Generator | None, model: nn.Module | None = None,
+    ) -> list[list[Answer]]:  # fmt: skip
+        """The answers to `prompts`, of one turn or on the round's stage."""
+        count, limit = self.args.num_generations, self.args.max_completion_length
+        if not self.stages:
+            return roll_out(writer, model, prompts, count, limit, generator)
+        stage = self.stages[number % len(self.stages)]
+        return stage.play(writer, model, prompts, count, limit, generator)
+
+    def attach(self, trainer: Any) -> None:
+        """Let `trainer` say where the run stands, and what comes next."""
+        self.trainer_state = lambda: trainer.state
+        if self.ahead is None:
+            return
+
+        def upcoming(number: int) -> Sequence[Prompt] | None:
+            step = number * trainer.objective.repeat
+            if step >= trainer.state.max_steps:
+                return None
+            return [trainer.train_data[i] for g in trainer.sampler.groups(step) for i in g]
+
+        self.ahead.upcoming = upcoming
+        trainer.callbacks.append(_Restart(self.ahead))
 
     def metrics(self, drawn: Sequence[Drawn]) -> Metrics:
         """Sums and counts over the answers of a micro-batch."""
@@ -185,7 +226,10 @@ class Draw:
             found["reward_std"] = policy.nan_std(summed, 1)
             alike = [float(all_alike(d.rewards)) for d in drawn]
             found["frac_reward_zero_std"] = torch.tensor(alike)
-        if self.stage is not None:
+        if self.ahead is not None:
+            late = torch.tensor([float(d.staleness) for d in drawn])
+            found["sampling/staleness"] = late
+        if self.stages:
             calls, failures = sum(a.calls for a in answers), sum(a.failures for a in answers)
             found["tools/call_frequency"] = torch.tensor([float(a.calls) for a in answers])
             failed = torch.arange(calls) < failures
@@ -212,6 +256,19 @@ class Draw:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry, ensure_ascii=False, default=str) + "\n")
+
+
+class _Restart(TrainerCallback):
+    """Each run begins with nothing drawn, and leaves no thread behind."""
+
+    def __init__(self, ahead: Ahead) -> None:
+        self.ahead = ahead
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.ahead.stop()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        self.ahead.stop()
 
 
 def sums_of(values: dict[str, Tensor]) -> Metrics:
@@ -292,18 +349,23 @@ class OverDraws:
         """Draw the answers of a whole draw, or take this step's part of those at hand."""
         if self.repeat == 1 or world is None:
             return self.collected(model, groups, world)
-        step = self.draw.round
-        if self.kept is None or self.kept[0] != step // self.repeat:
+        step = self.draw.step
+        if self.kept is None or self.kept[0] != self.number:
             found = self.collected(model, groups, world)
             with torch.no_grad():
                 for one in found:
                     self.remember(model, one)
-            self.kept = (step // self.repeat, found)
+            self.kept = (self.number, found)
         shares = self.args.num_mini_batches
         found = self.kept[1]
         part = found[step % shares :: shares] or [found[step % len(found)]]
         device = next(model.parameters()).device
         return [kept.moved(one, device) for one in part]
+
+    @property
+    def number(self) -> int:
+        """The draw that the present step belongs to."""
+        return self.draw.step // self.repeat
 
     def collected(
         self, model: nn.Module, groups: Sequence[Sequence[Prompt]], world: World | None
@@ -329,74 +391,3 @@ def split(groups: Sequence[Sequence[Any]], items: Any) -> list[Any]:
         found.append(items[at : at + len(group)])
         at += len(group)
     return found
-
-
-# -- trainers --------------------------------------------------------------------------------------
-
-
-@dataclass
-class Setup:
-    """What the trainers over drawn answers begin with."""
-
-    policy: nn.Module
-    reference: Reference | None
-    draw: Draw
-    train: Sequence[Prompt]
-    evals: dict[str, Sequence[Any]]
-    notes: list[str]
-
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self.train:
-            digest.update(prompt.ids.tobytes())
-        return digest.hexdigest()
-
-    def given(self) -> dict[str, Any]:
-        """The trainer's arguments about data."""
-        return {
-            "train_data": self.train, "eval_data": self.evals, "tokenizer": self.draw.tokenizer,
-            "data_fingerprint": self.fingerprint, "notes": self.notes,
-        }  # fmt: skip
-
-
-def set_up(
-    model: nn.Module | str | Path, reward_funcs: Any, args: DrawsConfig, train_dataset: Any,
-    eval_dataset: Any, tokenizer: Tokenizer | None, reward_tokenizers: Any,
-    peft_config: PeftConfig | None, held: float, tools: Any = (), environment_factory: Any = None,
-) -> Setup:  # fmt: skip
-    """The policy with its adapter, its start as reference if it is `held` to it, jury and data."""
-    model, tokenizer = load_pair(model, tokenizer, args)
-    if train_dataset is None:
-        raise ConfigError("the trainer needs train_dataset: rows with `prompt`")
-    stage = set_stage(tokenizer, tools or (), environment_factory, args.max_tool_calling_iterations)
-    own = [] if stage is None else stage.rewards()
-    jury = convene(reward_funcs, reward_tokenizers, args, own)
-    how = (tokenizer, args.max_prompt_length, None if stage is None else stage.schemas)
-    train, long = read_prompts(train_dataset, *how)
-    check_columns(jury.funcs, list(train[0].columns))
-    evals: dict[str, Sequence[Any]] = {
-        name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
-    }
-    reference = _start(model, peft_config) if held else None
-    notes = describe_prompts(train, long, args)
-    writer = EngineWriter(sampling_options(args, tokenizer))
-    draw = Draw(args, tokenizer, jury, writer, stage)
-    return Setup(adapted(model, peft_config), reference, draw, train, evals, notes)
-
-
-def describe_prompts(prompts: Sequence[Prompt], long: int, args: Any) -> list[str]:
-    """What the run answers, and how many prompts were too `long`."""
-    count = args.num_generations
-    each = f"{count} answers to each" if count > 1 else "an answer to each"
-    lines = [f"prompts: {len(prompts):,} rows, {each}"]
-    if long:
-        lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
-    return lines
-
-
-def _start(model: nn.Module, config: PeftConfig | None) -> Reference:
-    """The policy as it is at the start: the bare base below a new adapter, else a copy."""
-    if config is not None and not isinstance(model, PeftModel):
-        return Reference()
-    return choose_reference(model, None, False, False, False)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 
 from topwork.errors import ConfigError, TrainingError, nearest
 from topwork.objectives.rollouts import Answer, Prompt, Writer, seeds
@@ -113,7 +114,7 @@ class Stage:
 
     def play(
         self, writer: Writer, model: Any, prompts: Sequence[Prompt], count: int, limit: int,
-        seeded: Callable[[int], list[int]] = seeds,
+        generator: torch.Generator | None = None,
     ) -> list[list[Answer]]:  # fmt: skip
         """`count` answers of up to `limit` tokens to each prompt, tools' tokens included."""
         used: dict[str | None, int] = {}
@@ -121,7 +122,8 @@ class Stage:
         while going := [e for e in episodes if not e.done]:
             texts = [[*e.prompt, *e.ids] for e in going]
             room = [limit - len(e.ids) for e in going]
-            for episode, said in zip(going, writer.write(model, texts, room, seeded(len(texts)))):
+            found = writer.write(model, texts, room, seeds(len(texts), generator))
+            for episode, said in zip(going, found):
                 self._take(episode, said, limit)
         answers = [e.answer() for e in episodes]
         return [answers[at : at + count] for at in range(0, len(answers), count)]

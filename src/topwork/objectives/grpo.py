@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.objectives import policy
+from topwork.objectives.begin import set_up
 from topwork.objectives.draws import (
     Drawn,
     DrawsConfig,
@@ -19,7 +20,6 @@ from topwork.objectives.draws import (
     Rollout,
     all_alike,
     collate_answers,
-    set_up,
     split,
     sums_of,
 )
@@ -111,8 +111,7 @@ class GRPO(OverDraws):
         self, model: nn.Module, groups: Sequence[Sequence[Prompt]], world: World | None
     ) -> list[Rollout]:
         """Draw, judge and compare the answers of a whole step."""
-        again = 0 if world is None else self.args.max_resamples
-        drawn = self._drawn(model, [p for group in groups for p in group], again)
+        drawn = self._drawn(model, [p for group in groups for p in group], world is not None)
         rewards = torch.stack([d.rewards for d in drawn])
         advantages = self._advantages(model, drawn, rewards, world or World())
         self.draw.keep(drawn[0], advantages[0])
@@ -133,9 +132,9 @@ class GRPO(OverDraws):
         drawn = Drawn(sample, [Answer(ids, True)] * count, torch.zeros(count, 1))
         return self._rollout(model, [drawn], torch.zeros(1, count))
 
-    def _drawn(self, model: nn.Module, prompts: Sequence[Prompt], again: int) -> list[Drawn]:
-        drawn = self.draw(model, prompts)
-        for _ in range(again):
+    def _drawn(self, model: nn.Module, prompts: Sequence[Prompt], training: bool) -> list[Drawn]:
+        drawn = self.draw(model, prompts, self.number if training else None)
+        for _ in range(self.args.max_resamples if training else 0):
             flat = [i for i, d in enumerate(drawn) if all_alike(d.rewards)]
             if not flat:
                 break
@@ -235,4 +234,4 @@ class GRPOTrainer(Trainer):
         super().__init__(
             found.policy, args, objective, callbacks=callbacks, optimizer=optimizer, **found.given()
         )
-        found.draw.trainer_state = lambda: self.state
+        found.draw.attach(self)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.objectives import critic, policy
+from topwork.objectives.begin import set_up
 from topwork.objectives.critic import ActorCritic, with_critic
 from topwork.objectives.draws import (
     Drawn,
@@ -20,7 +21,6 @@ from topwork.objectives.draws import (
     OverDraws,
     Rollout,
     collate_answers,
-    set_up,
     split,
     sums_of,
 )
@@ -107,7 +107,8 @@ class PPO(OverDraws):
     ) -> list[Estimated]:
         """Draw and judge the answers, and estimate what each token was worth."""
         actor: Any = model
-        drawn = self.draw(actor.policy, [p for group in groups for p in group])
+        number = None if world is None else self.number
+        drawn = self.draw(actor.policy, [p for group in groups for p in group], number)
         found = [self._rollout(actor, part) for part in split(groups, drawn)]
         rewards, kls = [], []
         for one, part in zip(found, split(groups, drawn)):
@@ -236,7 +237,7 @@ class PPOTrainer(Trainer):
             optimizer=optimizer,
             **found.given(),
         )
-        found.draw.trainer_state = lambda: self.state
+        found.draw.attach(self)
 
 
 __all__ = ["PPO", "PPOConfig", "PPOTrainer"]

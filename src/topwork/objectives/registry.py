@@ -10,7 +10,7 @@ from topwork.data.preferences import JUDGED, PAIRS
 from topwork.data.prepare import marked_text, prepare
 from topwork.data.rows import read_rows
 from topwork.objectives import answers, distill, dpo, free, grpo, kto, ppo, prm, reward, rloo, sft
-from topwork.objectives.draws import describe_prompts
+from topwork.objectives.begin import describe_prompts
 from topwork.objectives.rollouts import read_prompts
 from topwork.text import Tokenizer
 

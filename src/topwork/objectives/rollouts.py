@@ -64,7 +64,11 @@ Schemas = Callable[[Mapping[str, Any], int], list[dict[str, Any]]]
 
 
 class Writer(Protocol):
-    """Goes on with texts under the weights as they are."""
+    """Goes on with texts under the weights that it follows."""
+
+    def follow(self, model: Any, step: int) -> None:
+        """Take up the weights of `model` as they are after `step` steps."""
+        ...
 
     def write(
         self, model: Any, texts: Sequence[Sequence[int]], limits: Sequence[int], seeds: list[int]
@@ -78,6 +82,9 @@ class EngineWriter:
     """The engine in this process, with the model itself: nothing is copied."""
 
     options: Mapping[str, Any]
+
+    def follow(self, model: Any, step: int) -> None:
+        """The model itself is what writes."""
 
     def write(
         self, model: Any, texts: Sequence[Sequence[int]], limits: Sequence[int], seeds: list[int]
@@ -96,19 +103,18 @@ class EngineWriter:
         return [Answer(r.new_ids, r.finish_reason == "stop", r.logprobs) for r in asked]
 
 
-def seeds(count: int) -> list[int]:
-    """Fresh seeds from torch's default generator, so that a resumed run draws the same."""
-    return torch.randint(2**62, (count,)).tolist()
+def seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
+    """Fresh seeds, by default from torch's own generator, so that a resumed run draws the same."""
+    return torch.randint(2**62, (count,), generator=generator).tolist()
 
 
 def roll_out(
     writer: Writer, model: Any, prompts: Sequence[Prompt], count: int, limit: int,
-    seeded: list[int] | None = None,
+    generator: torch.Generator | None = None,
 ) -> list[list[Answer]]:  # fmt: skip
     """`count` answers to each prompt."""
     texts = [prompt.ids.tolist() for prompt in prompts for _ in range(count)]
-    seeded = seeds(len(texts)) if seeded is None else seeded
-    found = writer.write(model, texts, [limit] * len(texts), seeded)
+    found = writer.write(model, texts, [limit] * len(texts), seeds(len(texts), generator))
     return [found[at : at + count] for at in range(0, len(found), count)]
 
 

@@ -1,0 +1,115 @@
+"""How the trainers over drawn answers begin: policy, reference, jury, data, and who writes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topwork.errors import ConfigError
+from topwork.objectives.ahead import Ahead, SnapshotWriter
+from topwork.objectives.draws import Draw, DrawsConfig
+from topwork.objectives.episodes import Stage, set_stage
+from topwork.objectives.reference import Reference, choose_reference
+from topwork.objectives.rewards import check_columns, convene
+from topwork.objectives.rollouts import (
+    EngineWriter,
+    Prompt,
+    Writer,
+    read_prompts,
+    sampling_options,
+)
+from topwork.objectives.server import ServerWriter
+from topwork.objectives.setup import adapted, load_pair, named_sets
+from topwork.peft import PeftConfig, PeftModel
+from topwork.text import Tokenizer
+from topwork.training.distributed import join
+
+
+@dataclass
+class Setup:
+    """What the trainers over drawn answers begin with."""
+
+    policy: nn.Module
+    reference: Reference | None
+    draw: Draw
+    train: Sequence[Prompt]
+    evals: dict[str, Sequence[Any]]
+    notes: list[str]
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for prompt in self.train:
+            digest.update(prompt.ids.tobytes())
+        return digest.hexdigest()
+
+    def given(self) -> dict[str, Any]:
+        """The trainer's arguments about data."""
+        return {
+            "train_data": self.train, "eval_data": self.evals, "tokenizer": self.draw.tokenizer,
+            "data_fingerprint": self.fingerprint, "notes": self.notes,
+        }  # fmt: skip
+
+
+def set_up(
+    model: nn.Module | str | Path, reward_funcs: Any, args: DrawsConfig, train_dataset: Any,
+    eval_dataset: Any, tokenizer: Tokenizer | None, reward_tokenizers: Any,
+    peft_config: PeftConfig | None, held: float, tools: Any = (), environment_factory: Any = None,
+) -> Setup:  # fmt: skip
+    """The policy with its adapter, its start as reference if it is `held` to it, jury and data."""
+    model, tokenizer = load_pair(model, tokenizer, args)
+    if train_dataset is None:
+        raise ConfigError("the trainer needs train_dataset: rows with `prompt`")
+    stage = set_stage(tokenizer, tools or (), environment_factory, args.max_tool_calling_iterations)
+    own = [] if stage is None else stage.rewards()
+    jury = convene(reward_funcs, reward_tokenizers, args, own)
+    how = (tokenizer, args.max_prompt_length, None if stage is None else stage.schemas)
+    train, long = read_prompts(train_dataset, *how)
+    check_columns(jury.funcs, list(train[0].columns))
+    evals: dict[str, Sequence[Any]] = {
+        name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
+    }
+    reference = _start(model, peft_config) if held else None
+    notes = describe_prompts(train, long, args)
+    draw = Draw(args, tokenizer, jury, *_writing(args, tokenizer, stage))
+    if draw.ahead is not None:
+        draw.ahead.play = draw.play
+    return Setup(adapted(model, peft_config), reference, draw, train, evals, notes)
+
+
+def _writing(
+    args: DrawsConfig, tokenizer: Tokenizer, stage: Stage | None
+) -> tuple[Writer, list[Stage], Ahead | None]:
+    """Who writes, on which stages, and who draws ahead."""
+    options, depth = sampling_options(args, tokenizer), args.max_staleness
+    writer: Writer = EngineWriter(options)
+    early: Writer = SnapshotWriter(EngineWriter(options))
+    if args.rollout_server is not None:
+        folder = Path(args.output_dir) / "rollout_adapters"
+        writer = early = ServerWriter(
+            args.rollout_server, options, folder, depth + 2, args.rollout_timeout, join()
+        )
+    stages = [] if stage is None else [replace(stage, pool={}) for _ in range(depth + 2)]
+    return writer, stages, Ahead(early, depth) if depth else None
+
+
+def describe_prompts(prompts: Sequence[Prompt], long: int, args: Any) -> list[str]:
+    """What the run answers, and how many prompts were too `long`."""
+    count = args.num_generations
+    each = f"{count} answers to each" if count > 1 else "an answer to each"
+    lines = [f"prompts: {len(prompts):,} rows, {each}"]
+    if long:
+        lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
+    return lines
+
+
+def _start(model: nn.Module, config: PeftConfig | None) -> Reference:
+    """The policy as it is at the start: the bare base below a new adapter, else a copy."""
+    if config is not None and not isinstance(model, PeftModel):
+        return Reference()
+    return choose_reference(model, None, False, False, False)
