@@ -20,6 +20,7 @@ SHOWN = {
     "sft": "messages format", "distill": "messages format", "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right", "grpo": "prompts: 4 rows, 8 answers to each",
     "rloo": "prompts: 4 rows, 2 answers to each", "ppo": "prompts: 4 rows, an answer to each",
+    **dict.fromkeys(("online_dpo", "xpo", "nash_md"), "prompts: 4 rows, 2 answers to each"),
 }  # fmt: skip
 
 
@@ -55,7 +56,7 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     assert "row 1" in shown
     out = tmp_path / "out"
     extra = ("--teacher", base) if objective == "distill" else ()
-    if objective in ("grpo", "rloo", "ppo"):
+    if objective in ("grpo", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):
         own = tmp_path / "rewards.py"
         own.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
         extra = ("--reward", f"{own}:brief", "--max_completion_length", 4)

@@ -5,6 +5,17 @@ from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
+from topwork.objectives.online import (
+    XPO,
+    NashMD,
+    NashMDConfig,
+    NashMDTrainer,
+    OnlineDPO,
+    OnlineDPOConfig,
+    OnlineDPOTrainer,
+    XPOConfig,
+    XPOTrainer,
+)
 from topwork.objectives.ppo import PPO, PPOConfig, PPOTrainer
 from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
 from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
@@ -32,6 +43,15 @@ __all__ = [
     "KTO",
     "KTOConfig",
     "KTOTrainer",
+    "NashMD",
+    "NashMDConfig",
+    "NashMDTrainer",
+    "OnlineDPO",
+    "OnlineDPOConfig",
+    "OnlineDPOTrainer",
+    "XPO",
+    "XPOConfig",
+    "XPOTrainer",
     "PPO",
     "PPOConfig",
     "PPOTrainer",

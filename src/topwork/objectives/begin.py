@@ -24,7 +24,7 @@ from topwork.objectives.rollouts import (
     sampling_options,
 )
 from topwork.objectives.server import ServerWriter
-from topwork.objectives.setup import adapted, load_pair, named_sets
+from topwork.objectives.setup import adapted, load_model, load_pair, named_sets
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
 from topwork.training.distributed import join
@@ -60,8 +60,10 @@ def set_up(
     model: nn.Module | str | Path, reward_funcs: Any, args: DrawsConfig, train_dataset: Any,
     eval_dataset: Any, tokenizer: Tokenizer | None, reward_tokenizers: Any,
     peft_config: PeftConfig | None, held: float, tools: Any = (), environment_factory: Any = None,
+    ref_model: nn.Module | str | Path | None = None,
 ) -> Setup:  # fmt: skip
-    """The policy with its adapter, its start as reference if it is `held` to it, jury and data."""
+    """The policy with its adapter, its start (or `ref_model`) as reference if it is `held` to it,
+    jury and data."""
     model, tokenizer = load_pair(model, tokenizer, args)
     if train_dataset is None:
         raise ConfigError("the trainer needs train_dataset: rows with `prompt`")
@@ -74,7 +76,8 @@ def set_up(
     evals: dict[str, Sequence[Any]] = {
         name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
     }
-    reference = _start(model, peft_config) if held else None
+    other = None if ref_model is None else load_model(ref_model, args.bf16)
+    reference = _start(model, peft_config, other) if held else None
     notes = describe_prompts(train, long, args)
     draw = Draw(args, tokenizer, jury, *_writing(args, tokenizer, stage))
     if draw.ahead is not None:
@@ -108,8 +111,8 @@ def describe_prompts(prompts: Sequence[Prompt], long: int, args: Any) -> list[st
     return lines
 
 
-def _start(model: nn.Module, config: PeftConfig | None) -> Reference:
-    """The policy as it is at the start: the bare base below a new adapter, else a copy."""
-    if config is not None and not isinstance(model, PeftModel):
+def _start(model: nn.Module, config: PeftConfig | None, given: nn.Module | None) -> Reference:
+    """What is given, or the policy as it starts: the bare base below a new adapter, else a copy."""
+    if given is None and config is not None and not isinstance(model, PeftModel):
         return Reference()
-    return choose_reference(model, None, False, False, False)
+    return choose_reference(model, given, False, False, False)

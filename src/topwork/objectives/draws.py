@@ -156,6 +156,8 @@ class Draw:
     stages: Sequence[Stage] = ()
     """Several, if rounds are drawn while others are judged: each has environments of its own."""
     ahead: Ahead | None = None
+    count: int | None = None
+    """Answers to each prompt; None: as the settings say."""
     trainer_state: Callable[[], Any] = lambda: None
 
     @property
@@ -171,18 +173,28 @@ class Draw:
 
         Raises TrainingError as `judge` does.
         """
-        staleness = 0
+        staleness, answers = self.answers(model, prompts, number)
+        return self.judged(prompts, answers, staleness)
+
+    def answers(
+        self, model: nn.Module, prompts: Sequence[Prompt], number: int | None
+    ) -> tuple[int, list[list[Answer]]]:
+        """The answers to each prompt, and how many steps the weights behind them are old."""
         if number is not None and self.ahead is not None:
-            staleness, answers = self.ahead.take(model, number, self.step)
-        else:
-            self.writer.follow(model, self.step)
-            answers = self.play(self.writer, prompts, 0, None, model)
+            return self.ahead.take(model, number, self.step)
+        self.writer.follow(model, self.step)
+        return 0, self.play(self.writer, prompts, 0, None, model)
+
+    def judged(
+        self, prompts: Sequence[Prompt], answers: Sequence[list[Answer]], staleness: int = 0
+    ) -> list[Drawn]:
+        """Each prompt with its answers and their rewards."""
         said = [
             completion(prompt, answer, self.tokenizer)
             for prompt, row in zip(prompts, answers)
             for answer in row
         ]
-        rewards = self.jury.judge(said, self.trainer_state()).split(self.args.num_generations)
+        rewards = self.jury.judge(said, self.trainer_state()).split(len(answers[0]))
         return [Drawn(*parts, staleness) for parts in zip(prompts, answers, rewards)]
 
     def play(
@@ -190,7 +202,8 @@ class Draw:
         generator: torch.Generator | None, model: nn.Module | None = None,
     ) -> list[list[Answer]]:  # fmt: skip
         """The answers to `prompts`, of one turn or on the round's stage."""
-        count, limit = self.args.num_generations, self.args.max_completion_length
+        count = self.count or self.args.num_generations
+        limit = self.args.max_completion_length
         if not self.stages:
             return roll_out(writer, model, prompts, count, limit, generator)
         stage = self.stages[number % len(self.stages)]

@@ -9,7 +9,20 @@ from typing import Any
 from topwork.data.preferences import JUDGED, PAIRS
 from topwork.data.prepare import marked_text, prepare
 from topwork.data.rows import read_rows
-from topwork.objectives import answers, distill, dpo, free, grpo, kto, ppo, prm, reward, rloo, sft
+from topwork.objectives import (
+    answers,
+    distill,
+    dpo,
+    free,
+    grpo,
+    kto,
+    online,
+    ppo,
+    prm,
+    reward,
+    rloo,
+    sft,
+)
 from topwork.objectives.begin import describe_prompts
 from topwork.objectives.rollouts import read_prompts
 from topwork.text import Tokenizer
@@ -102,6 +115,7 @@ def preview_prompts(
     return lines, shown
 
 
+ONLINE = {"reward": "reward_funcs", "ref_model": "ref_model"}
 OBJECTIVES = {
     "sft": Entry(sft.SFTConfig, sft.SFTTrainer, preview_rows),
     "dpo": Entry(
@@ -127,6 +141,11 @@ OBJECTIVES = {
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
+    "online_dpo": Entry(
+        online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, ONLINE
+    ),
+    "xpo": Entry(online.XPOConfig, online.XPOTrainer, preview_prompts, ONLINE),
+    "nash_md": Entry(online.NashMDConfig, online.NashMDTrainer, preview_prompts, ONLINE),
     "ppo": Entry(
         ppo.PPOConfig, ppo.PPOTrainer, preview_prompts,
         {"reward": "reward_funcs", "value_model": "value_model"},
