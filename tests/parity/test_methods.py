@@ -42,9 +42,10 @@ CONVS = ["one", "two", "three", "head"]
 
 
 def row(config, base="qwen2", merges=True, same_count=True, wrong=False, **options):
-    targets = {"qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS, "moe": None, "llama": MIX}[
-        base
-    ]
+    targets = {
+        "qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS, "moe": None, "llama": MIX,
+        "heads": ["attn", "out"],
+    }[base]  # fmt: skip
     return Row(config, {"target_modules": targets, **options}, base, merges, same_count, wrong)
 
 
@@ -66,6 +67,14 @@ ROWS = [
     row("LoraConfig", r=3, target_modules=None, target_parameters=["mlp.down_proj.weight"]),
     row("LoraConfig", r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=QV),
     row("LoraConfig", r=4, init_lora_weights="olora", target_modules=QV),
+    row("LoraConfig", "heads", r=3, rank_pattern={"out": 2}),
+    row("LoraConfig", r=4, init_lora_weights="mica"),
+    row("LoraConfig", r=4, kasa_config={"beta": 0.1}),
+    row("LoraConfig", r=4, velora_config={"num_groups": 5}),
+    row("LoraConfig", r=4, use_rslora=True,
+        use_bdlora={"nblocks": 2, "target_modules_bd_a": ["q_proj", "down"],
+                    "target_modules_bd_b": ["k_proj"]}),
+    row("LoraConfig", r=4, alora_invocation_tokens=[3, 4], merges=False, task_type="CAUSAL_LM"),
     row("IA3Config", target_modules=None),
     row("IA3Config", feedforward_modules=["down_proj"]),
     row("IA3Config", "gpt2", feedforward_modules=["c_fc"]),
@@ -124,7 +133,7 @@ each = pytest.mark.parametrize("row", ROWS, ids=str)
 
 
 def outputs(model, kind):
-    if kind == "convs":
+    if kind in ("convs", "heads"):
         return model(torch.linspace(-1, 1, 2 * 192).view(2, 192))
     return model(IDS).logits
 
@@ -146,7 +155,7 @@ def our_config(row):
 def shared(name, peers=False):
     """The peer shows what layers share below its first layer, and nests two stacked parameters."""
     name = re.sub(r"^.*\.(vblora_vector_bank)", r"\1", name)
-    name = name.replace("token_adapter.", "")
+    name = name.replace("token_adapter.", "").replace("base_layer.out_proj.lora_", "lora_out_")
     if peers and "experts" in name:
         if ".base_layer." not in name:
             return re.sub(r"lora_([AB])", r"lora_\g<1>1", name)
@@ -234,7 +243,12 @@ def test_merging_keeps_the_outputs_and_unmerging_the_weights(row, tmp_path):
     close(outputs(merged, row.base), wanted, rtol=1e-4, atol=1e-4)
 
 
-FIRST = list({r.config: r for r in ROWS if r.base == "qwen2" and r.merges}.values())
+def variant(row):
+    """LoRA's variants are methods of their own."""
+    return row.config, *(name for name in topwork.LoraConfig.VARIANTS if name in row.options)
+
+
+FIRST = list({variant(r): r for r in ROWS if r.base == "qwen2"}.values())
 
 
 @pytest.mark.parametrize("row", FIRST, ids=str)

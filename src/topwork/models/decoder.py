@@ -28,6 +28,7 @@ from topwork.nn.layers import ScaledEmbedding
 from topwork.nn.moe import MoeSpec, router_logits
 from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
+from topwork.nn.recompute import remembered
 from topwork.weights import PLAIN, Table
 
 
@@ -198,7 +199,7 @@ class Decoder(nn.Module):
         tables = {part: part.table(positions, x.dtype) for part in parts}
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, layout, cache, use_reentrant=False)
+                x = checkpoint(block, x, tables, layout, cache, use_reentrant=False, **remembered())
             else:
                 x = block(x, tables, layout, cache)
         return self.norm(x)

@@ -5,6 +5,13 @@ from topwork.peft.auto import (
     AutoPeftModelForFeatureExtraction,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+    PeftMixedModel,
+    PeftModelForCausalLM,
+    PeftModelForFeatureExtraction,
+    PeftModelForQuestionAnswering,
+    PeftModelForSeq2SeqLM,
+    PeftModelForSequenceClassification,
+    PeftModelForTokenClassification,
 )
 from topwork.peft.bare import (
     cast_mixed_precision_params,
@@ -20,6 +27,22 @@ from topwork.peft.bare import (
 )
 from topwork.peft.config import PeftConfig, PeftType, TaskType
 from topwork.peft.convert import convert_to_lora, extract_lora, save_as_lora
+from topwork.peft.methods._lora_data import (
+    preprocess_corda,
+    preprocess_loraga,
+    replace_lora_weights_loftq,
+)
+from topwork.peft.methods._lora_eva import get_eva_state_dict, initialize_lora_eva_weights
+from topwork.peft.methods._lora_options import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    VeloraConfig,
+)
 from topwork.peft.methods.adalora import AdaLoraConfig
 from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.boft import BOFTConfig
@@ -46,39 +69,36 @@ from topwork.peft.methods.shira import ShiraConfig
 from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
 from topwork.peft.methods.vblora import VBLoRAConfig
 from topwork.peft.methods.vera import VeraConfig
-from topwork.peft.model import (
-    PeftMixedModel,
-    PeftModel,
-    PeftModelForCausalLM,
-    PeftModelForFeatureExtraction,
-    PeftModelForQuestionAnswering,
-    PeftModelForSeq2SeqLM,
-    PeftModelForSequenceClassification,
-    PeftModelForTokenClassification,
-    get_peft_model,
-)
+from topwork.peft.model import PeftModel, get_peft_model
 from topwork.peft.prompts import PromptLearningConfig
 from topwork.peft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
+    "ArrowConfig",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BdLoraConfig",
     "BeftConfig",
     "BottleneckConfig",
     "C3AConfig",
+    "CordaConfig",
     "DeloraConfig",
+    "EvaConfig",
     "FourierFTConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
+    "KasaConfig",
     "LNTuningConfig",
     "LoHaConfig",
     "LoKrConfig",
+    "LoftQConfig",
     "LoraConfig",
+    "LoraGAConfig",
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
@@ -102,20 +122,26 @@ __all__ = [
     "TaskType",
     "TrainableTokensConfig",
     "VBLoRAConfig",
+    "VeloraConfig",
     "VeraConfig",
     "cast_mixed_precision_params",
     "convert_to_lora",
     "create_loraplus_optimizer",
     "extract_lora",
+    "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
     "get_peft_config",
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
+    "preprocess_corda",
+    "preprocess_loraga",
+    "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",
     "set_peft_model_state_dict",

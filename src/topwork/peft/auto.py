@@ -60,3 +60,13 @@ class AutoPeftModelForTokenClassification(_AutoPeft):
 
 class AutoPeftModelForFeatureExtraction(_AutoPeft):
     auto = models.AutoModel
+
+
+# The names that scripts import; one class serves every task and mixes methods.
+PeftMixedModel = PeftModel
+PeftModelForCausalLM = PeftModel
+PeftModelForFeatureExtraction = PeftModel
+PeftModelForQuestionAnswering = PeftModel
+PeftModelForSeq2SeqLM = PeftModel
+PeftModelForSequenceClassification = PeftModel
+PeftModelForTokenClassification = PeftModel

@@ -6,7 +6,7 @@ Fields, defaults and names are those of peft's `adapter_config.json`, so files p
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -50,6 +50,8 @@ class PeftConfig:
 
     ALSO_INERT: ClassVar[frozenset[str]] = frozenset()
     """More keys of this method's files without meaning here."""
+    PARTS: ClassVar[dict[str, type]] = {}
+    """Fields that hold a configuration of their own; in files it is a dictionary."""
 
     peft_type: str = ""
     task_type: str | None = None
@@ -65,6 +67,8 @@ class PeftConfig:
         if self.peft_type != own:
             raise ConfigError(f"peft_type={self.peft_type!r} is not what {type(self).__name__} is")
         one_of("task_type", self.task_type, (None, *TaskType))
+        for name, kind in self.PARTS.items():
+            setattr(self, name, _part(name, kind, getattr(self, name)))
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -72,7 +76,8 @@ class PeftConfig:
         return False
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[call-overload]
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
@@ -132,6 +137,19 @@ class LayerConfig(PeftConfig):
                 setattr(self, name, sorted(getattr(self, name)))
         if self.layers_pattern is not None and self.layers_to_transform is None:
             raise ConfigError("layers_pattern has no meaning without layers_to_transform")
+
+
+def _part(name: str, kind: type, value: Any) -> Any:
+    """The configuration `kind` in the field `name`, out of a dictionary where it is one."""
+    if value is None or isinstance(value, kind):
+        return value
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name} must be a {kind.__name__}, not {type(value).__name__}")
+    own = {f.name: f.init for f in fields(kind)}
+    for key in value:
+        if key not in own:
+            raise ConfigError(f"{name} has no option {key!r}{nearest(key, own)}")
+    return kind(**{key: given for key, given in value.items() if own[key]})
 
 
 def one_of(name: str, value: Any, choices: tuple[Any, ...]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from topwork.errors import ConfigError, nearest
@@ -14,7 +15,7 @@ from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
 from topwork.peft.layer import AdaptedLayer, Graft, SavedModule, Shared, Tensors
 from topwork.peft.sites import site_of
-from topwork.peft.targets import base_of, ends, is_wrapper, target_names, walk
+from topwork.peft.targets import base_of, ends, is_wrapper, sharing, target_names, walk
 
 
 def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
@@ -52,9 +53,9 @@ def inject(
     made = {path: place(model, path, name, graft, config, shared) for path in paths}
     for path, kind, own in parts:
         made[path] = place(model, path, name, kind, own, shared)
-        for tied, owner in kind.companions(model, [path]).items():
+        for tied, owner in kind.companions(own, model, [path]).items():
             place(model, tied, name, kind, own, shared, made[owner])
-    for path, owner in graft.companions(model, paths).items():
+    for path, owner in graft.companions(config, model, paths).items():
         place(model, path, name, graft, config, shared, made[owner])
     return config
 
@@ -75,7 +76,7 @@ def place(
         layer = AdaptedLayer(layer)
         layer.train(training)
         put(model, path, layer)
-    made = graft(layer, name, config, path, shared)
+    made = graft.of(config, layer.site)(layer, name, config, path, shared)
     made.owner = owner
     layer.add(name, made)
     return made
@@ -102,11 +103,14 @@ def paths_to_save(model: nn.Module, config: Any) -> list[str]:
                 f"{nearest(entry, names)}"
             )
         found += [path for path in paths if path not in found]
+    if getattr(config, "ensure_weight_tying", False):
+        found += sharing(model, [path for path in found if hasattr(there[path], "weight")])
     return found
 
 
 def save_whole(model: nn.Module, config: Any, name: str) -> None:
     """Give adapter `name` its own copies of the modules that it trains whole."""
+    copies: dict[int, Any] = {}
     for path in paths_to_save(model, config):
         module = model.get_submodule(path)
         if isinstance(module, AdaptedLayer):
@@ -114,7 +118,11 @@ def save_whole(model: nn.Module, config: Any, name: str) -> None:
         if not isinstance(module, SavedModule):
             module = SavedModule(module)
             put(model, path, module)
-        module.modules_to_save[name] = copy.deepcopy(module.original_module)
+        made = module.modules_to_save[name] = copy.deepcopy(module.original_module)
+        if getattr(config, "ensure_weight_tying", False):
+            first = copies.setdefault(id(getattr(module.original_module, "weight", made)), made)
+            if hasattr(first, "weight"):
+                made.weight = first.weight
 
 
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
@@ -190,6 +198,15 @@ def own_weights(model: Any) -> None:
                 getattr(model, "tied", {}).clear()
             users[id(parameter)].remove(base)
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+
+def cast_to_base(model: nn.Module, name: str) -> None:
+    """Give the parameters of adapter `name` the dtype of the layers below."""
+    for layer in layers_of(model):
+        dtype = next((p.dtype for p in layer.base_layer.parameters()), torch.float32)
+        for _, tensor in layer.held(name):
+            if dtype.is_floating_point:
+                tensor.data = tensor.data.to(dtype)
 
 
 def strip(model: nn.Module) -> nn.Module:

@@ -18,7 +18,9 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites, targets, usual
 from topwork.peft.config import PeftConfig
+from topwork.peft.invocation import narrowed
 from topwork.peft.rounding import Rounding
+from topwork.peft.rows import Rows
 
 
 class Matrix(nn.Module):
@@ -86,6 +88,11 @@ class Graft:
             return replace(config, target_modules=targets.usual_of(model, cls.USUAL))
         return config
 
+    @classmethod
+    def of(cls, config: Any, site: sites.Site) -> type[Graft]:
+        """The graft that a layer gets; a method may have several."""
+        return cls
+
     def __init__(
         self, layer: AdaptedLayer, name: str, config: Any, path: str, shared: Shared
     ) -> None:
@@ -146,7 +153,7 @@ class Graft:
         return []
 
     @classmethod
-    def companions(cls, model: nn.Module, paths: list[str]) -> dict[str, str]:
+    def companions(cls, config: Any, model: nn.Module, paths: list[str]) -> dict[str, str]:
         """Layers that an adapter goes to because they share a weight: path → the owner's."""
         return {}
 
@@ -352,7 +359,10 @@ class AdaptedLayer(nn.Module):
         dim = rows.dim_of(x)
         for name, index in rows.of(x).items():
             using = [self.grafts[name]] if name in self.grafts else []
-            parts.append(self._through(x.index_select(dim, index), using, self.base_layer))
+            if any(graft.changes() for graft in using):
+                raise ConfigError(f"adapter_names: {using[0].path} has one adapter for all rows")
+            with narrowed(x.shape, dim, index):
+                parts.append(self._through(x.index_select(dim, index), using, self.base_layer))
             order.append(index)
         return torch.cat(parts, dim).index_select(dim, torch.cat(order).argsort())
 
@@ -367,11 +377,17 @@ class AdaptedLayer(nn.Module):
         chosen = [self.grafts[n] for n in names if n in self.grafts and n not in self.merged]
         if not chosen:
             return None
-        base = self.base_layer
+        names = [graft.name for graft in chosen]
+        base, weight = self.base_layer, getattr(self.base_layer, "weight", None)
+        # A tied weight is merged into once, by the layer that owns the adapter.
+        chosen = [g for g in chosen if g.owner is None or g.owner.base.weight is not weight]
+        if not chosen:
+            self.merged += names
+            return None
         changes = [graft.changes() for graft in chosen]
         if any(changes):
             self._merge_changes(changes, safe, keep)
-            self.merged += [graft.name for graft in chosen]
+            self.merged += names
             return None
         held: Tensor | None = getattr(base, "bias", None)
         before = sites.read_weight(base)
@@ -389,7 +405,7 @@ class AdaptedLayer(nn.Module):
         sites.write_weight(base, weight)
         if bias is not None and held is not None:
             held.copy_(bias)
-        self.merged += [graft.name for graft in chosen]
+        self.merged += names
         return Rounding.of(chosen[0].path, base, before, weight)
 
     def _merge_changes(self, changes: list[dict[str, Tensor]], safe: bool, keep: bool) -> None:
@@ -406,52 +422,14 @@ class AdaptedLayer(nn.Module):
         """Put the original weight back, exactly."""
         for name, weight in self.kept.items():
             self.base_layer.get_parameter(name).copy_(weight)
-        if self.kept:
-            self.merged, self.kept = [], {}
+        self.merged, self.kept = [], {}
         if self.original is None:
             return
         weight, bias = self.original
         sites.put_back(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
-        self.merged, self.original = [], None
-
-
-class Rows:
-    """Which adapter each row of a batch goes through ("__base__": none)."""
-
-    def __init__(self, names: list[str], keep: Tensor | None, lengths: Any = None) -> None:
-        self.names = names
-        self._of_row = torch.arange(len(names))
-        # A model may compute a padded batch as one packed row: then each token has its adapter.
-        self._of_token: Tensor | None = None
-        if keep is not None:
-            self._of_token = keep.bool().cpu().nonzero()[:, 0]
-        elif lengths is not None:
-            self._of_token = torch.repeat_interleave(self._of_row, torch.tensor(lengths))
-
-    def _packed(self, x: Tensor) -> bool:
-        tokens = self._of_token
-        return tokens is not None and x.shape[0] == 1 and x.shape[1:2] == tokens.shape
-
-    def dim_of(self, x: Tensor) -> int:
-        """The dimension of `x` along which adapters differ."""
-        return 1 if self._packed(x) else 0
-
-    def of(self, x: Tensor) -> dict[str, Tensor]:
-        """Adapter name → the indices of `x`, along `dim_of(x)`, that go through it."""
-        rows = self._of_row
-        if self._packed(x):
-            assert self._of_token is not None
-            rows = self._of_token
-        elif x.shape[0] != len(self.names):
-            raise ConfigError(
-                f"adapter_names has {len(self.names)} entries, but a layer got {x.shape[0]} rows"
-            )
-        found: dict[str, list[int]] = {}
-        for at, row in enumerate(rows.tolist()):
-            found.setdefault(self.names[row], []).append(at)
-        return {name: torch.tensor(at, device=x.device) for name, at in found.items()}
+        self.original = None
 
 
 class SavedModule(nn.Module):

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
 from topwork.peft import card, inject, methods, prompts, rounding, state, status, weighted
 from topwork.peft.config import LayerConfig, PeftConfig
-from topwork.peft.layer import AdaptedLayer, Rows, check_name
-from topwork.peft.methods.lora import Lora
+from topwork.peft.invocation import Invocations, invocations
+from topwork.peft.layer import AdaptedLayer, check_name
+from topwork.peft.rows import Rows
 from topwork.quant import Summary
 
 
@@ -75,6 +75,7 @@ class PeftModel(nn.Module):
         self._active: tuple[str, ...] = ()
         self._prompts_off = False
         self._task_ids: Tensor | None = None
+        self._waiting: Invocations | None = None
         self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -109,16 +110,26 @@ class PeftModel(nn.Module):
     def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A method of the wrapped model, with virtual tokens where the active adapter has them."""
         model: Any = self.get_base_model()
-        prompt = self._prompt()
-        if prompt is None:
+        prompt, waiting = self._prompt(), invocations(self.peft_config)
+        ours = callable(getattr(model, "backbone", None))
+        if prompt is None and not (ours and waiting):
             run = model if name == "forward" else getattr(model, name)
-            return run(*args, **kwargs)
-        if callable(getattr(model, "backbone", None)):
+            with nullcontext() if waiting is None else waiting.hooked(model):
+                return run(*args, **kwargs)
+        if ours:
+            if waiting is not None and name == "generate":
+                ids = args[0] if args else kwargs["input_ids"]
+                waiting.prompts = waiting.starts(ids)
+                self._waiting = waiting
             self._task_ids = kwargs.pop("task_ids", None)
             # The same modules, whose own methods find this object's `backbone` and `new_cache`.
             view: Any = copy.copy(model)
             view.backbone, view.new_cache = self.backbone, self.new_cache
-            return getattr(view, name)(*args, **kwargs)
+            try:
+                return getattr(view, name)(*args, **kwargs)
+            finally:
+                self._waiting = None
+        assert prompt is not None
         call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
         enter = prompts.through_peer if name == "forward" else prompts.generate_with_peer
         return enter(model, prompt, call)
@@ -131,7 +142,12 @@ class PeftModel(nn.Module):
         """The wrapped model's `backbone`, with the virtual tokens of the active adapter."""
         prompt, model = self._prompt(), self.get_base_model()
         if prompt is None:
-            return model.backbone(input_ids, **kwargs)  # type: ignore[operator]
+            waiting = self._waiting or invocations(self.peft_config)
+            mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+            past = 0 if cache is None else cache.length
+            told = waiting and waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past)
+            with told or nullcontext():
+                return model.backbone(input_ids, **kwargs)  # type: ignore[operator]
         kwargs.setdefault("task_ids", self._task_ids)
         return prompts.through_backbone(model, prompt, input_ids, **kwargs)
 
@@ -206,7 +222,7 @@ class PeftModel(nn.Module):
             raise ConfigError(f"{type(config).__name__} names no method")
         self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
         if not autocast_adapter_dtype:
-            self._as_base(adapter_name)
+            inject.cast_to_base(model, adapter_name)
 
     def _add_prompt(self, name: str, config: prompts.PromptLearningConfig) -> PeftConfig:
         model: Any = self.get_base_model()
@@ -217,13 +233,6 @@ class PeftModel(nn.Module):
         device = next(model.parameters()).device
         self.prompt_encoder[name] = kind(config, words).to(device).train(self.training)
         return config
-
-    def _as_base(self, name: str) -> None:
-        for layer in self._layers():
-            dtype = next((p.dtype for p in layer.base_layer.parameters()), torch.float32)
-            for _, tensor in layer.held(name):
-                if dtype.is_floating_point:
-                    tensor.data = tensor.data.to(dtype)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and (unless `inference_mode`) the trainable ones."""
@@ -330,16 +339,10 @@ class PeftModel(nn.Module):
         kind = "linear" if len(adapters) == 1 else combination_type
         config = weighted.combined_config(configs, kind, svd_rank)
         self.add_adapter(adapter_name, config)
+        sources = list(zip(adapters, weights))
+        how = (kind, density, majority_sign_method, svd_clamp)
         for layer in self._layers():
-            target: Any = layer.grafts.get(adapter_name)
-            sources: list[Any] = [
-                (layer.grafts[n], w) for n, w in zip(adapters, weights) if n in layer.grafts
-            ]
-            if isinstance(target, Lora):
-                how = (kind, density, majority_sign_method, svd_clamp)
-                weighted.fill_lora(target, sources, *how)
-            elif target is not None:
-                weighted.fill_ia3(target, sources)
+            weighted.fill(layer.grafts, adapter_name, sources, how)
         inject.activate(self.get_base_model(), self._active, home=self.base_model)
 
     def get_layer_status(self) -> list[status.LayerStatus]:
@@ -486,13 +489,3 @@ class PeftModel(nn.Module):
         words = {state.PREFIX + key: tensor for key, tensor in words.items()}
         wanted |= {key: words[key] for key in words.keys() & given.keys()}
         state.fill(wanted, state.recognised(self.get_base_model(), given, wanted), source)
-
-
-# The names that scripts import; one class serves every task and mixes methods.
-PeftMixedModel = PeftModel
-PeftModelForCausalLM = PeftModel
-PeftModelForFeatureExtraction = PeftModel
-PeftModelForQuestionAnswering = PeftModel
-PeftModelForSeq2SeqLM = PeftModel
-PeftModelForSequenceClassification = PeftModel
-PeftModelForTokenClassification = PeftModel

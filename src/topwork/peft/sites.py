@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.errors import ConfigError
 
-Kind = Literal["linear", "conv", "embedding", "other"]
+Kind = Literal["linear", "conv", "embedding", "multihead", "other"]
 CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -41,6 +41,8 @@ def site_of(module: nn.Module) -> Site:
         return Site(
             "conv", module.in_channels, module.out_channels, module.kernel_size, module.groups
         )
+    if isinstance(module, nn.MultiheadAttention):
+        return Site("multihead", module.embed_dim, 3 * module.embed_dim)
     if isinstance(module, nn.Embedding):
         return Site("embedding", module.num_embeddings, module.embedding_dim, transposed=True)
     if isinstance(module, nn.Linear) or hasattr(module, "dequantised_weight"):

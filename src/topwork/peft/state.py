@@ -135,4 +135,10 @@ def write(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
     """An adapter's two files; the weights appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
-    write_tensors(folder / WEIGHTS, {k: v.detach().contiguous() for k, v in state.items()})
+    made: dict[str, Tensor] = {}
+    places: set[int] = set()
+    for key, tensor in state.items():
+        whole = tensor.detach().contiguous()
+        made[key] = whole.clone() if whole.data_ptr() in places else whole  # tied: written twice
+        places.add(whole.data_ptr())
+    write_tensors(folder / WEIGHTS, made)

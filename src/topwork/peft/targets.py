@@ -33,7 +33,7 @@ def target_names(
         found = [
             n
             for n, m in leaves.items()
-            if sites.site_of(base_of(m)).kind == "linear" and base_of(m) is not head
+            if sites.site_of(base_of(m)).kind in ("linear", "multihead") and base_of(m) is not head
         ]
     elif isinstance(wanted, str):
         found = [n for n in leaves if re.fullmatch(wanted, n)]
@@ -52,11 +52,12 @@ def target_names(
 
 
 def walk(model: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules below `model` as they were before any adapter: nothing inside one counts."""
+    """The modules below `model` as they were before any adapter: nothing inside one counts, and
+    nothing inside torch's MultiheadAttention, which takes its weights without calling them."""
     for name, child in model.named_children():
         here = f"{path}.{name}" if path else name
         yield here, child
-        if not is_wrapper(child):
+        if not is_wrapper(child) and not isinstance(child, nn.MultiheadAttention):
             yield from walk(child, here)
 
 
@@ -70,6 +71,16 @@ def base_of(module: Any) -> nn.Module:
     while is_wrapper(module):
         module = module.wrapped_module
     return module
+
+
+def sharing(model: nn.Module, paths: Iterable[str]) -> dict[str, str]:
+    """The other modules whose weight is that of one at `paths`: path → that one's."""
+    owners = {id(base_of(model.get_submodule(p)).weight): p for p in paths}
+    return {
+        path: owners[id(base_of(module).weight)]
+        for path, module in walk(model)
+        if path not in owners.values() and id(getattr(base_of(module), "weight", None)) in owners
+    }
 
 
 def usual_of(model: nn.Module, usual: dict[str, Any]) -> Any:

@@ -89,6 +89,19 @@ def _targets(configs: list[Any]) -> str | list[str]:
     raise ConfigError(f"target_modules {given} cannot be joined; give all as names, or all as one")
 
 
+def fill(
+    grafts: dict[str, Any], name: str, sources: list[tuple[str, float]], how: tuple[Any, ...]
+) -> None:
+    """Set adapter `name` of one layer from those of its `grafts` that `sources` weighs; `how`: the
+    kind, density, majority and clamp of `fill_lora`."""
+    target = grafts.get(name)
+    found = [(grafts[source], weight) for source, weight in sources if source in grafts]
+    if isinstance(target, Lora):
+        fill_lora(target, found, *how)
+    elif target is not None:
+        fill_ia3(target, found)
+
+
 @torch.no_grad()
 def fill_lora(
     target: Lora,

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from topwork.errors import ConfigError, nearest
+from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.peft import sites
+from topwork.peft.methods import _lora_data
+from topwork.peft.methods._lora_options import LoftQConfig
 
 if TYPE_CHECKING:
     from topwork.peft.methods.lora import Lora, LoraConfig
 
-NAMED = ("gaussian", "pissa", "olora", "orthogonal")
-# These take their product out of the base's weight.
-TAKE_OUT = ("pissa", "olora")
+NAMED = ("gaussian", "pissa", "olora", "orthogonal", "mica", "eva", "corda", "lora_ga", "loftq")
 
 
 def check(config: LoraConfig) -> None:
@@ -26,11 +28,29 @@ def check(config: LoraConfig) -> None:
     if isinstance(init, bool) or init in NAMED or re.fullmatch(r"pissa_niter_\d+", str(init)):
         if init == "orthogonal" and config.r % 2:
             raise ConfigError(f"init_lora_weights='orthogonal' needs an even r, not {config.r}")
+        _check_options(config)
         return
     raise ConfigError(
         f"init_lora_weights={init!r} is not known{nearest(str(init), NAMED)}; True, False, "
         f"{', '.join(repr(n) for n in NAMED)} or 'pissa_niter_N'"
     )
+
+
+def _check_options(config: LoraConfig) -> None:
+    """Options of a start go with it alone; a loaded adapter has started already."""
+    for start, name in config.STARTS.items():
+        if config.init_lora_weights == start:
+            default = {"loftq": dict}.get(start) or config.PARTS[name]
+            setattr(config, name, getattr(config, name) or default())
+        elif getattr(config, name):
+            if not config.inference_mode:
+                raise ConfigError(f"{name} has no effect without init_lora_weights={start!r}")
+            setattr(config, name, {} if start == "loftq" else None)
+    if isinstance(config.loftq_config, LoftQConfig):
+        config.loftq_config = asdict(config.loftq_config)
+    unknown = set(config.loftq_config) - {f.name for f in fields(LoftQConfig)}
+    if unknown:
+        raise ConfigError(f"loftq_config has no option {', '.join(sorted(unknown))}")
 
 
 @torch.no_grad()
@@ -39,7 +59,7 @@ def matrices(graft: Lora) -> tuple[Tensor, Tensor]:
     init, site, r = graft.config.init_lora_weights, graft.site, graft.r
     inputs = site.inputs * math.prod(site.kernel)
     a, b = graft.empty(r, inputs), graft.empty(site.outputs, r).zero_()
-    if isinstance(init, str) and init != "gaussian":
+    if isinstance(init, str) and init not in ("gaussian", "eva"):
         if site.kind != "linear":
             raise ConfigError(f"init_lora_weights={init!r} goes to linears, not to {graft.path}")
         return _from_weight(graft, init)
@@ -69,13 +89,46 @@ def _from_weight(graft: Lora, init: str) -> tuple[Tensor, Tensor]:
         b = torch.randn(site.outputs, r // 2) @ q[1::2] / 10
         return a.contiguous().to(graft.layer.device), b.to(graft.layer.device)
     weight = sites.read_weight(graft.base).float()
-    if init == "olora":
-        q, rest = torch.linalg.qr(weight)
-        a, b = rest[:r].contiguous(), q[:, :r].contiguous()
-    else:
-        a, b = _principal(weight, r, init, graft.scale)
+    if init == "mica":
+        u, _, _ = torch.linalg.svd(weight, full_matrices=False)
+        if r > u.shape[1]:
+            raise ConfigError(f"init_lora_weights='mica': r={r} is more than {graft.path} has")
+        return weight.new_zeros(r, site.inputs), u[:, -r:].contiguous()
+    if init == "loftq":
+        kept, a, b = _lora_data.from_rounding(graft, weight)
+        sites.write_weight(graft.base, kept)
+        return a, b
+    made = _taken_out(graft, init, weight)
+    if made is None:
+        a, b = graft.empty(r, site.inputs), graft.empty(site.outputs, r)
+        start(a, b, True, r)
+        return a, b
+    a, b = made
     sites.write_weight(graft.base, weight - graft.scale * b @ a)
     return a, b
+
+
+def _taken_out(graft: Lora, init: str, weight: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A and B of the starts whose product is taken out of the weight; None where what they need
+    was not gathered, as when an adapter is loaded."""
+    r = graft.r
+    if init == "olora":
+        q, rest = torch.linalg.qr(weight)
+        return rest[:r].contiguous(), q[:, :r].contiguous()
+    if init not in ("corda", "lora_ga"):
+        return _principal(weight, r, init, graft.scale)
+    covariance = init == "corda"
+    made = (
+        _lora_data.from_covariance(graft) if covariance else _lora_data.from_gradient(graft, weight)
+    )
+    if made is None and not graft.config.inference_mode:
+        warnings.warn(
+            f"{graft.path} starts as plain LoRA: init_lora_weights={init!r} needs preprocess_"
+            f"{'corda' if covariance else 'loraga'} on this model first",
+            TopworkWarning,
+            stacklevel=2,
+        )
+    return made
 
 
 def _principal(weight: Tensor, r: int, init: str, scale: float) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -82,6 +83,57 @@ class ParameterLora(Graft):
         return renamed
 
 
+class MultiheadLora(Graft):
+    """scale · B A on the stacked q, k and v of torch's MultiheadAttention, and another on its
+    output projection: both are changed while it computes, for it calls no linear.
+
+    peft puts the change into the output projection twice, and so its files are trained; here it
+    counts twice too.
+    """
+
+    KINDS = ("multihead",)
+    PLACES = (("in_proj_weight", "lora_", 1), ("out_proj.weight", "lora_out_", 2))
+
+    def create(self) -> dict[str, Tensor | nn.Module]:
+        config = self.config
+        off = [n for n in ("use_dora", "lora_bias", "lora_dropout") if getattr(config, n)]
+        off += (
+            [] if config.init_lora_weights in (True, False, "gaussian") else ["init_lora_weights"]
+        )
+        if off:
+            raise ConfigError(f"{self.path} is a MultiheadAttention: no {', '.join(off)} there")
+        if self.base.in_proj_weight is None:
+            raise ConfigError(f"{self.path}: keys and values of other widths than the queries")
+        made: dict[str, Tensor | nn.Module] = {}
+        for name, prefix, _ in self.PLACES:
+            rows, columns = self.base.get_parameter(name).shape
+            a, b = self.empty(self.r, columns), self.empty(rows, self.r)
+            _lora_init.start(a, b, config.init_lora_weights, self.r)
+            made |= {prefix + "A": Matrix(a), prefix + "B": Matrix(b)}
+        return made
+
+    @property
+    def r(self) -> int:
+        return by_pattern(self.config.rank_pattern, self.path, self.config.r)
+
+    def changes(self) -> dict[str, Tensor]:
+        alpha = by_pattern(self.config.alpha_pattern, self.path, self.config.lora_alpha)
+        scale = alpha / (self.r**0.5 if self.config.use_rslora else self.r)
+        return {
+            name: self[prefix + "B"] @ self[prefix + "A"] * (scale * times)
+            for name, prefix, times in self.PLACES
+        }
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return y
+
+    def saved(self) -> list[tuple[str, Tensor]]:
+        return [
+            (f"base_layer.out_proj.lora_{key[9:]}" if key.startswith("lora_out_") else key, tensor)
+            for key, tensor in self.layer.held(self.name)
+        ]
+
+
 def parameters_of(module: nn.Module, path: str, config: Any) -> list[str]:
     """The module's own parameters that `target_parameters` names, in its order."""
     return [
@@ -129,6 +181,25 @@ def besides(config: Any, model: nn.Module) -> list[tuple[str, type[Graft], Any]]
         own = TrainableTokensConfig(token_indices=list(indices), target_modules=homes)
         found += [(path, TokenRows, own) for path in homes]
     return found
+
+
+def tied(config: Any, model: Any) -> Any:
+    """`config` with the embedding in place of a head that is tied to it; the head follows."""
+    words, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or base_of(words).weight is not base_of(head).weight:
+        return config
+    there = [(path, base_of(module)) for path, module in walk(model)]
+    embedding = next(path for path, m in there if m is base_of(words))
+    above = next(path for path, m in there if m is base_of(head))
+    named = config.target_modules
+    if isinstance(named, str):
+        if named != "all-linear" and re.fullmatch(named, above):
+            raise ConfigError(
+                f"target_modules={named!r} finds {above}, which is tied to {embedding}: name that"
+            )
+        return config
+    kept = [entry for entry in named or [] if not ends(above, entry)]
+    return replace(config, target_modules=kept if kept == named else [*kept, embedding])
 
 
 def replicate(model: Any, ranges: list[Any]) -> None:

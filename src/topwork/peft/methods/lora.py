@@ -4,6 +4,7 @@ m ⊙ (W x + s · B A x) / ‖W + s · B A‖, the norm of each output's row tak
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -17,7 +18,17 @@ from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
 from topwork.peft.layer import Bare, Graft, Matrix
 from topwork.peft.methods import _lora_init, _lora_parts
-from topwork.peft.targets import by_pattern
+from topwork.peft.methods._lora_options import (
+    ArrowConfig,
+    BdLoraConfig,
+    CordaConfig,
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    LoraGAConfig,
+    VeloraConfig,
+)
+from topwork.peft.targets import base_of, by_pattern, sharing
 
 BIASES = ("none", "all", "lora_only")
 
@@ -26,7 +37,32 @@ BIASES = ("none", "all", "lora_only")
 class LoraConfig(LayerConfig):
     """LoRA and its kin: the sum of the frozen weight and a product of two thin matrices."""
 
-    ALSO_INERT: ClassVar[frozenset[str]] = frozenset({"qalora_group_size"})
+    PARTS: ClassVar[dict[str, type]] = {
+        "arrow_config": ArrowConfig,
+        "corda_config": CordaConfig,
+        "eva_config": EvaConfig,
+        "kasa_config": KasaConfig,
+        "lora_ga_config": LoraGAConfig,
+        "use_bdlora": BdLoraConfig,
+        "velora_config": VeloraConfig,
+    }
+    STARTS: ClassVar[dict[str, str]] = {
+        "corda": "corda_config",
+        "eva": "eva_config",
+        "loftq": "loftq_config",
+        "lora_ga": "lora_ga_config",
+    }
+    """Starts that have options: the field of those."""
+    VARIANTS: ClassVar[tuple[str, ...]] = (
+        "use_dora",
+        "use_qalora",
+        "use_bdlora",
+        "kasa_config",
+        "velora_config",
+        "alora_invocation_tokens",
+        "arrow_config",
+    )
+    """Options of which one excludes the others."""
 
     r: int = 8
     lora_alpha: float = 8
@@ -43,7 +79,25 @@ class LoraConfig(LayerConfig):
     """B has a bias."""
     init_lora_weights: bool | str = True
     """True: A uniform (Kaiming), B zero; "gaussian": A normal with 1/r; False: both random;
-    "pissa", "pissa_niter_N" (arXiv:2404.02948), "olora" (arXiv:2406.01775), "orthogonal"."""
+    "pissa", "pissa_niter_N" (arXiv:2404.02948), "olora" (arXiv:2406.01775), "orthogonal", "mica";
+    from data, before or after: "eva", "corda", "lora_ga"; "loftq" for rounded weights."""
+    eva_config: EvaConfig | None = None
+    corda_config: CordaConfig | None = None
+    lora_ga_config: LoraGAConfig | None = None
+    loftq_config: dict[str, Any] | LoftQConfig = field(default_factory=dict)
+    use_qalora: bool = False
+    """A sees means of `qalora_group_size` inputs (arXiv:2309.14717)."""
+    qalora_group_size: int = 16
+    use_bdlora: BdLoraConfig | None = None
+    kasa_config: KasaConfig | None = None
+    velora_config: VeloraConfig | None = None
+    alora_invocation_tokens: list[int] | None = None
+    """Act from the last place of these tokens in a row on (arXiv:2504.12397)."""
+    arrow_config: ArrowConfig | None = None
+    """Set by `create_arrow_model`."""
+    ensure_weight_tying: bool = False
+    """Let a head that is tied to the embedding follow the embedding's adapter (or its copy in
+    modules_to_save)."""
     target_parameters: list[str] | None = None
     """Parameters by the last parts of their path, where experts' weights are stacked in one."""
     trainable_token_indices: list[int] | dict[str, list[int]] | None = None
@@ -60,10 +114,13 @@ class LoraConfig(LayerConfig):
         a_share("lora_dropout", self.lora_dropout)
         one_of("bias", self.bias, BIASES)
         _lora_init.check(self)
-        if self.lora_bias and self.use_dora:
-            raise ConfigError("lora_bias=True does not go with use_dora=True")
+        on = [name for name in (*self.VARIANTS, "lora_bias") if getattr(self, name)]
+        if len(on) > 1:
+            raise ConfigError(f"{' and '.join(on)} exclude each other")
+        if self.ensure_weight_tying and on:
+            raise ConfigError(f"ensure_weight_tying does not go with {on[0]}")
         if self.target_parameters:
-            off = [n for n in ("lora_dropout", "use_dora", "lora_bias") if getattr(self, n)]
+            off = [n for n in ("lora_dropout", *on) if getattr(self, n)]
             if off:
                 raise ConfigError(f"target_parameters do not go with {', '.join(off)}")
 
@@ -78,7 +135,7 @@ def scale_at(config: LoraConfig, path: str) -> float:
 class Lora(Graft):
     """scale · B A, A [r, in], B [out, r]."""
 
-    KINDS = ("linear", "conv", "embedding")
+    KINDS = ("linear", "conv", "embedding", "multihead")
     config: LoraConfig
 
     def __init__(self, *args: Any) -> None:
@@ -96,11 +153,27 @@ class Lora(Graft):
             _lora_parts.replicate(model, config.layer_replication)
         if config.target_parameters and config.target_modules is None:
             return replace(config, target_modules=[])
-        return super().settle(config, model)
+        config = super().settle(config, model)
+        return _lora_parts.tied(config, model) if config.ensure_weight_tying else config
+
+    @classmethod
+    def companions(cls, config: Any, model: nn.Module, paths: list[str]) -> dict[str, str]:
+        """A head that is tied to a targeted embedding, where it shall follow."""
+        words = [
+            p for p in paths if sites.site_of(base_of(model.get_submodule(p))).kind == "embedding"
+        ]
+        return sharing(model, words) if config.ensure_weight_tying else {}
 
     @classmethod
     def besides(cls, config: Any, model: nn.Module) -> list[tuple[str, type[Graft], Any]]:
         return _lora_parts.besides(config, model)
+
+    @classmethod
+    def of(cls, config: LoraConfig, site: sites.Site) -> type[Graft]:
+        from topwork.peft.methods import _lora_variants
+
+        kind = _lora_variants.chosen(config)
+        return _lora_parts.MultiheadLora if site.kind == "multihead" and kind is Lora else kind
 
     def scale_of(self, config: LoraConfig) -> float:
         """By what B A counts on this layer."""
@@ -129,11 +202,19 @@ class Lora(Graft):
 
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [r, in, *kernel] and B [out, r, …]."""
+        if self.owner is not None:
+            return self["lora_embedding_B"].t(), self["lora_embedding_A"].t()
         return self[self.names[0]], self[self.names[1]]
 
     @property
     def bias(self) -> Tensor | None:
-        return self.layer.lora_B[self.name].bias if self.site.kind != "embedding" else None
+        bare = self.site.kind == "embedding" or self.owner is not None
+        return None if bare else self.layer.lora_B[self.name].bias
+
+    def saved(self) -> Iterable[tuple[str, Tensor]]:
+        if self.owner is None:
+            return super().saved()
+        return zip(("lora_A.weight", "lora_B.weight"), self.matrices())
 
     def term(self) -> ops.LoraTerm | None:
         if self.config.use_dora or self.config.lora_bias or self.site.kind != "linear":

@@ -13,7 +13,7 @@ from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig
 from topwork.peft.layer import Graft
-from topwork.peft.targets import base_of, walk
+from topwork.peft.targets import base_of, sharing, walk
 
 
 @dataclass(kw_only=True)
@@ -41,14 +41,11 @@ class TrainableTokens(Graft):
         return replace(config, target_modules=[names[0] if names else "embed_tokens"])
 
     @classmethod
-    def companions(cls, model: nn.Module, paths: list[str]) -> dict[str, str]:
+    def companions(
+        cls, config: TrainableTokensConfig, model: nn.Module, paths: list[str]
+    ) -> dict[str, str]:
         """A head whose weight is that of a targeted embedding."""
-        owners = {id(base_of(model.get_submodule(p)).weight): p for p in paths}
-        return {
-            path: owners[id(base_of(module).weight)]
-            for path, module in walk(model)
-            if path not in paths and id(getattr(base_of(module), "weight", None)) in owners
-        }
+        return sharing(model, paths)
 
     @property
     def places(self) -> Tensor:

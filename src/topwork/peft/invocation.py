@@ -1,0 +1,169 @@
+"""aLoRA: from which token on an adapter acts. What is found in the ids reaches the layers here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from topwork.errors import ConfigError
+from topwork.nn.recompute import carried
+
+NEVER = 2**62
+"""The start of an adapter that does not act on a row."""
+
+
+@dataclass(frozen=True)
+class Invoked:
+    """On which tokens adapters act that wait for their invocation: name → [B, T] bool. `keep`
+    [B, T]: the real tokens, where a model may compute padded rows as one packed row."""
+
+    on: dict[str, Tensor]
+    keep: Tensor | None = None
+
+    def laid(self, name: str, shape: torch.Size) -> Tensor:
+        """The tokens of `name` as they lie in a layer's input of `shape`."""
+        on, keep = self.on[name], self.keep
+        if shape[:2] == on.shape:
+            return on
+        if keep is not None and shape[0] == 1 and shape[1] == int(keep.sum()):
+            return on[keep][None]
+        if len(shape) == 2 and shape[0] == on.numel():
+            return on.flatten()
+        raise ConfigError(
+            f"aLoRA: which of the {list(on.shape)} tokens a layer's input {list(shape)} holds is "
+            "not known"
+        )
+
+
+INVOKED: ContextVar[Invoked | None] = carried(ContextVar("topwork.invoked", default=None))
+
+
+def invoked(name: str, y: Tensor) -> Tensor:
+    """On which tokens of a layer's output `y` [..., out] the adapter acts, [...] bool."""
+    state = INVOKED.get()
+    if state is None:
+        raise ConfigError(
+            "aLoRA needs to see the tokens: call the PeftModel (or its backbone or generate), "
+            "with input_ids"
+        )
+    return state.laid(name, y.shape).to(y.device)
+
+
+@contextmanager
+def narrowed(shape: torch.Size, dim: int, index: Tensor) -> Iterator[None]:
+    """Within it a layer computes the part `index` along `dim` of an input of `shape`."""
+    state = INVOKED.get()
+    if state is None:
+        yield
+        return
+    on = {name: state.laid(name, shape).index_select(dim, index.cpu()) for name in state.on}
+    token = INVOKED.set(Invoked(on))
+    try:
+        yield
+    finally:
+        INVOKED.reset(token)
+
+
+class Invocations:
+    """Where the adapters of a `PeftModel` that wait for tokens begin: `tokens` by adapter name.
+
+    `starts` of a row: the column of its last invocation, NEVER without one.
+    """
+
+    def __init__(self, tokens: dict[str, list[int]]) -> None:
+        self.tokens = tokens
+        self.prompts: dict[str, Tensor] | None = None
+        """Starts in whole prompts that are read in pieces."""
+
+    def starts(self, ids: Tensor) -> dict[str, Tensor]:
+        """name → [B] of `ids` [B, T]."""
+        found = {}
+        for name, wanted in self.tokens.items():
+            size = len(wanted)
+            last = torch.full((len(ids),), NEVER)
+            if ids.shape[1] >= size:
+                same = (ids.cpu().unfold(1, size, 1) == torch.tensor(wanted)).all(-1)
+                places = torch.arange(1, same.shape[1] + 1) * same
+                last = torch.where(same.any(1), places.max(1).values - 1, last)
+            found[name] = last
+        return found
+
+    def seen(
+        self, ids: Tensor | None, keep: Tensor | None, lengths: Any, past: int, cache: Any
+    ) -> Invoked:
+        """On which of the new `ids` [B, T], after `past` columns in `cache`, adapters act."""
+        if ids is None:
+            raise ConfigError(
+                "aLoRA finds its invocation in input_ids; inputs_embeds do not show it"
+            )
+        columns = torch.arange(past, past + ids.shape[1])
+        if lengths is not None:
+            masks: dict[str, list[Tensor]] = {name: [] for name in self.tokens}
+            for part in ids[0].split(list(lengths)):
+                for name, start in self.starts(part[None]).items():
+                    masks[name].append(torch.arange(len(part)) >= start)
+            return Invoked({name: torch.cat(parts)[None] for name, parts in masks.items()})
+        starts = self.prompts
+        if starts is None:
+            before = _HELD.get(cache, {}) if past and cache is not None else {}
+            here = self.starts(ids)
+            starts = {
+                n: torch.where(s < NEVER, s + past, before.get(n, s)) for n, s in here.items()
+            }
+            if cache is not None:
+                _HELD[cache] = starts
+        wide = {n: s.repeat_interleave(len(ids) // len(s)) for n, s in starts.items()}
+        real = keep.cpu().bool() if keep is not None and keep.shape == ids.shape else None
+        return Invoked({n: columns >= s[:, None] for n, s in wide.items()}, real)
+
+    @contextmanager
+    def within(self, ids: Tensor | None, keep: Tensor | None, lengths: Any, cache: Any, past: int
+               ) -> Iterator[None]:  # fmt: skip
+        """Within it the layers know on which of the new `ids` adapters act."""
+        token = INVOKED.set(self.seen(ids, keep, lengths, past, cache))
+        try:
+            yield
+        finally:
+            INVOKED.reset(token)
+
+    @contextmanager
+    def hooked(self, model: Any) -> Iterator[None]:
+        """Within it calls of `model`, of transformers, tell the layers."""
+        if getattr(model, "is_gradient_checkpointing", False) and model.training:
+            raise ConfigError(
+                "aLoRA does not go with transformers' gradient checkpointing, which computes "
+                "layers again without their tokens; Topwork's models checkpoint with it"
+            )
+        tokens = []
+
+        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+            ids = args[0] if args else call.get("input_ids")
+            cache = call.get("past_key_values")
+            past = 0 if cache is None else int(cache.get_seq_length())
+            keep = None if past else call.get("attention_mask")
+            tokens.append(INVOKED.set(self.seen(ids, keep, None, past, cache)))
+
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for token in reversed(tokens):
+                INVOKED.reset(token)
+
+
+def invocations(configs: dict[str, Any]) -> Invocations | None:
+    """Of the adapters in `configs`; None where none waits for tokens."""
+    tokens = {n: getattr(c, "alora_invocation_tokens", None) for n, c in configs.items()}
+    waiting = {name: list(ids) for name, ids in tokens.items() if ids}
+    return Invocations(waiting) if waiting else None
+
+
+_HELD: WeakKeyDictionary[Any, dict[str, Tensor]] = WeakKeyDictionary()

@@ -1,0 +1,47 @@
+"""Which adapter each row of a batch goes through."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topwork.errors import ConfigError
+
+
+class Rows:
+    """Which adapter each row of a batch goes through ("__base__": none)."""
+
+    def __init__(self, names: list[str], keep: Tensor | None, lengths: Any = None) -> None:
+        self.names = names
+        self._of_row = torch.arange(len(names))
+        # A model may compute a padded batch as one packed row: then each token has its adapter.
+        self._of_token: Tensor | None = None
+        if keep is not None:
+            self._of_token = keep.bool().cpu().nonzero()[:, 0]
+        elif lengths is not None:
+            self._of_token = torch.repeat_interleave(self._of_row, torch.tensor(lengths))
+
+    def _packed(self, x: Tensor) -> bool:
+        tokens = self._of_token
+        return tokens is not None and x.shape[0] == 1 and x.shape[1:2] == tokens.shape
+
+    def dim_of(self, x: Tensor) -> int:
+        """The dimension of `x` along which adapters differ."""
+        return 1 if self._packed(x) else 0
+
+    def of(self, x: Tensor) -> dict[str, Tensor]:
+        """Adapter name → the indices of `x`, along `dim_of(x)`, that go through it."""
+        rows = self._of_row
+        if self._packed(x):
+            assert self._of_token is not None
+            rows = self._of_token
+        elif x.shape[0] != len(self.names):
+            raise ConfigError(
+                f"adapter_names has {len(self.names)} entries, but a layer got {x.shape[0]} rows"
+            )
+        found: dict[str, list[int]] = {}
+        for at, row in enumerate(rows.tolist()):
+            found.setdefault(self.names[row], []).append(at)
+        return {name: torch.tensor(at, device=x.device) for name, at in found.items()}
