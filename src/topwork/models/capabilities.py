@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from topwork.models import families
 from topwork.models.auto import tasks_of
-from topwork.weights.gguf import ARCHITECTURES
+from topwork.weights.gguf import MODEL_TYPES
 
 TASKS = (
     "base", "causal-lm", "sequence-classification", "token-classification", "masked-lm",
@@ -18,10 +18,9 @@ TASKS = (
 def capabilities() -> dict[str, dict[str, bool]]:
     """For each model_type: each task of `TASKS`, and "gguf", whether it can."""
     found = {}
-    in_gguf = {kind.model_type for kind in ARCHITECTURES.values()}
     for name in families.NAMES:
         tasks = tasks_of(name)
-        found[name] = {task: task in tasks for task in TASKS} | {"gguf": name in in_gguf}
+        found[name] = {task: task in tasks for task in TASKS} | {"gguf": name in MODEL_TYPES}
     return found
 
 

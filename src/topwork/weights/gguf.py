@@ -16,8 +16,12 @@ import torch
 from torch import Tensor
 
 from topwork.errors import CheckpointError, nearest
-from topwork.weights.gguf_names import ARCHITECTURES
+from topwork.weights.gguf_experts import EXPERTS, MIXTRAL
+from topwork.weights.gguf_names import ARCHITECTURES as DENSE
+from topwork.weights.gguf_names import Joined
 
+ARCHITECTURES = {**DENSE, **EXPERTS}
+MODEL_TYPES = {kind.model_type for kind in (*ARCHITECTURES.values(), MIXTRAL)}
 LLAMA3_CONTEXTS = [1 << n for n in range(10, 18)]
 
 
@@ -40,6 +44,8 @@ class GgufFile:
                 f"{nearest(self.architecture, ARCHITECTURES)}; known: {', '.join(ARCHITECTURES)}"
             )
         self._kind = ARCHITECTURES[self.architecture]
+        if self.architecture == "llama" and self.get("*.expert_count"):
+            self._kind = MIXTRAL
         if "token_embd.weight" not in self._tensors:
             raise CheckpointError(f"{path}: there is no tensor 'token_embd.weight'")
 
@@ -57,6 +63,13 @@ class GgufFile:
     def has(self, name: str) -> bool:
         """Whether there is a tensor called `name`."""
         return name in self._tensors
+
+    def shape(self, part: str) -> list[int]:
+        """The shape of a layer's part (with its ending), in the first layer that has it."""
+        for name, tensor in self._tensors.items():
+            if re.fullmatch(rf"blk\.\d+\.{re.escape(part)}", name):
+                return [int(n) for n in reversed(tensor.shape)]
+        raise CheckpointError(f"{self.path}: no layer has a tensor {part!r}")
 
     def vector(self, name: str) -> list[float] | None:
         """The numbers of a tensor that is part of the configuration; None when it is not there."""
@@ -110,14 +123,36 @@ class GgufFile:
     def tensors(self) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Each tensor's name in the module, and a function that reads it as fp32."""
         config = self.config()
+        joined = {part: whole for whole in self._kind.joined for part in whole.parts}
         for tensor in self._reader.tensors:
             if tensor.name.startswith(("rope_freqs.", "rope_factors_")):
                 continue  # part of the configuration
+            layer, _, part = tensor.name.removeprefix("blk.").partition(".")
+            if part in joined:
+                if part == joined[part].parts[0]:
+                    name = f"{self._kind.layers}.{layer}.{joined[part].path}"
+                    yield name, partial(self._join, layer, joined[part])
+                continue
             name, part = self._module_name(tensor.name)
-            yield name, partial(self._read, tensor, part, config)
+            if "#" not in name:
+                yield name, partial(self._read, tensor, part, config)
+                continue
+            for i in range(len(tensor.data)):
+                yield name.replace("#", str(i)), partial(self._dequantised, tensor, i)
+
+    def _join(self, layer: str, whole: Joined) -> Tensor:
+        names = [f"blk.{layer}.{part}" for part in whole.parts]
+        absent = [name for name in names if name not in self._tensors]
+        if absent:
+            raise CheckpointError(f"{self.path}: {names[0]} is there, but not {absent[0]}")
+        return whole.join([self._dequantised(self._tensors[name]) for name in names])
 
     def _module_name(self, name: str) -> tuple[str, str]:
-        """The tensor's name on the Hub, and its part."""
+        """The tensor's name on the Hub, with "#" where it holds all experts, and its part."""
+        old = re.fullmatch(r"(blk\.\d+\.ffn_(?:gate|up|down))\.(\d+)\.weight", name)
+        if old is not None:  # the first files with experts had them one by one
+            stacked, part = self._module_name(f"{old.group(1)}_exps.weight")
+            return stacked.replace("#", old.group(2)), part
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", name)
         names = self._kind.names
         if self.has("blk.0.attn_norm_2.weight"):  # Falcon 40B tells its two norms apart
@@ -131,16 +166,19 @@ class GgufFile:
     def _read(self, tensor: Any, part: str, config: dict[str, Any]) -> Tensor:
         return self._kind.convert(part, self._dequantised(tensor), config)
 
-    def _dequantised(self, tensor: Any) -> Tensor:
+    def _dequantised(self, tensor: Any, expert: int | None = None) -> Tensor:
+        """The tensor, or what of it belongs to one expert."""
         import gguf
 
+        data = tensor.data if expert is None else tensor.data[expert]
         try:
-            array = gguf.dequantize(tensor.data, tensor.tensor_type)
+            array = gguf.dequantize(data, tensor.tensor_type)
         except NotImplementedError as error:
             kind = tensor.tensor_type.name
             raise CheckpointError(f"{self.path}: {tensor.name}: cannot read {kind}") from error
         value = torch.from_numpy(array.copy()).float()
-        return value.reshape([int(n) for n in reversed(tensor.shape)])
+        shape = [int(n) for n in reversed(tensor.shape)]
+        return value.reshape(shape if expert is None else shape[1:])
 
 
 def _llama3(factors: list[float], config: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,18 @@ Convert = Callable[[str, Tensor, dict[str, Any]], Tensor]
 
 
 @dataclass(frozen=True)
+class Joined:
+    """Tensors of a layer (with their ending) that are one on the Hub, at `path` below the layer."""
+
+    parts: tuple[str, ...]
+    path: str
+    join: Callable[[list[Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
 class Architecture:
-    """`keys`: config key → metadata key. `names`: part → path, of a layer or of the trunk."""
+    """`keys`: config key → metadata key. `names`: part → path, of a layer or of the trunk; with "#"
+    for a part of the path the tensor holds all experts, which the Hub has one by one."""
 
     model_type: str
     keys: dict[str, str]
@@ -31,6 +41,7 @@ class Architecture:
     optional: frozenset[str] = field(
         default_factory=lambda: frozenset({"num_key_value_heads", "head_dim", "rope_theta"})
     )
+    joined: tuple[Joined, ...] = ()
 
 
 SIZES = {
