@@ -25,7 +25,7 @@ from topwork.models.config import Config
 from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
 from topwork.nn.cache import KVCache
 from topwork.nn.layers import ScaledEmbedding
-from topwork.nn.moe import MoeSpec, router_logits
+from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
 from topwork.nn.recompute import remembered
@@ -109,7 +109,7 @@ class DecoderSpec:
 
     `embedding_scale` belongs to the embedding (rounded to its dtype), `input_scale` multiplies
     whatever enters, given embeddings too; `embedding_dropout` acts on it in training.
-    `router_loss`: the weight of the routers' load-balancing loss beside the model's.
+    `router_loss`: the routers' load-balancing loss, in families with experts that have one.
     """
 
     vocab: int
@@ -122,7 +122,7 @@ class DecoderSpec:
     input_scale: float = 1.0
     embedding_dropout: float = 0.0
     head: HeadSpec = HeadSpec()
-    router_loss: float | None = None
+    router_loss: RouterLoss | None = None
     table: Table = PLAIN
 
 
@@ -261,17 +261,20 @@ class CausalDecoder(CausalModel):
 
     def forward(self, *args: Any, **kwargs: Any) -> CausalLMOutput:
         """The familiar call; with labels, a routers' loss that the spec asks for joins the loss."""
-        weight = self.trunk.spec.router_loss
-        if weight is None:
+        wanted = self.router_loss
+        if wanted is None or not wanted.asked:
             return super().forward(*args, **kwargs)
         with router_logits(self.trunk) as logits:
             output = super().forward(*args, **kwargs)
-        mixes = (layer.mlp for layer in self.trunk.spec.layers)
-        top_k = next(mix.router.top_k for mix in mixes if isinstance(mix, MoeSpec))
-        output.aux_loss = ops.load_balancing_loss(logits, top_k)
+        output.aux_loss = balance(self.trunk, logits)
         if output.loss is not None:
-            output.loss = output.loss + weight * output.aux_loss
+            output.loss = output.loss + wanted.weight * output.aux_loss
         return output
+
+    @property
+    def router_loss(self) -> RouterLoss | None:
+        """The routers' loss that the configuration names; None in families without one."""
+        return self.trunk.spec.router_loss
 
 
 def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] = ()) -> Table:

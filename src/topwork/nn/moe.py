@@ -5,7 +5,7 @@ Letters: N tokens, C hidden size, E experts, k experts for each token, I width o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -264,6 +264,21 @@ class Moe(nn.Module):
                 shared = torch.sigmoid(linears(flat, (self.shared_expert_gate,))[0]) * shared
             y = y + shared
         return y.view_as(x)
+
+
+@dataclass(frozen=True)
+class RouterLoss:
+    """The weight of the routers' load-balancing loss beside the model's; `asked`: whether the
+    configuration wants it in every loss of the model (output_router_logits)."""
+
+    weight: float
+    asked: bool = False
+
+
+def balance(model: nn.Module, logits: Sequence[Tensor]) -> Tensor:
+    """The load-balancing loss of `logits` [N, E], those of each router of `model` in one pass."""
+    top_k = next(m.spec.router.top_k for m in model.modules() if isinstance(m, Moe))
+    return ops.load_balancing_loss(logits, top_k)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, mar
 from topwork.data.rows import LazyRows, read_rows
 from topwork.data.stream import Stream
 from topwork.errors import ConfigError
+from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.objectives.logprobs import score
 from topwork.objectives.samples import SampleAnswers
 from topwork.objectives.setup import adapted, at_least, end_token, load_pair, named_sets, one_of
@@ -59,6 +60,9 @@ class SFTConfig(TrainingArguments):
     `max_steps` is given. They are shuffled by the thousand."""
     sample_answers: int = 3
     """Held-out prompts that are answered at each evaluation, for report.html."""
+    router_aux_loss_coef: float | None = None
+    """Weight of the routers' load-balancing loss in models with experts; None: what the model's
+    configuration says; 0: none. Each micro-batch's counts by its trained tokens."""
     token_metrics: bool = False
     """Log entropy and mean_token_accuracy in training too, for one more pass through the head;
     evaluation always does."""
@@ -77,18 +81,21 @@ class SFTConfig(TrainingArguments):
             raise ConfigError("label_smoothing_factor has no meaning for the dft loss")
         at_least("sample_answers", self.sample_answers, 0)
         at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0)
+        at_least("router_aux_loss_coef", self.router_aux_loss_coef, 0)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs max_length, the tokens of a pack")
 
 
 @dataclass(frozen=True)
 class SFT:
-    """The objective: -Σ log p(token) over the trained tokens."""
+    """The objective: -Σ log p(token) over the trained tokens, and in models with experts `router`
+    times their routers' loss (None: what the model says)."""
 
     loss_type: str = "nll"
     smoothing: float = 0.0
     noise: float = 0.0
     token_metrics: bool = False
+    router: float | None = None
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
@@ -110,10 +117,11 @@ class SFT:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         learns = torch.is_grad_enabled()
-        scored = score(
-            model, batch, noise=self.noise if learns else 0.0,
-            smoothing=self.smoothing if learns else 0.0,
-        )  # fmt: skip
+        with router_logits(model) as routers:
+            scored = score(
+                model, batch, noise=self.noise if learns else 0.0,
+                smoothing=self.smoothing if learns else 0.0,
+            )  # fmt: skip
         logprobs = scored.logprobs
         if self.loss_type == "dft":
             logprobs = logprobs * logprobs.detach().exp()
@@ -124,7 +132,25 @@ class SFT:
                 "entropy": (float(found.entropy.sum()), float(len(batch.targets))),
                 "mean_token_accuracy": (float(found.hit.sum()), float(len(batch.targets))),
             }
-        return Loss(-logprobs.sum(), metrics)
+        total, weight = -logprobs.sum(), self.router_weight(model)
+        if weight:
+            units = float(len(batch.targets))
+            balanced = balance(model, routers)
+            metrics["aux_loss"] = (float(balanced.detach()) * units, units)
+            total = total + weight * units * balanced
+        return Loss(total, metrics)
+
+    def router_weight(self, model: Any) -> float:
+        """By what the routers' loss is multiplied; ConfigError for one that the model has not."""
+        has: RouterLoss | None = getattr(model, "router_loss", None)
+        if has is None and self.router:
+            raise ConfigError(
+                f"router_aux_loss_coef={self.router}, but {type(model).__name__} has no routers "
+                "with a load-balancing loss"
+            )
+        if has is None:
+            return 0.0
+        return has.weight if self.router is None else self.router
 
 
 def _flat(group: Sequence[Any]) -> list[Sample]:
@@ -164,15 +190,18 @@ class SFTTrainer(Trainer):
         self.prepared, self.prepared_eval = train, evals
         held_out = (s for prepared in evals.values() for s in prepared.samples)
         shown = SampleAnswers(held_out, tokenizer, args.sample_answers)
+        objective = SFT(
+            args.loss_type,
+            args.label_smoothing_factor,
+            args.neftune_noise_alpha or 0.0,
+            args.token_metrics,
+            args.router_aux_loss_coef,
+        )
+        objective.router_weight(model)
         super().__init__(
             adapted(model, peft_config),
             args,
-            SFT(
-                args.loss_type,
-                args.label_smoothing_factor,
-                args.neftune_noise_alpha or 0.0,
-                args.token_metrics,
-            ),
+            objective,
             data,
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
             tokenizer=tokenizer,

@@ -6,7 +6,7 @@ from typing import Any
 
 from topwork.models.config import ConfigReader
 from topwork.nn.layers import MlpSpec
-from topwork.nn.moe import ExpertsSpec, MoeSpec, SoftmaxRouter
+from topwork.nn.moe import ExpertsSpec, MoeSpec, RouterLoss, SoftmaxRouter
 from topwork.weights import Pack, Table
 
 # Per expert in the file, stacked in memory.
@@ -20,10 +20,10 @@ PER_EXPERT = (
 TABLE = Table(PER_EXPERT)
 
 
-def router_loss(read: ConfigReader, default: float = 0.001) -> float | None:
-    """The weight of the routers' loss, if the configuration asks for it."""
-    weight = read("router_aux_loss_coef", default)
-    return weight if read("output_router_logits", False) else None
+def router_loss(read: ConfigReader, default: float = 0.001) -> RouterLoss:
+    """The routers' loss; `default` is the family's weight."""
+    weight = float(read("router_aux_loss_coef", default))
+    return RouterLoss(weight, bool(read("output_router_logits", False)))
 
 
 def sparse_layers(read: ConfigReader) -> list[bool]:
