@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from topwork import AutoModelForCausalLM, Config, describe
+from topwork import AutoModel, AutoModelForCausalLM, Config, describe
 from topwork.errors import CheckpointError, ConfigError
 from topwork.models.capabilities import capabilities
 from topwork.models.families import NAMES, family
@@ -210,3 +210,21 @@ def test_describe_shows_runs_of_layers_and_what_differs_from_the_usual():
     assert "window" not in lines[3]
     assert "softcap=50" in lines[3]
     assert "rms-offset" in lines[-1]
+
+
+@pytest.mark.parametrize("task", [AutoModel, AutoModelForCausalLM])
+def test_states_between_blocks_are_given_when_asked_for_and_attentions_refused(task):
+    values = {"vocab_size": 31, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+              "num_attention_heads": 2}  # fmt: skip
+    model = task.from_config(Config(model_type="llama", **values)).eval()
+    ids = torch.arange(9)[None]
+    found = model(ids, output_hidden_states=True).hidden_states
+    assert [tuple(state.shape) for state in found] == [(1, 9, 16)] * 3
+    assert torch.equal(found[0], model.get_input_embeddings()(ids))
+    cache = model.new_cache()
+    model(ids[:, :8], past_key_values=cache)
+    step = model(ids[:, 8:], past_key_values=cache, output_hidden_states=True).hidden_states
+    torch.testing.assert_close(step[1], found[1][:, 8:])
+    assert model(ids).hidden_states is None
+    with pytest.raises(ConfigError, match="never formed as a whole"):
+        model(ids, output_attentions=True)

@@ -237,6 +237,23 @@ def test_the_bare_model_has_the_peers_names_and_hidden_states(row):
         assert set(ours.state_dict()) == set(trunk.state_dict())
 
 
+def test_the_states_between_the_blocks_equal_the_peers(row):
+    """Of rows of two lengths; padding does not count."""
+    ids, mask = torch.arange(2 * 17).view(2, 17), torch.ones(2, 17).long()
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        wanted = row.theirs(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        found = row.ours(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+        alone = row.ours(ids[:1], output_hidden_states=True).hidden_states
+    assert len(found) == len(wanted) == len(alone)
+    if row.family == "mamba":  # there the peer leaves out the first, and has the last unnormed too
+        found, wanted, alone = found[1:], (*wanted[:-2], wanted[-1]), alone[1:]
+    for ours, theirs, one in zip(found, wanted, alone):
+        assert relative(ours[mask == 1], theirs[mask == 1]) < 1e-5
+        torch.testing.assert_close(one, ours[:1], rtol=1e-4, atol=1e-5)
+    assert row.ours(ids).hidden_states is None
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_bf16_stays_within_the_peers_own_spread(name, tmp_path):
     """As near to the fp32 model as the peer's own bf16 one is, give or take."""

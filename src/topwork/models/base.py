@@ -16,6 +16,7 @@ from topwork import hub, ops, quant, weights
 from topwork.errors import ConfigError
 from topwork.models.config import Config
 from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
+from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.cache import KVCache
 
 
@@ -24,12 +25,14 @@ class CausalLMOutput:
     """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given.
 
     `aux_loss`: the routers' load-balancing loss, where the configuration asks for it.
+    `hidden_states`, when asked for: what each block was given, and the last, after the final norm.
     """
 
     loss: Tensor | None
     logits: Tensor
     past_key_values: KVCache | None = None
     aux_loss: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Model(nn.Module):
@@ -228,24 +231,29 @@ class CausalModel(Model):
         use_cache: bool = False,
         lengths: ops.Lengths | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
         **inputs: Any,
     ) -> CausalLMOutput:
         """The familiar call. `labels` [B, T] are not shifted; -100 marks tokens without loss.
 
         `inputs`: what else the model's `backbone` takes (images).
         """
+        refuse_attentions(output_attentions)
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
-        hidden = self.backbone(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            positions=position_ids,
-            lengths=lengths,
-            attention_mask=attention_mask,
-            cache=cache,
-            **inputs,
-        )
+        with block_inputs(self.trunk, output_hidden_states) as found:
+            hidden = self.backbone(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                positions=position_ids,
+                lengths=lengths,
+                attention_mask=attention_mask,
+                cache=cache,
+                **inputs,
+            )
+        states = hidden_states(found, hidden, attention_mask) if output_hidden_states else None
         logits = self.head(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
         loss = None
         if labels is not None:
@@ -257,7 +265,7 @@ class CausalModel(Model):
                 following = following.clone()
                 following[0, ends.to(following.device)] = -100
             loss = F.cross_entropy(logits.flatten(0, 1).float(), following.flatten())
-        return CausalLMOutput(loss, logits, cache)
+        return CausalLMOutput(loss, logits, cache, hidden_states=states)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Generate tokens; see `topwork.generation.generate`."""

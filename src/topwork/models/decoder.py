@@ -177,6 +177,10 @@ class Decoder(nn.Module):
         self.checkpointing = False
 
     @property
+    def block_list(self) -> Any:
+        return self.layers
+
+    @property
     def layer_count(self) -> int:
         return len(self.layers)
 

@@ -326,6 +326,10 @@ class Gpt(nn.Module):
             place(self, names.norm, layer_norm(spec, spec.inner))
 
     @property
+    def block_list(self) -> Any:
+        return at(self, self.spec.names.layers)
+
+    @property
     def layer_count(self) -> int:
         return len(self.spec.layers)
 

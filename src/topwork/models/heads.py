@@ -14,6 +14,7 @@ from topwork.errors import ConfigError, nearest
 from topwork.models.base import Model, backbone
 from topwork.models.config import Config
 from topwork.models.packing import document_ends
+from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.cache import KVCache
 from topwork.weights import Table
 
@@ -22,10 +23,12 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 
 @dataclass
 class BaseOutput:
-    """`last_hidden_state` [B, T, C] after the final norm."""
+    """`last_hidden_state` [B, T, C] after the final norm; `hidden_states`, when asked for: what
+    each block was given, and the last."""
 
     last_hidden_state: Tensor
     past_key_values: KVCache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass
@@ -222,16 +225,21 @@ class BareModel(Model):
         inputs_embeds: Tensor | None = None,
         use_cache: bool = False,
         lengths: ops.Lengths | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> BaseOutput:
+        refuse_attentions(output_attentions)
         cache = past_key_values
         if cache is None and use_cache:
             cache = self.new_cache()
-        hidden = self.backbone(
-            input_ids,
-            inputs_embeds=inputs_embeds,
-            positions=position_ids,
-            lengths=lengths,
-            attention_mask=attention_mask,
-            cache=cache,
-        )
-        return BaseOutput(hidden, cache)
+        with block_inputs(self.trunk, output_hidden_states) as found:
+            hidden = self.backbone(
+                input_ids,
+                inputs_embeds=inputs_embeds,
+                positions=position_ids,
+                lengths=lengths,
+                attention_mask=attention_mask,
+                cache=cache,
+            )
+        states = hidden_states(found, hidden, attention_mask) if output_hidden_states else None
+        return BaseOutput(hidden, cache, states)

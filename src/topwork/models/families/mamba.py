@@ -105,6 +105,10 @@ class Mamba(nn.Module):
         self.checkpointing = False
 
     @property
+    def block_list(self) -> Any:
+        return self.layers
+
+    @property
     def layer_count(self) -> int:
         return len(self.layers)
 
