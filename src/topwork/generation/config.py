@@ -18,6 +18,7 @@ INERT = frozenset(
         "disable_compile",
         "is_assistant",
         "low_memory",
+        "max_cache_len",
         "target_lookbehind",
         "transformers_version",
         "use_cache",
@@ -35,8 +36,16 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "watermarking_config": (None, "it is not offered; pass a function as logits_processor"),
     "dola_layers": (None, "it is not offered"),
     "assistant_early_exit": (None, "pass assistant_model or prompt_lookup_num_tokens"),
+    "assistant_ensemble_weight": (
+        None,
+        "it is not offered; guesses are checked by the model alone",
+    ),
+    "speculation_type": (None, "pass assistant_model or prompt_lookup_num_tokens"),
+    "use_mtp": (False, "it is not offered; pass assistant_model or prompt_lookup_num_tokens"),
+    "cache_config": (None, "caches take no options here; choose one by cache_implementation"),
+    "continuous_batching_config": (None, "use topwork.generation.Engine and its arguments"),
     "output_attentions": (False, "fused attention forms no weights; call the model instead"),
-    "output_hidden_states": (False, "call model.backbone instead"),
+    "output_hidden_states": (False, "call the model with output_hidden_states=True instead"),
 }
 CACHES = ("dynamic", "static", "sliding_window", "quantized")
 SCHEDULES = ("constant", "heuristic")
