@@ -36,7 +36,8 @@ from topwork.errors import ConfigError, DataError
 BERT = {
     "model_type": "bert", "vocab_size": 259, "hidden_size": 24, "intermediate_size": 32,
     "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64,
-    "num_labels": 3, "pad_token_id": 0, "hidden_dropout_prob": 0.0, "initializer_range": 0.3,
+    "num_labels": 3, "pad_token_id": 0, "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0, "initializer_range": 0.3,
 }  # fmt: skip
 ARGS = {
     "learning_rate": 1e-2, "num_train_epochs": 2, "per_device_train_batch_size": 4,

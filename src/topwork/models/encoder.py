@@ -6,7 +6,8 @@ for each block:   x = block(x)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +24,9 @@ from topwork.models.packing import Padding, check_lengths, packed_positions
 from topwork.models.pooling import first_tokens
 from topwork.nn.layers import ACTIVATIONS, linears
 from topwork.nn.paths import part, place
+from topwork.ops.cross import cross_attention
+
+Pair = tuple[Tensor, Tensor]
 
 
 class Relation(Protocol):
@@ -129,16 +133,37 @@ class PostNormBlock(nn.Module):
         """Every token sees all of its text; in training some probabilities are dropped."""
         return ops.Rule(scale, False, dropout=self.spec.dropouts[0] if self.training else 0.0)
 
-    def forward(self, x: Tensor, shared: Any, layout: ops.Layout) -> Tensor:
+    def forward(
+        self, x: Tensor, shared: Any, layout: ops.Layout, prefix: Pair | None = None
+    ) -> Tensor:
         spec, names = self.spec, self.spec.names
         parts = [part(self, path) for path in (names.query, names.key, names.value)]
         q, k, v = (y.unflatten(-1, (spec.heads, -1)) for y in linears(x, parts))
-        y = self.attend(q, k, v, shared, layout).flatten(2)
+        if prefix is None:
+            y = self.attend(q, k, v, shared, layout).flatten(2)
+        else:
+            y = after_prefix(q, k, v, prefix, layout).flatten(2)
         y = linears(y, (part(self, names.out),))[0]
         x = part(self, names.attention_norm)(x + F.dropout(y, spec.dropouts[1], self.training))
         y = ACTIVATIONS[spec.activation](linears(x, (part(self, names.up),))[0])
         y = linears(y, (part(self, names.down),))[0]
         return part(self, names.norm)(x + F.dropout(y, spec.dropouts[2], self.training))
+
+
+def after_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: Pair, layout: ops.Layout) -> Tensor:
+    """Attention of q, k, v [B, T, H, D] where keys and values [texts, n, H, D] stand before those
+    of each text."""
+    scale, virtual = q.shape[-1] ** -0.5, prefix[0].shape[1]
+    if layout.lengths is None:
+        k, v = (torch.cat([made.to(t.dtype), t], 1) for made, t in zip(prefix, (k, v)))
+        return cross_attention(q, k, v, scale)
+    lengths = list(layout.documents)
+    whole = []
+    for made, values in zip(prefix, (k, v)):
+        pairs = zip(made.to(values.dtype), values[0].split(lengths))
+        whole.append(torch.cat([piece for pair in pairs for piece in pair])[None])
+    pairs = tuple((n, virtual + n) for n in lengths)
+    return cross_attention(q, whole[0], whole[1], scale, pairs)
 
 
 @dataclass
@@ -156,6 +181,7 @@ class Encoder(Model):
         super().__init__(config)
         self.spec = spec
         self.checkpointing = False
+        self._prefix: list[Pair] | None = None
         e = spec.embedding
         place(self, e.word, nn.Embedding(e.vocab, e.size))
         if e.context:
@@ -183,6 +209,18 @@ class Encoder(Model):
 
     def get_input_embeddings(self) -> nn.Module:
         return part(self, self.spec.embedding.word)
+
+    @contextmanager
+    def behind(self, prefix: list[Pair]) -> Iterator[None]:
+        """Within it keys and values [texts, n, H, D] of each block stand before every text's."""
+        blocks = {type(part(self, path)) for path in self.spec.order}
+        if blocks != {PostNormBlock} or self.spec.relation is not None:
+            raise ConfigError(f"a prefix does not go to {self.config.model_type}")
+        self._prefix = prefix
+        try:
+            yield
+        finally:
+            self._prefix = None
 
     def embed(
         self,
@@ -234,15 +272,18 @@ class Encoder(Model):
         if positions is None:
             row = torch.arange(tokens, device=given.device)[None]
             positions = row if lengths is None else packed_positions(lengths, given.device)
+            if self._prefix is not None:
+                positions = positions + self._prefix[0][0].shape[1]
         x = self.embed(input_ids, inputs_embeds, token_type_ids, positions)
         relation, layout = self.spec.relation, ops.Layout(lengths)
         shared = relation.shared(self, positions, longest, x) if relation is not None else None
-        for path in self.spec.order:
+        for i, path in enumerate(self.spec.order):
             block = part(self, path)
+            rest = (shared, layout) if self._prefix is None else (shared, layout, self._prefix[i])
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, shared, layout, use_reentrant=False)
+                x = checkpoint(block, x, *rest, use_reentrant=False)
             else:
-                x = block(x, shared, layout)
+                x = block(x, *rest)
         return part(self, self.spec.final_norm)(x) if self.spec.final_norm else x
 
     def forward(

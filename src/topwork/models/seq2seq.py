@@ -133,6 +133,10 @@ class Seq2SeqModel(Model):
     def get_output_embeddings(self) -> nn.Module:
         return getattr(self, self.spec.head_name)
 
+    def embed_words(self, ids: Tensor) -> Tensor:
+        """Embeddings [B, T, C] as `inputs_embeds` are given."""
+        return self.get_input_embeddings()(ids) * self.spec.encoder.embedding_scale
+
     # -- the two halves --------------------------------------------------------------------------
 
     def encode(
@@ -184,7 +188,7 @@ class Seq2SeqModel(Model):
                 "the decoder needs decoder_input_ids, decoder_inputs_embeds or labels"
             )
         batch, tokens = given.shape[:2]
-        past = cache.length if cache is not None else 0
+        past = cache.length + cache.virtual if cache is not None else 0
         longest = max(lengths) if lengths else past + tokens
         _fits(longest, self.spec.decoder, self.config.model_type)
         rows = None

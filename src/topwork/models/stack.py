@@ -95,14 +95,30 @@ class DecoderCache(KVCache):
     """The decoder's own keys and values, and those of the memory, which stay as they are.
 
     `memory`: per layer k, v [B, S, H, D]; `keep` [B, S] is False where a text is padding.
+    `virtual`: how many keys stand before those of the tokens, which `length` does not count.
     """
 
     def __init__(self, memory: list[tuple[Tensor, Tensor]], keep: Tensor | None) -> None:
         super().__init__(len(memory))
         self.memory, self.keep = memory, keep
         self.bias: Tensor | None = None
+        self.virtual = 0
         rows = len(memory[0][0]) if memory else 0
         self._owner = torch.arange(rows)
+
+    def begin(self, pairs: list[tuple[Tensor, Tensor]]) -> DecoderCache:
+        """Itself, beginning with these keys and values [B, n, H, D] of each layer."""
+        for layer, (k, v) in enumerate(pairs[: len(self.stores)]):
+            self.update(layer, k, v)
+        self.virtual = pairs[0][0].shape[1]
+        return self
+
+    @property
+    def length(self) -> int:
+        return super().length - self.virtual
+
+    def crop(self, length: int) -> None:
+        super().crop(length + self.virtual)
 
     def select(self, rows: Tensor) -> None:
         super().select(rows)
@@ -112,7 +128,10 @@ class DecoderCache(KVCache):
         """Repeat each text's memory so that there are `batch` rows."""
         copies, rest = divmod(batch, len(self._owner))
         if copies > 1 and not rest:
-            self._take(torch.arange(len(self._owner)).repeat_interleave(copies))
+            rows = torch.arange(len(self._owner)).repeat_interleave(copies)
+            if self.virtual:
+                super().select(rows)
+            self._take(rows)
 
     def _take(self, rows: Tensor) -> None:
         owner = self._owner[rows]

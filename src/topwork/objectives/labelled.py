@@ -147,9 +147,8 @@ class Usual:
         ids = rows[0].get("input_ids") if isinstance(rows[0], Mapping) else None
         if ids is None or np.ndim(ids[0]) != 0:
             return default_data_collator(rows)
-        taken, model = accepted(self.model) or (), self.model
-        prompts = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
-        if "lengths" in taken and not prompts:
+        taken = accepted(self.model) or ()
+        if "lengths" in taken:
             return DataCollatorWithPacking()(rows)
         if not hasattr(self.processing_class, "pad"):
             return default_data_collator(rows)

@@ -38,7 +38,7 @@ PeftType = StrEnum("PeftType", [(name, name) for name in methods.NAMES])
 
 # Heads of a task that start untrained, and so are trained and saved with every adapter.
 TASK_HEADS = {
-    TaskType.SEQ_CLS: ("classifier", "score"),
+    TaskType.SEQ_CLS: ("classifier", "score", "pre_classifier"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
 }

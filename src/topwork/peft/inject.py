@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topwork.errors import ConfigError, nearest
+from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
 from topwork.peft.layer import AdaptedLayer, Graft, SavedModule, Shared, Tensors
@@ -105,6 +106,13 @@ def paths_to_save(model: nn.Module, config: Any) -> list[str]:
         found += [path for path in paths if path not in found]
     if getattr(config, "ensure_weight_tying", False):
         found += sharing(model, [path for path in found if hasattr(there[path], "weight")])
+    if heads and not found and not config.inference_mode:
+        warnings.warn(
+            f"task_type={config.task_type}: {type(model).__name__} has no head called "
+            f"{' or '.join(heads)}, so its head stays as it is; name it in modules_to_save",
+            TopworkWarning,
+            stacklevel=4,
+        )
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
-from topwork.peft import card, inject, methods, prompts, rounding, state, status, weighted
+from topwork.peft import calls, card, inject, methods, prompts, rounding, state, status, weighted
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.invocation import Invocations, invocations
 from topwork.peft.layer import AdaptedLayer, check_name
@@ -131,8 +131,7 @@ class PeftModel(nn.Module):
                 self._waiting = None
         assert prompt is not None
         call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
-        enter = prompts.through_peer if name == "forward" else prompts.generate_with_peer
-        return enter(model, prompt, call)
+        return (calls.forward if name == "forward" else calls.generate)(model, prompt, call)
 
     def _prompt(self) -> prompts.Prompt | None:
         found = [n for n in self._active if n in self.prompt_encoder and not self._prompts_off]
@@ -409,7 +408,10 @@ class PeftModel(nn.Module):
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
-        found = state.tensors_of(self.base_model, self._known(name), name)
+        config = self._known(name)
+        # In peft a tuner that adapts layers stands around the model, and its name in the path.
+        home = self.get_base_model() if config.is_prompt_learning else self.base_model
+        found = state.tensors_of(home, config, name)
         named = {state.PREFIX + key: tensor for key, tensor in found.items()}
         named = state.in_files(self.get_base_model(), named)
         return named | (self.prompt_encoder[name].saved() if name in self.prompt_encoder else {})  # type: ignore[operator]

@@ -1,14 +1,13 @@
 """Virtual tokens before the input: their encoders, and how they enter a model.
 
-Embeddings stand before the input's; a prefix stands in the cache as keys and values. A model of
-ours is entered through its contract (`backbone`, `new_cache`), so training, packing and
-generation know nothing of virtual tokens; one of transformers through `inputs_embeds` and
-`past_key_values`. Outputs are always those of the given tokens alone.
+Embeddings stand before the input's; a prefix stands in the cache as keys and values. A causal
+model of ours is entered through its contract (`backbone`, `new_cache`), so training, packing and
+generation know nothing of virtual tokens; others by the arguments of their calls (`calls.py`).
+Outputs are always those of the given tokens alone.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -20,13 +19,14 @@ from topwork.nn.cache import KVCache
 from topwork.peft.config import PeftConfig, at_least
 
 NAMES = {
-    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
-    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "n_layers"),
+    "token_dim": ("hidden_size", "n_embd", "d_model", "dim"),
     "num_attention_heads": (
         "num_attention_heads",
         "n_head",
         "num_heads",
         "encoder_attention_heads",
+        "n_heads",
     ),
 }
 
@@ -62,8 +62,13 @@ class Prompt(nn.Module):
     def __init__(self, config: Any, words: nn.Module) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.num_virtual_tokens, self.width(config))
+        self.embedding = nn.Embedding(self.count(config), self.width(config))
         self.plain = False
+
+    @staticmethod
+    def count(config: Any) -> int:
+        """Rows of the table: those of an encoder-decoder's two halves one after the other."""
+        return (config.num_virtual_tokens or 0) * (config.num_transformer_submodules or 1)
 
     @staticmethod
     def width(config: Any) -> int:
@@ -74,10 +79,8 @@ class Prompt(nn.Module):
         """`config` with the sizes that it leaves open read from the model's configuration."""
         if config.num_virtual_tokens is None:
             raise ConfigError(f"{config.peft_type} needs num_virtual_tokens")
-        if config.task_type == "SEQ_2_SEQ_LM":
-            raise ConfigError(f"{config.peft_type} does not go to sequence-to-sequence models yet")
-        given = sizes_of(model)
-        found = {"num_transformer_submodules": config.num_transformer_submodules or 1}
+        given, halves = sizes_of(model), 2 if config.task_type == "SEQ_2_SEQ_LM" else 1
+        found = {"num_transformer_submodules": config.num_transformer_submodules or halves}
         for field, names in NAMES.items():
             value = getattr(config, field) or next((given[n] for n in names if given.get(n)), None)
             if value is None:
@@ -218,73 +221,14 @@ def _documents(
 
 
 def keys_values(prompt: Prompt, batch: int) -> list[tuple[Tensor, Tensor]]:
-    """A prefix as keys and values [B, n, heads, head size] of each layer."""
+    """A prefix as keys and values [B, n, heads, head size] of each layer.
+
+    Of an encoder-decoder, layer i has pair 2i (modulo the layers): so peft's files mean it.
+    """
     config = prompt.config
     heads = config.num_attention_heads
     made = prompt(batch).view(batch, config.num_virtual_tokens, config.num_layers, 2, heads, -1)
-    return [(k, v) for k, v in (layer.unbind(2) for layer in made.unbind(2))]
-
-
-def through_peer(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
-    """A model of transformers with the virtual tokens; its outputs without theirs."""
-    virtual = prompt.config.num_virtual_tokens
-    task_ids = call.pop("task_ids", None)
-    given = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
-    batch, tokens = given.shape[:2]
-    if call.get("attention_mask") is not None:
-        ones = call["attention_mask"].new_ones(batch, virtual)
-        call["attention_mask"] = torch.cat([ones, call["attention_mask"]], 1)
-    call.pop("position_ids", None)
-    if prompt.is_prefix:
-        call.pop("token_type_ids", None)
-        return model(**call, past_key_values=peer_cache(model, prompt, batch))
-    embeds = call.pop("inputs_embeds", None)
-    ids = call.pop("input_ids", None)
-    embeds = model.get_input_embeddings()(ids) if embeds is None else embeds
-    call["inputs_embeds"] = torch.cat([prompt(batch, task_ids).to(embeds.dtype), embeds], 1)
-    labels = call.get("labels")
-    if labels is not None and labels.shape == (batch, tokens):
-        call["labels"] = torch.cat([labels.new_full((batch, virtual), -100), labels], 1)
-    if call.get("token_type_ids") is not None:
-        zeros = call["token_type_ids"].new_zeros(batch, virtual)
-        call["token_type_ids"] = torch.cat([zeros, call["token_type_ids"]], 1)
-    output = model(**call)
-    for name in ("logits", "last_hidden_state", "start_logits", "end_logits"):
-        tensor = getattr(output, name, None)
-        if tensor is not None and tensor.shape[:2] == (batch, virtual + tokens):
-            output[name] = tensor[:, virtual:]
-    return output
-
-
-def peer_cache(model: Any, prompt: Prompt, batch: int) -> Any:
-    """A cache of the library that `model` is of, with the prefix in it."""
-    library = sys.modules[type(model).__module__.partition(".")[0]]
-    make = getattr(library, "DynamicCache", None)
-    if make is None:
-        raise ConfigError(f"a prefix does not go to {type(model).__name__}: it has no known cache")
-    cache = make()
-    dtype = next(model.parameters()).dtype
-    for layer, (k, v) in enumerate(keys_values(prompt, batch)):
-        cache.update(k.transpose(1, 2).to(dtype), v.transpose(1, 2).to(dtype), layer)
-    return cache
-
-
-def generate_with_peer(model: Any, prompt: Prompt, call: dict[str, Any]) -> Tensor:
-    """`generate` of a model of transformers after the virtual tokens; returns [B, T + new]."""
-    ids, virtual = call.pop("input_ids"), prompt.config.num_virtual_tokens
-    batch = ids.shape[0]
-    mask = call.pop("attention_mask", None)
-    mask = torch.ones_like(ids) if mask is None else mask
-    mask = torch.cat([mask.new_ones(batch, virtual), mask], 1)
-    if "max_length" in call:
-        call["max_new_tokens"] = call.pop("max_length") - ids.shape[1]
-    if prompt.is_prefix:
-        # The cache holds the first tokens; which ids stand for them has no effect.
-        padded = torch.cat([ids.new_zeros(batch, virtual), ids], 1)
-        cache = peer_cache(model, prompt, batch)
-        out = model.generate(padded, attention_mask=mask, past_key_values=cache, **call)
-        return out[:, virtual:]
-    embeds = model.get_input_embeddings()(ids)
-    made = prompt(batch, call.pop("task_ids", None)).to(embeds.dtype)
-    out = model.generate(inputs_embeds=torch.cat([made, embeds], 1), attention_mask=mask, **call)
-    return torch.cat([ids, out], 1)
+    pairs = [(k, v) for k, v in (layer.unbind(2) for layer in made.unbind(2))]
+    if config.num_transformer_submodules == 2:
+        return [pairs[2 * i % len(pairs)] for i in range(len(pairs))]
+    return pairs

@@ -147,7 +147,7 @@ class DebertaBlock(PostNormBlock):
             q, k, v, keys, queries, shared["index"], layout, scale, self.rule(scale).dropout
         )
 
-    def forward(self, x: Tensor, shared: Any, layout: ops.Layout) -> Tensor:
+    def forward(self, x: Tensor, shared: Any, layout: ops.Layout) -> Tensor:  # type: ignore[override]
         y = super().forward(x, shared, layout)
         conv = shared["conv"]
         if self.index or conv is None:

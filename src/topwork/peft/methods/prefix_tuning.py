@@ -45,6 +45,10 @@ class Prefix(Prompt):
             nn.init.zeros_(last)
 
     @staticmethod
+    def count(config: Any) -> int:
+        return config.num_virtual_tokens
+
+    @staticmethod
     def width(config: Any) -> int:
         return config.token_dim * (1 if config.prefix_projection else 2 * config.num_layers)
 

@@ -53,9 +53,8 @@ class PromptEmbedding(Prompt):
                 device = next(words.parameters()).device
                 self.embedding.weight.copy_(words(torch.tensor(ids, device=device)))
 
-    @staticmethod
-    def _words(config: PromptTuningConfig, words: Any) -> list[int] | None:
-        count = config.num_virtual_tokens or 0
+    def _words(self, config: PromptTuningConfig, words: Any) -> list[int] | None:
+        count = self.count(config)
         if config.prompt_tuning_init == "SAMPLE_VOCAB":
             return torch.randint(0, words.num_embeddings, (count,)).tolist()
         if config.prompt_tuning_init != "TEXT":
