@@ -35,7 +35,8 @@ def main(output: str = "grpo_nouns") -> None:
         [right, brief],
         GRPOConfig(
             output_dir=output, max_steps=120, per_device_train_batch_size=64, num_generations=8,
-            max_completion_length=12, learning_rate=4e-4, warmup_steps=5, beta=0.0,
+            max_completion_length=12, learning_rate=2e-4, warmup_steps=5, beta=0.0,
+            reward_weights=[1.0, 0.2], missing_eos_penalty=0.2, scale_rewards="none",
             lr_scheduler_type="constant_with_warmup", logging_steps=10, save_strategy="no",
         ),
         rows,

@@ -28,8 +28,9 @@ def main(output: str = "ppo_nouns") -> None:
         [right, brief],
         PPOConfig(
             output_dir=output, max_steps=160, per_device_train_batch_size=32,
-            gradient_accumulation_steps=2, num_mini_batches=2, num_ppo_epochs=2,
-            max_completion_length=12, learning_rate=4e-4, warmup_steps=5, kl_coef=0.0,
+            gradient_accumulation_steps=2, num_generations=8, num_mini_batches=2,
+            num_ppo_epochs=2, max_completion_length=12, learning_rate=2e-4, warmup_steps=5,
+            kl_coef=0.0, reward_weights=[1.0, 0.2], missing_eos_penalty=0.2,
             lr_scheduler_type="constant_with_warmup", logging_steps=8, save_strategy="no",
         ),
         rows,

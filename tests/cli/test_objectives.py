@@ -15,9 +15,20 @@ from topwork.objectives.registry import OBJECTIVES
 PAIRS = [{"prompt": f"ask {i}", "chosen": f" yes {i}", "rejected": " no"} for i in range(4)]
 JUDGED = [{"prompt": "ask", "completion": f" {i}", "label": i % 2 == 0} for i in range(4)]
 STEPS = [{"prompt": "1+1", "completions": ["one", "two"], "labels": [True, False]}] * 4
-ROWS = {"sft": tiny.chats(4), "distill": tiny.chats(4), "kto": JUDGED, "prm": STEPS}
+ADVISED = [{"prompt": f"ask {i}", "privileged_context": f"{i}"} for i in range(4)]
+ROWS = {
+    "sft": tiny.chats(4),
+    "distill": tiny.chats(4),
+    "gkd": tiny.chats(4),
+    "uld": tiny.chats(4),
+    "self_distill": ADVISED,
+    "kto": JUDGED,
+    "prm": STEPS,
+}
 SHOWN = {
-    "sft": "messages format", "distill": "messages format", "kto": "unpaired preference format",
+    "sft": "messages format", "distill": "messages format", "gkd": "messages format",
+    "uld": "messages format", "self_distill": "prompts: 4 rows, an answer to each",
+    "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right", "grpo": "prompts: 4 rows, 8 answers to each",
     "rloo": "prompts: 4 rows, 2 answers to each", "ppo": "prompts: 4 rows, an answer to each",
     **dict.fromkeys(("online_dpo", "xpo", "nash_md"), "prompts: 4 rows, 2 answers to each"),
@@ -55,7 +66,9 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     assert SHOWN.get(objective, "preference format; 4 of 4 rows kept") in shown
     assert "row 1" in shown
     out = tmp_path / "out"
-    extra = ("--teacher", base) if objective == "distill" else ()
+    extra = ("--teacher", base) if objective in ("distill", "gkd", "uld") else ()
+    if objective == "self_distill":
+        extra = ("--max_completion_length", 4)
     if objective in ("grpo", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):
         own = tmp_path / "rewards.py"
         own.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")

@@ -274,6 +274,19 @@ def test_what_cannot_be_played_is_refused_before_the_run(tools, factory, templat
         set_stage(tiny.tokenizer(template), tools, factory, None)
 
 
+def test_tools_and_environments_may_be_named(tmp_path):
+    file = tmp_path / "own.py"
+    file.write_text(
+        'def twice(n: int) -> int:\n    """Double.\n\n    Args:\n        n: What.\n    """\n'
+        "    return 2 * n\n\n\nclass World:\n    def reset(self, **_):\n        pass\n"
+    )
+    stage = set_stage(TOKENIZER, f"{file}:twice", f"{file}:World", None)
+    assert list(stage.functions(stage.environment(None, 0))) == ["twice"]
+    assert type(stage.environment(None, 0)).__name__ == "World"
+    with pytest.raises(ConfigError, match="no function 'twise'; nearest: 'twice'"):
+        set_stage(TOKENIZER, [f"{file}:twise"], None, None)
+
+
 def test_a_template_that_rewrites_the_past_is_refused():
     template = TEMPLATE.replace("{{ m.content }}", "{{ m.content }}{{ messages | length }}")
     with pytest.raises(ConfigError, match="writes earlier turns otherwise"):

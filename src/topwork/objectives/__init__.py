@@ -3,6 +3,7 @@
 from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
 from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
+from topwork.objectives.gkd import GKD, GKDConfig, GKDTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
 from topwork.objectives.online import (
@@ -20,9 +21,15 @@ from topwork.objectives.ppo import PPO, PPOConfig, PPOTrainer
 from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
 from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
 from topwork.objectives.rloo import RLOOConfig, RLOOTrainer
+from topwork.objectives.selfdistill import (
+    SelfDistillation,
+    SelfDistillationConfig,
+    SelfDistillationTrainer,
+)
 from topwork.objectives.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
 from topwork.objectives.supervised import EvalPrediction, PredictionOutput, Trainer
+from topwork.objectives.uld import ULD, ULDConfig, ULDTrainer
 
 __all__ = [
     "Distillation",
@@ -37,6 +44,15 @@ __all__ = [
     "ORPO",
     "ORPOConfig",
     "ORPOTrainer",
+    "GKD",
+    "GKDConfig",
+    "GKDTrainer",
+    "SelfDistillation",
+    "SelfDistillationConfig",
+    "SelfDistillationTrainer",
+    "ULD",
+    "ULDConfig",
+    "ULDTrainer",
     "GRPO",
     "GRPOConfig",
     "GRPOTrainer",

@@ -41,19 +41,20 @@ class Setup:
     evals: dict[str, Sequence[Any]]
     notes: list[str]
 
-    @property
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256()
-        for prompt in self.train:
-            digest.update(prompt.ids.tobytes())
-        return digest.hexdigest()
-
     def given(self) -> dict[str, Any]:
         """The trainer's arguments about data."""
         return {
             "train_data": self.train, "eval_data": self.evals, "tokenizer": self.draw.tokenizer,
-            "data_fingerprint": self.fingerprint, "notes": self.notes,
+            "data_fingerprint": prompts_fingerprint(self.train), "notes": self.notes,
         }  # fmt: skip
+
+
+def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
+    """A digest of every prompt's tokens."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.ids.tobytes())
+    return digest.hexdigest()
 
 
 def set_up(

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from topwork import ops
 from topwork.data.packing import Batch, collate
-from topwork.data.prepare import Sample, prepare
+from topwork.data.prepare import Prepared, Sample, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.answers import means
@@ -82,12 +82,12 @@ class Distillation:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         student: Any = model
-        seen = _seen(student, batch)
+        seen = seen_at(student, batch)
         with self.teacher.of(model) as teacher:
-            wanted = _seen(teacher, batch)
-            head = _head_of(teacher)
+            wanted = seen_at(teacher, batch)
+            head = head_of(teacher)
         apart = ops.token_divergence(
-            _head_of(student), seen, head, wanted, self.beta, self.temperature
+            head_of(student), seen, head, wanted, self.beta, self.temperature
         )
         total, metrics = apart.sum(), means({"divergence": apart})
         if self.sft_weight:
@@ -97,12 +97,12 @@ class Distillation:
         return Loss(total, metrics)
 
 
-def _seen(model: Any, batch: Batch) -> Tensor:
+def seen_at(model: Any, batch: Batch) -> Tensor:
     """The hidden states [N, C] that predict the trained tokens."""
     return model.backbone(batch.input_ids, lengths=batch.lengths)[0, batch.positions]
 
 
-def _head_of(model: Any) -> Any:
+def head_of(model: Any) -> Any:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return base.head
 
@@ -112,6 +112,8 @@ class DistillationTrainer(Trainer):
 
     `teacher_model`: a model or the name of one, with the student's vocabulary.
     """
+
+    config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
 
     def __init__(
         self,
@@ -125,7 +127,7 @@ class DistillationTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        args = args or DistillationConfig()
+        args = args or self.config_class()
         if teacher_model is None or train_dataset is None:
             raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
         model, tokenizer = load_pair(model, processing_class, args)
@@ -142,7 +144,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             adapted(model, peft_config),
             args,
-            Distillation(Reference(teacher), args.beta, args.temperature, args.sft_weight),
+            self._objective(args, Reference(teacher), tokenizer, train),
             train.samples,
             {name: p.samples for name, p in evals.items()},
             tokenizer=tokenizer,
@@ -154,6 +156,11 @@ class DistillationTrainer(Trainer):
         if args.bf16 is not None:
             cast(teacher, args.bf16)
         teacher.to(self.device)
+
+    def _objective(
+        self, args: Any, teacher: Reference, tokenizer: Tokenizer, train: Prepared
+    ) -> Distillation:
+        return Distillation(teacher, args.beta, args.temperature, args.sft_weight)
 
 
 def _check_pair(student: Any, teacher: Any) -> None:

@@ -39,8 +39,8 @@ Metrics = dict[str, tuple[float, float]]
 
 
 @dataclass(kw_only=True)
-class DrawsConfig(TrainingArguments):
-    """What runs over drawn answers share.
+class SamplingConfig(TrainingArguments):
+    """What runs over the policy's own answers share.
 
     `per_device_train_batch_size` counts answers, and must be a multiple of `num_generations`.
     """
@@ -49,9 +49,6 @@ class DrawsConfig(TrainingArguments):
     disable_dropout: bool = True
     num_generations: int = 1
     """Answers to each prompt."""
-    num_mini_batches: int = 1
-    """Optimiser steps that share one draw, each with its part of the micro-batches; divides
-    `gradient_accumulation_steps`."""
     max_prompt_length: int | None = None
     """Rows with longer prompts are left out, counted and told."""
     max_completion_length: int = 256
@@ -61,6 +58,26 @@ class DrawsConfig(TrainingArguments):
     top_k: int = 0
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    chat_template: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("num_generations", "max_completion_length"):
+            at_least(name, getattr(self, name), 1)
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ConfigError(
+                f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers "
+                f"and must be a multiple of num_generations={self.num_generations}"
+            )
+
+
+@dataclass(kw_only=True)
+class DrawsConfig(SamplingConfig):
+    """What runs over judged answers of the policy share."""
+
+    num_mini_batches: int = 1
+    """Optimiser steps that share one draw, each with its part of the micro-batches; divides
+    `gradient_accumulation_steps`."""
     reward_weights: list[float] | None = None
     missing_eos_penalty: float | None = None
     """Taken off the reward of an answer that does not end within `max_completion_length`."""
@@ -79,7 +96,6 @@ class DrawsConfig(TrainingArguments):
     max_staleness: int = 0
     """Draws that a thread makes ahead while training goes on, each under the weights of the time:
     answers are at most so many draws old. 0: drawn when they are needed."""
-    chat_template: str | None = None
     max_tool_calling_iterations: int | None = None
     """How often an answer may call tools; None: until it is too long."""
     log_completions: bool = True
@@ -88,16 +104,10 @@ class DrawsConfig(TrainingArguments):
     def __post_init__(self) -> None:
         super().__post_init__()
         one_of("importance_correction", self.importance_correction, policy.CORRECTIONS)
-        for name in ("num_generations", "num_mini_batches", "max_completion_length",
-                     "max_tool_calling_iterations"):  # fmt: skip
-            at_least(name, getattr(self, name), 1)
+        at_least("num_mini_batches", self.num_mini_batches, 1)
+        at_least("max_tool_calling_iterations", self.max_tool_calling_iterations, 1)
         at_least("max_staleness", self.max_staleness, 0)
         at_least("rollout_timeout", self.rollout_timeout, 0, above=True)
-        if self.per_device_train_batch_size % self.num_generations:
-            raise ConfigError(
-                f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers "
-                f"and must be a multiple of num_generations={self.num_generations}"
-            )
         if self.gradient_accumulation_steps % self.num_mini_batches:
             raise ConfigError(
                 f"num_mini_batches={self.num_mini_batches} must divide "

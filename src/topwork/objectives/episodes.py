@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from topwork.errors import ConfigError, TrainingError, nearest
+from topwork.objectives.rewards import from_file
 from topwork.objectives.rollouts import Answer, Prompt, Writer, seeds
 from topwork.text import Tokenizer
 from topwork.text.calls import Call, read_calls
@@ -207,17 +208,20 @@ def between(
 def set_stage(
     tokenizer: Tokenizer, tools: Sequence[Callable[..., Any]], factory: Any, rounds: int | None
 ) -> Stage | None:
-    """The stage of these tools and environments; None when there are neither.
+    """The stage of these tools and environments, each given or named as "file.py:name"; None when
+    there are neither.
 
     ConfigError for an environment without `reset`, for two tools of one name, and for a template
     that does not show what tools return. DataError for a tool that cannot be described.
     """
     if not tools and factory is None:
         return None
+    tools = [_named(tool) for tool in ([tools] if isinstance(tools, str) else tools)]
     factories: Mapping[str | None, Factory] = {}
     if factory is not None:
-        factories = factory if isinstance(factory, Mapping) else {None: factory}
-    stage = Stage(tokenizer, list(tools), factories, rounds)
+        several = factory if isinstance(factory, Mapping) else {None: factory}
+        factories = {name: _named(one) for name, one in several.items()}
+    stage = Stage(tokenizer, tools, factories, rounds)
     for environment in [stage.environment(name, 0) for name in factories] or [None]:
         if environment is not None and not callable(getattr(environment, "reset", None)):
             raise ConfigError(f"the environment {type(environment).__name__} has no reset()")
@@ -228,6 +232,10 @@ def set_stage(
             tokenizer, [get_json_schema(f) for f in stage.functions(environment).values()]
         )
     return stage
+
+
+def _named(given: Any) -> Callable[..., Any]:
+    return from_file(given) if isinstance(given, str) else given
 
 
 def _check_template(tokenizer: Tokenizer, schemas: list[dict[str, Any]]) -> None:

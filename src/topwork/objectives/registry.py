@@ -14,6 +14,7 @@ from topwork.objectives import (
     distill,
     dpo,
     free,
+    gkd,
     grpo,
     kto,
     online,
@@ -21,7 +22,9 @@ from topwork.objectives import (
     prm,
     reward,
     rloo,
+    selfdistill,
     sft,
+    uld,
 )
 from topwork.objectives.begin import describe_prompts
 from topwork.objectives.rollouts import read_prompts
@@ -115,6 +118,7 @@ def preview_prompts(
     return lines, shown
 
 
+DRAWN = {"reward": "reward_funcs", "tools": "tools", "environment": "environment_factory"}
 ONLINE = {"reward": "reward_funcs", "ref_model": "ref_model"}
 OBJECTIVES = {
     "sft": Entry(sft.SFTConfig, sft.SFTTrainer, preview_rows),
@@ -135,11 +139,20 @@ OBJECTIVES = {
         distill.DistillationConfig, distill.DistillationTrainer, preview_rows,
         {"teacher": "teacher_model"},
     ),
+    "gkd": Entry(
+        gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}
+    ),
+    "uld": Entry(
+        uld.ULDConfig, uld.ULDTrainer, preview_rows, {"teacher": "teacher_model"}
+    ),
+    "self_distill": Entry(
+        selfdistill.SelfDistillationConfig, selfdistill.SelfDistillationTrainer, preview_prompts
+    ),
     "grpo": Entry(
-        grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, {"reward": "reward_funcs"}
+        grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, DRAWN
     ),
     "rloo": Entry(
-        rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, {"reward": "reward_funcs"}
+        rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN
     ),
     "online_dpo": Entry(
         online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, ONLINE
@@ -148,6 +161,6 @@ OBJECTIVES = {
     "nash_md": Entry(online.NashMDConfig, online.NashMDTrainer, preview_prompts, ONLINE),
     "ppo": Entry(
         ppo.PPOConfig, ppo.PPOTrainer, preview_prompts,
-        {"reward": "reward_funcs", "value_model": "value_model"},
+        {**DRAWN, "value_model": "value_model"},
     ),
 }  # fmt: skip

@@ -110,20 +110,18 @@ def _reward_models(
 
 
 def from_file(name: str) -> Callable[..., Any]:
-    """The function that "path.py:function" names; the file is run, as one's own code is."""
+    """The function (or class) that "path.py:name" names; the file is run, as one's own code is."""
     path, _, function = name.rpartition(":")
     file = Path(path)
     if not file.is_file():
-        raise ConfigError(f"reward {name!r}: there is no file {path}")
+        raise ConfigError(f"{name!r}: there is no file {path}")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"reward {name!r}: {path} is no Python file")
+        raise ConfigError(f"{name!r}: {path} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not callable(getattr(module, function, None)):
-        raise ConfigError(
-            f"reward {name!r}: no function {function!r}{nearest(function, dir(module))}"
-        )
+        raise ConfigError(f"{name!r}: no function {function!r}{nearest(function, dir(module))}")
     return getattr(module, function)
 
 

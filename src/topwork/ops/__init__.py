@@ -13,7 +13,7 @@ from topwork.ops.attention import (
     unshared,
 )
 from topwork.ops.blocks import decode_blocks, encode_blocks
-from topwork.ops.divergence import divergence, token_divergence
+from topwork.ops.divergence import divergence, sorted_distance, token_divergence
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.logprobs import (
     TokenStatistics,
@@ -56,6 +56,7 @@ __all__ = [
     "selective_scan",
     "swiglu",
     "through_experts",
+    "sorted_distance",
     "token_divergence",
     "token_logprobs",
     "token_logprobs_of",

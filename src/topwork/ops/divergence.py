@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -61,6 +62,34 @@ def token_divergence(
         ]
         return torch.cat(pieces)
     return _Rowwise.apply(student, teacher, one)
+
+
+def sorted_distance(
+    student_head: Head, student: Tensor, student_scale: Tensor, student_temperature: float,
+    teacher_head: Head, teacher: Tensor, teacher_scale: Tensor, teacher_temperature: float,
+) -> Tensor:  # fmt: skip
+    """Σₖ |s·p₍ₖ₎ - t·q₍ₖ₎| [N] fp32 over the sorted probabilities of two models, each scaled
+    ([N]), at hidden states [N, C] and [N, C']; vocabularies of any size (ULD, arXiv:2402.12030).
+
+    The student's chunks are computed again in the backward pass.
+    """
+
+    def one(rows: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = (teacher_head(other).float() / teacher_temperature).softmax(1)
+            wanted = (wanted * other_scale[:, None]).sort(1, descending=True).values
+        found = (student_head(rows).float() / student_temperature).softmax(1) * scale[:, None]
+        found = found.sort(1, descending=True).values
+        width = max(found.shape[1], wanted.shape[1])
+        found, wanted = (F.pad(x, (0, width - x.shape[1])) for x in (found, wanted))
+        return (found - wanted).abs().sum(1)
+
+    sides = (student, student_scale, teacher, teacher_scale)
+    pieces = [
+        checkpoint(one, *part, use_reentrant=False) if torch.is_grad_enabled() else one(*part)
+        for part in zip(*(side.split(CHUNK) for side in sides))
+    ]
+    return torch.cat(pieces) if len(student) else student.new_zeros(0, dtype=torch.float32)
 
 
 def _parameters(head: Head) -> list[Tensor]:

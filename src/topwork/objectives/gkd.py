@@ -1,0 +1,126 @@
+"""On-policy distillation (GKD, arXiv:2306.13649): the student answers rows itself, and the teacher
+says at every token what it would have written."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from topwork.data.packing import Batch
+from topwork.data.prepare import Prepared, Sample
+from topwork.errors import ConfigError, DataError
+from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
+from topwork.objectives.reference import Reference
+from topwork.objectives.rollouts import EngineWriter, seeds
+from topwork.objectives.setup import at_least
+from topwork.text import Tokenizer
+from topwork.training.distributed import World
+
+
+@dataclass(kw_only=True)
+class GKDConfig(DistillationConfig):
+    """A run of on-policy distillation: rows of fine-tuning, their last answers written anew."""
+
+    lmbda: float = 0.5
+    """Share of the rows that the student answers itself."""
+    seq_kd: bool = False
+    """The teacher answers the others; else they are trained as they are."""
+    beta: float = 0.5
+    temperature: float = 0.9
+    """Of the answers that are drawn, and of both models in the divergence."""
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.lmbda <= 1:
+            raise ConfigError(f"lmbda={self.lmbda} must be in [0, 1]")
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+
+
+@dataclass(frozen=True)
+class GKD(Distillation):
+    """The objective. `draws`: its batches are drawn, so a run stops between steps only."""
+
+    lmbda: float = 0.5
+    seq_kd: bool = False
+    new: int = 128
+    writer: EngineWriter | None = None
+    draws: bool = True
+
+    def assemble(
+        self, model: nn.Module, groups: Sequence[Sequence[Sample]], world: World | None = None
+    ) -> list[Batch]:
+        """Who writes is tossed for each row; evaluation takes the rows as they are."""
+        if world is not None:
+            samples = [s for group in groups for s in group]
+            own = (torch.rand(len(samples)) < self.lmbda).tolist()
+            found = dict(enumerate(samples))
+            found |= self._written(model, {i: s for i, s in enumerate(samples) if own[i]})
+            if self.seq_kd:
+                with self.teacher.of(model) as teacher:
+                    rest = {i: s for i, s in enumerate(samples) if not own[i]}
+                    found |= self._written(teacher, rest)
+            written = iter(found[i] for i in range(len(samples)))
+            groups = [[next(written) for _ in group] for group in groups]
+        return super().assemble(model, groups, world)
+
+    def sketch(self, model: nn.Module, sample: Sample) -> Batch:
+        """A batch of the usual shape without drawing, to plan the memory."""
+        (batch,) = super().assemble(model, [[sample]])
+        return batch
+
+    def _written(self, model: nn.Module, samples: dict[int, Sample]) -> dict[int, Sample]:
+        """The samples with answers of `model` in place of their own."""
+        if not samples:
+            return {}
+        assert self.writer is not None
+        prompts = [prompt_of(s) for s in samples.values()]
+        texts = [p.tolist() for p in prompts]
+        answers = self.writer.write(model, texts, [self.new] * len(texts), seeds(len(texts)))
+        found = {}
+        for (i, sample), prompt, answer in zip(samples.items(), prompts, answers):
+            ids = np.concatenate([prompt, np.asarray(answer.ids, np.int32)])
+            trained = np.arange(len(ids)) >= len(prompt)
+            found[i] = Sample(sample.row, ids, trained)
+        return found
+
+
+def prompt_of(sample: Sample) -> np.ndarray:
+    """The ids before the last stretch of trained ones."""
+    last = int(np.flatnonzero(sample.trained)[-1])
+    before = np.flatnonzero(~sample.trained[:last])
+    return sample.ids[: int(before[-1]) + 1 if len(before) else 0]
+
+
+class GKDTrainer(DistillationTrainer):
+    """The trainer with the GKD objective; arguments as DistillationTrainer's."""
+
+    config_class: ClassVar[type[DistillationConfig]] = GKDConfig
+
+    def _objective(
+        self, args: Any, teacher: Reference, tokenizer: Tokenizer, train: Prepared
+    ) -> Distillation:
+        bare = [s.row for s in train.samples if not len(prompt_of(s))]
+        if bare and (args.lmbda or args.seq_kd):
+            raise DataError(
+                f"rows {bare[:5]} have no prompt before what is trained, so nobody can answer them"
+            )
+        writer = EngineWriter(
+            {
+                "do_sample": True,
+                "temperature": args.temperature,
+                "eos_token_id": tokenizer.eos_token_id,
+            }
+        )
+        return GKD(
+            teacher, args.beta, args.temperature, args.sft_weight, args.lmbda, args.seq_kd,
+            args.max_new_tokens, writer,
+        )  # fmt: skip
+
+
+__all__ = ["GKD", "GKDConfig", "GKDTrainer"]
