@@ -24,7 +24,7 @@ SMALL_FILES = {
         "merges.txt",
         "vocab.txt",
     ),
-    "processor": ("preprocessor_config.json", "processor_config.json"),
+    "processor": ("preprocessor_config.json", "processor_config.json", "chat_template.json"),
     # Asked for only where there is no tokenizer.json.
     "sentencepiece": ("tokenizer.model", "spiece.model", "spm.model"),
 }

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +18,8 @@ import numpy as np
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, DataError, nearest
 from topwork.media import image_steps as steps
+from topwork.media import tiles
+from topwork.media.image_steps import Prepared
 from topwork.media.images import (
     Pixels,
     as_rgb,
@@ -55,21 +57,13 @@ INERT = frozenset(
     {
         "_valid_processor_keys", "_valid_kwargs_names", "auto_map", "data_format", "device",
         "disable_grouping", "feature_extractor_type", "image_processor_type", "image_seq_length",
-        "model_input_names", "processor_class", "return_tensors", "backend",
+        "model_input_names", "processor_class", "return_tensors", "backend", "return_row_col_info",
     }
 )  # fmt: skip
 STANDARD = ([0.5] * 3, [0.5] * 3)
 CLIP = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])
 
 Options = SimpleNamespace
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """One image as tiles of pixels [H, W, channels], and what else is known about it."""
-
-    tiles: list[Pixels]
-    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def prepare(pixels: Pixels, options: Options, name: str) -> Prepared:
@@ -88,7 +82,7 @@ def collect(
 ) -> dict[str, Any]:
     """`pixel_values`: one array [channels, H, W] for each image; with `do_pad` all as large as
     `pad_size` or the largest."""
-    rows = [tile for tiles in arrays for tile in tiles]
+    rows = [tile for one in arrays for tile in one]
     if options.do_pad:
         height, width = (max(row.shape[axis] for row in rows) for axis in (1, 2))
         if options.pad_size:
@@ -130,6 +124,22 @@ def square(side: int) -> dict[str, int]:
     return {"height": side, "width": side}
 
 
+def of_tiles() -> Kind:
+    """Idefics 3's and SmolVLM's."""
+    own = {"do_image_splitting": True, "max_image_size": {"longest_edge": 364}, "do_pad": True}
+    options = usual({"longest_edge": 4 * 364}, 1, STANDARD, do_convert_rgb=True, **own)
+    return Kind(options, tiles.prepare_tiles, tiles.collect_tiles)
+
+
+PATCHES = Kind(
+    usual(
+        {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 1280}, 3, CLIP, do_convert_rgb=True,
+        default_to_square=False, patch_size=14, temporal_patch_size=2, merge_size=2,
+        min_pixels=None, max_pixels=None,
+    ),
+    tiles.prepare_grid,
+    tiles.collect_patches,
+)  # fmt: skip
 # image_processor_type → what it does.
 KINDS: dict[str, Kind] = {
     "BitImageProcessor": Kind(shortest_and_crop(224)),
@@ -137,6 +147,23 @@ KINDS: dict[str, Kind] = {
     "CLIPImageProcessor": Kind(shortest_and_crop(224)),
     "DeiTImageProcessor": Kind(
         usual(square(256), 3, STANDARD, do_center_crop=True, crop_size=square(224))
+    ),
+    "Gemma3ImageProcessor": Kind(usual(square(224), 2, STANDARD, do_convert_rgb=True)),
+    "Idefics3ImageProcessor": of_tiles(),
+    "Qwen2VLImageProcessor": PATCHES,
+    "Qwen2_5_VLImageProcessor": PATCHES,
+    "SmolVLMImageProcessor": of_tiles(),
+    "ViltImageProcessor": Kind(
+        usual(
+            {"shortest_edge": 384},
+            3,
+            STANDARD,
+            default_to_square=False,
+            size_divisor=32,
+            do_pad=True,
+        ),
+        tiles.prepare_divisible,
+        tiles.collect_padded,
     ),
     "SiglipImageProcessor": Kind(
         usual(square(224), 3, STANDARD, default_to_square=False, do_convert_rgb=True)
@@ -227,11 +254,19 @@ class ImageProcessor:
         are taken as they are. `return_tensors`: "pt", "np", or None for a list of arrays.
         `overrides`: options for this call.
         """
+        return as_tensors(self.read(images, **overrides)[0], return_tensors)
+
+    def read(self, images: Any, **overrides: Any) -> tuple[dict[str, Any], list[Prepared]]:
+        """The columns of a call, and what is known of each image. Lists within the list of
+        `images` are those of one text each."""
         options = Options(**(self._merged(overrides) if overrides else self.options))
         several = images if not is_one(images) else [images]
         rows = [image for one in several for image in (one if not is_one(one) else [one])]
         if not rows:
             raise DataError("there is no image: the list is empty")
+        nested = not all(is_one(one) for one in several)
+        counts = [1 if is_one(one) else len(one) for one in several]
+        options.groups = counts if nested else [len(rows)]
         names = [f"image {i}" for i in range(len(rows))] if len(rows) > 1 else ["the image"]
         prepared = [
             self.kind.prepare(self.pixels(image, options, name), options, name)
@@ -241,7 +276,7 @@ class ImageProcessor:
             [self.numbers(tile, options, name) for tile in one.tiles]
             for one, name in zip(prepared, names)
         ]
-        return as_tensors(self.kind.collect(arrays, prepared, options), return_tensors)
+        return self.kind.collect(arrays, prepared, options), prepared
 
     def pixels(self, image: Any, options: Options, name: str) -> Pixels:
         """An image as pixels [H, W, channels], in colours where the options or the mean ask so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,14 @@ SIZES = (
     {"height", "width"}, {"shortest_edge"}, {"shortest_edge", "longest_edge"}, {"longest_edge"},
     {"max_height", "max_width"}, {"min_pixels", "max_pixels"},
 )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One image as tiles of pixels [H, W, channels], and what else is known about it."""
+
+    tiles: list[Pixels]
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def size_of(value: Any, square: bool = True, option: str = "size") -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""`AutoProcessor`: what prepares sounds and texts for one model."""
+"""`AutoProcessor`: what prepares sounds, images and texts for one model."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from topwork import hub
 from topwork.errors import ConfigError
 from topwork.media.features import AutoFeatureExtractor, LogMel, Waveform
+from topwork.media.image_text import ImageTextProcessor
 from topwork.text import Tokenizer
 from topwork.text.encoding import Encoding
 
@@ -69,7 +71,13 @@ class AutoProcessor:
     """`AutoProcessor.from_pretrained(name)` gives what prepares inputs for the model."""
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> SpeechProcessor:
+    def from_pretrained(
+        cls, name_or_path: str | Path, **where: Any
+    ) -> SpeechProcessor | ImageTextProcessor:
         """The processor of a folder or Hub id; `where` as in `hub.resolve`."""
+        files = hub.resolve(name_or_path, want=("config", "processor"), **where)
+        found = ImageTextProcessor.from_checkpoint(files, name_or_path, **where)
+        if found is not None:
+            return found
         features = AutoFeatureExtractor.from_pretrained(name_or_path, **where)
         return SpeechProcessor(features, Tokenizer.from_pretrained(name_or_path, **where))
