@@ -20,7 +20,8 @@ from topwork.models.multimodal import GridPlaces
 from topwork.peft import LoraConfig, PeftModel, get_peft_model
 from topwork.weights import save_weights
 
-NAMES = [name for name in ALL if "image-text-to-text" in tasks_of(name)]
+# BLIP, which looks at its image across, has tests of its own (test_image_answers).
+NAMES = [n for n in ALL if "image-text-to-text" in tasks_of(n) and n != "blip"]
 TEXT = {
     "vocab_size": 61, "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 2,
     "num_attention_heads": 5, "num_key_value_heads": 1, "max_position_embeddings": 128,

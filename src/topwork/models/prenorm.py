@@ -18,7 +18,7 @@ from topwork.ops.cross import cross_attention
 
 @dataclass(frozen=True)
 class PreNormNames:
-    """Where the parts of a block stand in the checkpoint."""
+    """Where the parts of a block stand in the checkpoint; `fused`: q, k and v are one linear."""
 
     query: str = "self_attn.q_proj"
     key: str = "self_attn.k_proj"
@@ -30,6 +30,7 @@ class PreNormNames:
     norm_2: str = "layer_norm2"
     scale_1: str = "layer_scale1.lambda1"
     scale_2: str = "layer_scale2.lambda1"
+    fused: str | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,11 @@ class PreNormBlock(nn.Module):
         self.spec = spec
         names, hidden = spec.names, spec.hidden
         place(self, names.norm_1, nn.LayerNorm(hidden, spec.eps))
-        for path in (names.query, names.key, names.value):
-            place(self, path, nn.Linear(hidden, hidden, bias=spec.qkv_bias))
+        if names.fused is not None:
+            place(self, names.fused, nn.Linear(hidden, 3 * hidden, bias=spec.qkv_bias))
+        else:
+            for path in (names.query, names.key, names.value):
+                place(self, path, nn.Linear(hidden, hidden, bias=spec.qkv_bias))
         place(self, names.out, nn.Linear(hidden, hidden))
         place(self, names.norm_2, nn.LayerNorm(hidden, spec.eps))
         place(self, names.up, nn.Linear(hidden, spec.width * (2 if spec.gated else 1)))
@@ -101,8 +105,11 @@ class PreNormBlock(nn.Module):
 
     def _look(self, x: Tensor, layout: ops.Layout) -> Tensor:
         spec, names = self.spec, self.spec.names
-        parts = [part(self, path) for path in (names.query, names.key, names.value)]
-        q, k, v = (y.unflatten(-1, (spec.heads, -1)) for y in linears(x, parts))
+        paths = (names.query, names.key, names.value)
+        paths = paths if names.fused is None else (names.fused,)
+        made = linears(x, [part(self, path) for path in paths])
+        made = made if names.fused is None else made[0].chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (spec.heads, -1)) for y in made)
         scale = (spec.hidden // spec.heads) ** -0.5
         drop = spec.attention_dropout if self.training else 0.0
         if layout.keep is None or spec.causal:

@@ -20,6 +20,7 @@ from topwork.models.config import Config
 from topwork.models.heads import ClassifierOutput, classification_loss, label_count
 from topwork.models.seq2seq import Seq2SeqModel, Seq2SeqOutput, Seq2SeqSpec, as_memory
 from topwork.models.stack import DecoderCache, Memory, Stack, StackSpec
+from topwork.nn.paths import part
 from topwork.nn.spans import Augment
 from topwork.weights import Table
 
@@ -85,7 +86,7 @@ class SpeechSeq2Seq(Seq2SeqModel):
         return super().encoder_stack  # type: ignore[return-value]
 
     def get_input_embeddings(self) -> nn.Module:
-        return self.decoder_stack.embed_tokens
+        return part(self.decoder_stack, self.spec.decoder.names.words)
 
     def freeze_encoder(self) -> None:
         """Train the decoder alone."""

@@ -40,6 +40,8 @@ class StackNames:
     norm: str = "final_layer_norm"
     embedding_norm: str | None = None
     final_norm: str | None = None
+    words: str = "embed_tokens"
+    positions: str = "embed_positions"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class StackSpec:
     `vocab` 0: there is no table of words, the stack is given embeddings. `places` makes the
     embedding of positions; `relative` is (buckets, longest distance) of a learned bias that the
     first block holds for all. `scale` of the scores, `embedding_scale` of the words. `key_bias`:
-    whether keys have a bias where the other linears do.
+    whether keys have a bias where the other linears do. `crossed`: it looks at a memory, of size
+    `memory` where that is another; `ahead`: its tokens see those behind them nevertheless.
     In training: `dropout` of what enters and of what each part adds, `attention_dropout` of the
     probabilities, `inner_dropout` within the feed-forward part, and `layer_drop`, how often a whole
     block is left out (arXiv:1909.11556).
@@ -77,6 +80,12 @@ class StackSpec:
     inner_dropout: float = 0.0
     key_bias: bool = True
     layer_drop: float = 0.0
+    memory: int | None = None
+    ahead: bool = False
+
+    @property
+    def causal(self) -> bool:
+        return self.crossed and not self.ahead
 
     @property
     def relative_path(self) -> str:
@@ -146,15 +155,16 @@ class DecoderCache(KVCache):
 class Heads(nn.Module):
     """The four linears of an attention."""
 
-    def __init__(self, spec: StackSpec) -> None:
+    def __init__(self, spec: StackSpec, memory: int | None = None) -> None:
         super().__init__()
         self.spec = spec
         wide = spec.heads * spec.head_dim
         q, k, v, out = spec.names.projections
         for name in (k, v, q):
             bias = spec.bias and (spec.key_bias or name != k)
-            self.add_module(name, nn.Linear(spec.hidden, wide, bias=bias))
-        self.add_module(out, nn.Linear(wide, spec.hidden, bias=spec.bias))
+            read = spec.hidden if name == q or memory is None else memory
+            place(self, name, nn.Linear(read, wide, bias=bias))
+        place(self, out, nn.Linear(wide, spec.hidden, bias=spec.bias))
 
     def project(self, x: Tensor, which: str) -> tuple[Tensor, ...]:
         """x [B, T, C] → those of q, k, v that `which` names, each [B, T, H, D]."""
@@ -175,7 +185,7 @@ class StackBlock(nn.Module):
         place(self, names.attention, Heads(spec))
         place(self, names.attention_norm, spec.norm.build(spec.hidden))
         if spec.crossed:
-            place(self, names.cross, Heads(spec))
+            place(self, names.cross, Heads(spec, spec.memory))
             place(self, names.cross_norm, spec.norm.build(spec.hidden))
         for path in (names.up, names.gate):
             if path is not None:
@@ -214,7 +224,7 @@ class StackBlock(nn.Module):
         q, k, v = heads.project(x, "qkv")
         if cache is not None:
             k, v = cache.update(self.index, k, v)
-        rule = ops.Rule(self.spec.scale, causal=self.spec.crossed, dropout=self._attention_drop)
+        rule = ops.Rule(self.spec.scale, causal=self.spec.causal, dropout=self._attention_drop)
         return heads.out(ops.attention(q, k, v, layout, rule, terms))
 
     def _cross(
@@ -264,9 +274,9 @@ class Stack(nn.Module):
         self.spec = spec
         self.checkpointing = False
         if spec.vocab:
-            self.embed_tokens = nn.Embedding(spec.vocab, spec.hidden)
+            place(self, spec.names.words, nn.Embedding(spec.vocab, spec.hidden))
         if spec.places is not None:
-            self.embed_positions = spec.places()
+            place(self, spec.names.positions, spec.places())
         for i in range(spec.count):
             place(self, f"{spec.names.blocks}.{i}", StackBlock(spec, i))
         if spec.relative is not None:
@@ -277,7 +287,7 @@ class Stack(nn.Module):
 
     @property
     def blocks(self) -> Any:
-        return getattr(self, self.spec.names.blocks)
+        return part(self, self.spec.names.blocks)
 
     def remember(self, memory: Tensor) -> list[tuple[Tensor, ...]]:
         """Each layer's keys and values [..., H, D] of a memory [..., C]."""
@@ -312,11 +322,11 @@ class Stack(nn.Module):
         `states` is filled with what each block is given.
         """
         spec = self.spec
-        x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        x = part(self, spec.names.words)(input_ids) if inputs_embeds is None else inputs_embeds
         if spec.embedding_scale != 1 and inputs_embeds is None:
             x = x * spec.embedding_scale
         if spec.places is not None:
-            x = x + self.embed_positions(positions).to(x.dtype)
+            x = x + part(self, spec.names.positions)(positions).to(x.dtype)
         if spec.names.embedding_norm is not None:
             x = part(self, spec.names.embedding_norm)(x)
         x = F.dropout(x, spec.dropout, self.training)

@@ -91,10 +91,14 @@ def _masks(
 
 def _open_end(text: str, chat: Sequence[Any]) -> str:
     """`text` up to the end of the last message's content."""
-    last = str(chat[-1].get("content") or "").strip()
+    content = chat[-1].get("content") or ""
+    if not isinstance(content, str):  # a list of entries, images among them
+        texts = [entry["text"] for entry in content if entry.get("type") == "text"]
+        content = texts[-1] if texts else ""
+    last = content.strip()
     at = text.rfind(last)
     if not last or at < 0:
         raise TemplateError("continue_final_message: the template changes the last message")
     # Trailing blanks of the message stay where the template keeps them.
-    whole = str(chat[-1]["content"]).lstrip()
+    whole = content.lstrip()
     return text[:at] + (whole if text.startswith(whole, at) else last)
