@@ -82,6 +82,8 @@ class TextSpec:
 class TextTower(Model):
     """Token ids to hidden states."""
 
+    task = "base"
+
     def __init__(self, config: Config, spec: TextSpec) -> None:
         super().__init__(config)
         self.spec = spec

@@ -283,6 +283,8 @@ class VisionOutput:
 class VisionTower(Model):
     """Images to hidden states."""
 
+    task = "base"
+
     def __init__(self, config: Config, spec: VisionSpec) -> None:
         super().__init__(config)
         self.spec = spec

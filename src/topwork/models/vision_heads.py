@@ -20,6 +20,8 @@ from topwork.weights import Table
 class TowerModel(Model):
     """A tower under its name on the Hub (`home`), with nothing beside it."""
 
+    task = "base"
+
     def __init__(self, config: Config, tower: Model, home: str, table: Table) -> None:
         super().__init__(config)
         self.home, self.table = home, table

@@ -1,4 +1,4 @@
-"""Tasks in one call: a text in, an answer out."""
+"""Tasks in one call: a text, an image or a sound in, an answer out."""
 
 from topwork.pipelines.base import Pipeline
 from topwork.pipelines.factory import TASKS, pipeline

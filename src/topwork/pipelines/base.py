@@ -1,49 +1,41 @@
-"""What all pipelines share: inputs of every kind, batches without padding, adapters."""
+"""What all pipelines share: one input, lists and streams of them, options, adapters."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
 
 from topwork.errors import ConfigError, DataError, nearest
 from topwork.peft import PeftModel
-from topwork.text import Tokenizer
 
-TOKENS = 4096  # in one pass, where no batch size is given
 WINDOW = 256  # items of a generator that are looked at together
 
 
-@dataclass(frozen=True)
-class Text:
-    """A tokenized text or pair; `encoding` is the tokenizers library's, with its offsets."""
-
-    ids: list[int]
-    types: list[int]
-    encoding: Any
-
-
 class Pipeline:
-    """Texts in, answers out, in the order they came in.
+    """Things in, answers out, in the order they came in.
 
     One input gives one result, a list a list; a generator or any other iterable is read as the
-    results are taken. Texts are computed packed and sorted by length; `batch_size` bounds how many
-    go together (by default as many as make 4096 tokens).
+    results are taken. A pipeline says what its model is for (`model_task`), what it `needs` beside
+    the model, each an attribute of that name ("tokenizer", "image_processor", "feature_extractor",
+    "processor"), and what it `takes`; `run` does the work.
     """
 
     model_task: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ()
+    takes: ClassVar[str] = "inputs"
     run: Callable[..., list[Any]]  # (items, the task's options) → one result for each item
 
-    def __init__(self, model: Any, tokenizer: Tokenizer, batch_size: int | None = None) -> None:
+    def __init__(self, model: Any, batch_size: int | None = None, **readers: Any) -> None:
         if batch_size is not None and batch_size < 1:
             raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
+        self.model, self.batch_size = model.eval(), batch_size
+        for name in self.needs:
+            setattr(self, name, readers[name])
 
     # -- calling ---------------------------------------------------------------------------------
 
@@ -54,10 +46,12 @@ class Pipeline:
         self.check(options)
         if self.is_single(inputs):
             return self.results([inputs], options)[0]
-        if isinstance(inputs, (list, tuple)):
+        if isinstance(inputs, (list, tuple)) or hasattr(inputs, "shape"):
             return self.results(list(inputs), options)
         if not isinstance(inputs, Iterable):
-            raise DataError(f"{type(self).__name__} takes texts, got {type(inputs).__name__}")
+            raise DataError(
+                f"{type(self).__name__} takes {self.takes}, got {type(inputs).__name__}"
+            )
         return self._stream(iter(inputs), options)
 
     def _stream(self, items: Iterator[Any], options: dict[str, Any]) -> Iterator[Any]:
@@ -83,6 +77,7 @@ class Pipeline:
                 )
 
     def is_single(self, inputs: Any) -> bool:
+        """Whether `inputs` is one input rather than several."""
         return isinstance(inputs, (str, Mapping))
 
     # -- adapters --------------------------------------------------------------------------------
@@ -114,110 +109,6 @@ class Pipeline:
     @property
     def config(self) -> Any:
         return self.base.config
-
-    # -- tokens ----------------------------------------------------------------------------------
-
-    @property
-    def limit(self) -> int | None:
-        """The most tokens that a text may have; None for no limit."""
-        spec = getattr(getattr(self.base, "trunk", None), "spec", None)
-        table = getattr(spec, "embedding", None)
-        limits = [self.tokenizer.model_max_length]
-        if table is not None and table.context:
-            limits.append(table.context - table.first)
-        elif table is None and self.config.get("max_position_embeddings"):
-            limits.append(self.config.get("max_position_embeddings"))
-        found = min(limits)
-        return found if found < 10**9 else None
-
-    def texts(
-        self,
-        firsts: Sequence[str],
-        seconds: Sequence[str] | None = None,
-        *,
-        truncation: bool | str = False,
-        max_length: int | None = None,
-        stride: int = 0,
-        special: bool = True,
-    ) -> list[Text]:
-        """Tokenize; with `stride` a long text's further parts follow as `encoding.overflowing`.
-
-        DataError for an empty text, and for one that is too long and may not be cut.
-        """
-        for i, text in enumerate(firsts):
-            if not isinstance(text, str):
-                raise DataError(f"input {i} is {type(text).__name__}, not a text")
-            if not text.strip():
-                raise DataError(f"input {i} is empty")
-        core, limit = self.tokenizer.core, max_length or self.limit
-        if truncation and limit is not None:
-            strategy = "longest_first" if truncation is True else str(truncation)
-            core.enable_truncation(
-                limit, stride=stride, strategy=strategy, direction=self.tokenizer.truncation_side
-            )
-        pairs = list(firsts) if seconds is None else list(zip(firsts, seconds))
-        try:
-            encodings = core.encode_batch(pairs, add_special_tokens=special)
-        finally:
-            core.no_truncation()
-        for i, encoding in enumerate(encodings):
-            if limit is not None and len(encoding.ids) > limit:
-                raise DataError(
-                    f"input {i} has {len(encoding.ids)} tokens, more than the {limit} that the "
-                    "model takes: pass truncation=True to cut it, or split the text"
-                )
-        return [Text(e.ids, e.type_ids, e) for e in encodings]
-
-    def groups(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices that go together, longest first."""
-        order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        group: list[int] = []
-        filled = 0
-        for i in order:
-            full = filled + lengths[i] > TOKENS if self.batch_size is None else (
-                len(group) == self.batch_size
-            )  # fmt: skip
-            if group and full:
-                yield group
-                group, filled = [], 0
-            group.append(i)
-            filled += lengths[i]
-        if group:
-            yield group
-
-    def outputs(self, texts: Sequence[Text]) -> Iterator[tuple[list[int], tuple[int, ...], Any]]:
-        """The model's output for packed texts, group by group: indices, lengths, output."""
-        for group in self.groups([len(t.ids) for t in texts]):
-            lengths = tuple(len(texts[i].ids) for i in group)
-            device = self.base.device
-            row = torch.tensor([[t for i in group for t in texts[i].ids]], device=device)
-            extra = {}
-            if any(any(texts[i].types) for i in group) and self.tells_types:
-                types = [t for i in group for t in texts[i].types]
-                extra = {"token_type_ids": torch.tensor([types], device=device)}
-            yield group, lengths, self.model(input_ids=row, lengths=lengths, **extra)
-
-    @property
-    def tells_types(self) -> bool:
-        """Whether the model has embeddings for the parts of a pair."""
-        spec = getattr(getattr(self.base, "trunk", None), "spec", None)
-        return bool(getattr(getattr(spec, "embedding", None), "types", 0))
-
-    def text_logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        """Each text's logits [labels], fp32 on the CPU."""
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
-        for group, _, output in self.outputs(texts):
-            for i, row in zip(group, output.logits.float().cpu()):
-                found[i] = row
-        return found
-
-    def token_logits(self, texts: Sequence[Text]) -> list[Tensor]:
-        """Each text's logits [tokens, labels], fp32 on the CPU."""
-        found: list[Tensor] = [torch.empty(0)] * len(texts)
-        for group, lengths, output in self.outputs(texts):
-            for i, rows in zip(group, output.logits[0].float().cpu().split(list(lengths))):
-                found[i] = rows
-        return found
 
     def label(self, index: int) -> str:
         names = self.config.get("id2label") or {}

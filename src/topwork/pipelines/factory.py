@@ -10,10 +10,13 @@ from typing import Any
 import torch
 
 from topwork.errors import ConfigError, nearest
+from topwork.media import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
 from topwork.models.auto import AUTO
 from topwork.pipelines.base import Pipeline
 from topwork.pipelines.feature_extraction import FeatureExtractionPipeline
 from topwork.pipelines.fill_mask import FillMaskPipeline
+from topwork.pipelines.image_classification import ImageClassificationPipeline
+from topwork.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from topwork.pipelines.question_answering import QuestionAnsweringPipeline
 from topwork.pipelines.text2text import (
     SummarizationPipeline,
@@ -24,12 +27,15 @@ from topwork.pipelines.text_classification import TextClassificationPipeline
 from topwork.pipelines.text_generation import TextGenerationPipeline
 from topwork.pipelines.token_classification import TokenClassificationPipeline
 from topwork.pipelines.zero_shot import ZeroShotClassificationPipeline
+from topwork.pipelines.zero_shot_image import ZeroShotImageClassificationPipeline
 from topwork.text import Tokenizer
 
 # Task → its pipeline, and the model it takes when none is named.
 TASKS: dict[str, tuple[type[Pipeline], str]] = {
     "feature-extraction": (FeatureExtractionPipeline, "sentence-transformers/all-MiniLM-L6-v2"),
     "fill-mask": (FillMaskPipeline, "FacebookAI/roberta-base"),
+    "image-classification": (ImageClassificationPipeline, "google/vit-base-patch16-224"),
+    "image-feature-extraction": (ImageFeatureExtractionPipeline, "google/vit-base-patch16-224"),
     "question-answering": (
         QuestionAnsweringPipeline, "distilbert/distilbert-base-cased-distilled-squad",
     ),
@@ -44,9 +50,19 @@ TASKS: dict[str, tuple[type[Pipeline], str]] = {
     "zero-shot-classification": (
         ZeroShotClassificationPipeline, "MoritzLaurer/deberta-v3-base-zeroshot-v1.1-all-33",
     ),
+    "zero-shot-image-classification": (
+        ZeroShotImageClassificationPipeline, "openai/clip-vit-base-patch32",
+    ),
 }  # fmt: skip
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification",
            "sentence-embeddings": "feature-extraction"}  # fmt: skip
+# What a pipeline may need beside its model → how it is read from the model's files.
+READERS: dict[str, Any] = {
+    "tokenizer": Tokenizer,
+    "image_processor": AutoImageProcessor,
+    "feature_extractor": AutoFeatureExtractor,
+    "processor": AutoProcessor,
+}
 
 
 def pipeline(
@@ -54,41 +70,63 @@ def pipeline(
     model: Any = None,
     tokenizer: Any = None,
     *,
+    image_processor: Any = None,
+    feature_extractor: Any = None,
+    processor: Any = None,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     device: str | torch.device | int | None = None,
     dtype: str | torch.dtype = "auto",
     batch_size: int | None = None,
     **where: Any,
 ) -> Pipeline:
-    """A pipeline for `task`, called with texts.
+    """A pipeline for `task`, called with what it takes: texts, images, sounds.
 
-    `model` and `tokenizer`: a folder, a Hub id or the objects themselves; without a model the
-    task's default, without a tokenizer the model's. `adapter`: a folder or Hub id, or several by
-    name, to switch between. `device`: by default a GPU where there is one. `where`: revision,
-    token, cache_dir, local_files_only … as for `from_pretrained`. ConfigError for an unknown task
-    and for a model that cannot do it.
+    `model`: a folder, a Hub id or a model; without one the task's default. `tokenizer`,
+    `image_processor`, `feature_extractor`, `processor`: those that the task needs, by default the
+    model's; a `processor` may hold the others. `adapter`: a folder or Hub id, or several by name,
+    to switch between. `device`: by default a GPU where there is one. `where`: revision, token,
+    cache_dir, local_files_only … as for `from_pretrained`. ConfigError for an unknown task and for
+    a model that cannot do it.
     """
     kind, languages = _resolve(task)
     maker, usual = TASKS[kind]
     source = usual if model is None else model
     named = isinstance(source, (str, Path))
-    if tokenizer is None and not named:
-        raise ConfigError("a model object needs its tokenizer: pass tokenizer=…")
-    if tokenizer is None or isinstance(tokenizer, (str, Path)):
-        tokenizer = Tokenizer.from_pretrained(tokenizer or source, **where)
+    given = {
+        "tokenizer": tokenizer,
+        "image_processor": image_processor,
+        "feature_extractor": feature_extractor,
+        "processor": processor,
+    }
+    readers = {name: _reader(name, given, source if named else None, where) for name in maker.needs}
     device = _device(device)
     if named:
         model = AUTO[maker.model_task].from_pretrained(source, dtype=dtype, device=device, **where)
     else:
         _must_fit(kind, maker.model_task, source)
         model = source if device is None else source.to(device)
-    made = maker(model, tokenizer, batch_size)
+    made = maker(model, batch_size, **readers)
     if isinstance(made, TranslationPipeline) and languages:
         made.task = task
     adapters = {"default": adapter} if isinstance(adapter, (str, Path)) else adapter or {}
     for name, path in adapters.items():
         made.load_adapter(path, name)
     return made
+
+
+def _reader(
+    name: str, given: Mapping[str, Any], source: str | Path | None, where: Mapping[str, Any]
+) -> Any:
+    """The tokenizer or processor called `name`: the given one, or that of the model's files."""
+    found = given[name]
+    if found is None and not isinstance(given["processor"], (str, Path, type(None))):
+        found = getattr(given["processor"], name, None)
+    if found is not None and not isinstance(found, (str, Path)):
+        return found
+    place = found or source
+    if place is None:
+        raise ConfigError(f"a model object needs its {name}: pass {name}=…")
+    return READERS[name].from_pretrained(place, **where)
 
 
 def _resolve(task: str) -> tuple[str, bool]:
@@ -121,7 +159,8 @@ def _must_fit(kind: str, wanted: str, model: Any) -> None:
         fits = name is None or (hasattr(base, name) and (wanted != "causal-lm" or not hasattr(
             base, "encoder_stack")))  # fmt: skip
     else:
-        fits = found == wanted
+        both = found == "zero-shot-image-classification" and wanted == "base"
+        fits = found == wanted or both
     if not fits:
         raise ConfigError(
             f"{kind} needs a model for {wanted}, got {type(base).__name__}"

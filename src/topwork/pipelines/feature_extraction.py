@@ -10,12 +10,12 @@ from torch import Tensor
 
 from topwork.errors import ConfigError, nearest
 from topwork.models.encoder_heads import POOLINGS
-from topwork.pipelines.base import Pipeline
+from topwork.pipelines.text import TextPipeline
 
 NAMES = {"cls": "first", "first": "first", "mean": "mean"}
 
 
-class FeatureExtractionPipeline(Pipeline):
+class FeatureExtractionPipeline(TextPipeline):
     """`pipe(text)` → [1][tokens][C]; with `pooling` one vector; `embed` gives a tensor."""
 
     model_task = "base"

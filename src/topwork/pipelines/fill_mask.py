@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError, DataError
-from topwork.pipelines.base import Pipeline, Text
+from topwork.pipelines.text import Text, TextPipeline
 
 
-class FillMaskPipeline(Pipeline):
+class FillMaskPipeline(TextPipeline):
     """`pipe("Paris is the [MASK] of France.")` → [{"score", "token", "token_str", "sequence"}]."""
 
     model_task = "masked-lm"

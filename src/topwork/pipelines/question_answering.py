@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from topwork.errors import ConfigError, DataError
-from topwork.pipelines.base import Pipeline, Text
+from topwork.pipelines.text import Text, TextPipeline
 
 Answer = dict[str, Any]
 
 
-class QuestionAnsweringPipeline(Pipeline):
+class QuestionAnsweringPipeline(TextPipeline):
     """`pipe(question=…, context=…)` → {"score", "start", "end", "answer"}."""
 
     model_task = "question-answering"

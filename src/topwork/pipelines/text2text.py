@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 
 from topwork.errors import ConfigError
-from topwork.pipelines.base import Pipeline, Text
+from topwork.pipelines.text import Text, TextPipeline
 
 
-class Text2TextGenerationPipeline(Pipeline):
+class Text2TextGenerationPipeline(TextPipeline):
     """`pipe(text)` → [{"generated_text": …}]."""
 
     model_task = "seq2seq-lm"

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
-
-from topwork.errors import ConfigError, DataError, nearest
-from topwork.models.heads import label_count
-from topwork.pipelines.base import Pipeline
-
-FUNCTIONS = ("sigmoid", "softmax", "none")
+from topwork.errors import DataError
+from topwork.pipelines.scores import apply, best, checked, usual
+from topwork.pipelines.text import TextPipeline
 
 
-class TextClassificationPipeline(Pipeline):
+class TextClassificationPipeline(TextPipeline):
     """`pipe(text)` → [{"label", "score"}]; a pair is {"text": …, "text_pair": …}."""
 
     model_task = "sequence-classification"
@@ -40,31 +36,15 @@ class TextClassificationPipeline(Pipeline):
         """
         firsts, seconds = split_pairs(items)
         texts = self.texts(firsts, seconds, truncation=truncation, max_length=max_length)
-        function = function_to_apply or self._usual()
-        if function not in FUNCTIONS:
-            raise ConfigError(f"function_to_apply={function!r}{nearest(function, FUNCTIONS)}")
-        results = []
-        for logits in self.text_logits(texts):
-            scores = apply(function, logits).tolist()
-            order = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
-            results.append([{"label": self.label(i), "score": scores[i]} for i in order])
+        function = checked(function_to_apply or usual(self.config))
+        results = [
+            best(apply(function, logits).tolist(), self.label, top_k)
+            for logits in self.text_logits(texts)
+        ]
         return results if listed else [row[0] for row in results]
 
     def results(self, items: list[Any], options: dict[str, Any]) -> list[Any]:
         return super().results(items, {**options, "listed": "top_k" in options})
-
-    def _usual(self) -> str:
-        problem = self.config.get("problem_type")
-        if problem == "regression":
-            return "none"
-        one = label_count(self.config) == 1
-        return "sigmoid" if problem == "multi_label_classification" or one else "softmax"
-
-
-def apply(function: str, logits: Tensor) -> Tensor:
-    if function == "softmax":
-        return logits.softmax(-1)
-    return logits.sigmoid() if function == "sigmoid" else logits
 
 
 def split_pairs(items: list[Any]) -> tuple[list[str], list[str] | None]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from topwork.errors import DataError
-from topwork.pipelines.base import Pipeline
+from topwork.pipelines.text import TextPipeline
 
 
-class TextGenerationPipeline(Pipeline):
+class TextGenerationPipeline(TextPipeline):
     """`pipe(text or chat)` → [{"generated_text": …}], one for each returned sequence."""
 
     model_task = "causal-lm"

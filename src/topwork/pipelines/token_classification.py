@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 
 from topwork.errors import ConfigError, nearest
-from topwork.pipelines.base import Pipeline, Text
+from topwork.pipelines.text import Text, TextPipeline
 
 STRATEGIES = ("none", "simple", "first", "average", "max")
 Entity = dict[str, Any]
 
 
-class TokenClassificationPipeline(Pipeline):
+class TokenClassificationPipeline(TextPipeline):
     """`pipe(text)` → [{"entity", "score", "index", "word", "start", "end"}], or entity groups."""
 
     model_task = "token-classification"

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 
 from topwork.errors import ConfigError
-from topwork.pipelines.base import Pipeline
+from topwork.pipelines.text import TextPipeline
 
 
-class ZeroShotClassificationPipeline(Pipeline):
+class ZeroShotClassificationPipeline(TextPipeline):
     """`pipe(text, candidate_labels=[…])` → {"sequence", "labels", "scores"}, likeliest first."""
 
     model_task = "sequence-classification"
@@ -40,19 +40,10 @@ class ZeroShotClassificationPipeline(Pipeline):
         multi_label: bool = False,
     ) -> list[dict[str, Any]]:
         """`multi_label`: each label by itself; otherwise the scores of all sum to one."""
-        given = candidate_labels
-        labels = given.split(",") if isinstance(given, str) else list(given)
-        labels = [label.strip() for label in labels if label.strip()]
-        if not labels:
-            raise ConfigError("candidate_labels is empty")
-        if hypothesis_template.format(labels[0]) == hypothesis_template:
-            raise ConfigError(
-                f"hypothesis_template={hypothesis_template!r} has no {{}} for the label"
-            )
-        hypotheses = [hypothesis_template.format(label) for label in labels]
+        labels = names_of(candidate_labels)
         texts = self.texts(
             [item for item in items for _ in labels],
-            hypotheses * len(items),
+            hypotheses(labels, hypothesis_template) * len(items),
             truncation="only_first",
         )
         logits = torch.stack(self.text_logits(texts)).view(len(items), len(labels), -1)
@@ -73,3 +64,19 @@ class ZeroShotClassificationPipeline(Pipeline):
                 }
             )
         return results
+
+
+def names_of(labels: list[str] | str) -> list[str]:
+    """Labels from a list, or from one text with commas between."""
+    given = labels.split(",") if isinstance(labels, str) else list(labels)
+    names = [label.strip() for label in given if label.strip()]
+    if not names:
+        raise ConfigError("candidate_labels is empty")
+    return names
+
+
+def hypotheses(labels: list[str], template: str) -> list[str]:
+    """Each label in its sentence."""
+    if template.format(labels[0]) == template:
+        raise ConfigError(f"hypothesis_template={template!r} has no {{}} for the label")
+    return [template.format(label) for label in labels]
