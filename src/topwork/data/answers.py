@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from topwork.data.formats import Chat, Completion, Format, recognise, without_template
 from topwork.data.groups import Group
 from topwork.data.preferences import Answered
-from topwork.data.prepare import Marking, Sample, Tokenized, refuse, tokenize
+from topwork.data.prepare import Marking, Prepared, Sample, Tokenized, refuse, tokenize
 from topwork.data.rows import Row
 from topwork.errors import DataError
 from topwork.text import Tokenizer
@@ -33,49 +31,24 @@ class Rated(Group):
         first = 0 if len(self.prompt) else 1
         return sum(int(a.trained[first:].sum()) for a in self.answers)
 
+    def facts(self) -> Iterable[bytes]:
+        """All that trains, for a digest."""
+        yield self.prompt.tobytes() + repr(self.value).encode()
+        for answer in self.answers:
+            yield answer.ids.tobytes() + b"|" + answer.trained.tobytes()
 
-@dataclass
-class PreparedAnswers:
+
+class PreparedAnswers(Prepared[Rated]):
     """The groups of a data set and what became of each row."""
-
-    samples: list[Rated]
-    format: str
-    rows: int
-    cut: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)
-    unterminated: int = 0
-    """Answers whose end-of-turn token is not trained (cut off, or the template writes none)."""
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     @property
     def answers(self) -> int:
         return sum(len(s.answers) for s in self.samples)
 
     @property
-    def tokens(self) -> int:
-        """Tokens with each prompt counted once, as they are computed."""
-        return sum(len(s) for s in self.samples)
-
-    @property
     def apart(self) -> int:
         """Tokens if every answer carried its prompt."""
         return sum(s.apart for s in self.samples)
-
-    @property
-    def supervised(self) -> int:
-        return sum(s.supervised for s in self.samples)
-
-    @property
-    def fingerprint(self) -> str:
-        """A digest of every token, mark and value: two equal ones train alike."""
-        digest = hashlib.sha256()
-        for sample in self.samples:
-            digest.update(sample.prompt.tobytes() + repr(sample.value).encode())
-            for answer in sample.answers:
-                digest.update(answer.ids.tobytes() + b"|" + answer.trained.tobytes())
-        return digest.hexdigest()
 
 
 def prepare_answers(

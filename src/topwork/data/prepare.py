@@ -6,7 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 
@@ -46,6 +46,10 @@ class Sample:
         """Tokens that are predicted and trained (the first has nothing before it)."""
         return int(self.trained[1:].sum())
 
+    def facts(self) -> Iterable[bytes]:
+        """All that trains, for a digest."""
+        return self.ids.tobytes(), self.trained.tobytes()
+
 
 @dataclass(frozen=True)
 class Marking:
@@ -62,23 +66,39 @@ class Marking:
     end_token: int | None = None
 
 
+class Counted(Protocol):
+    """What `Prepared` asks of a sample: its tokens, how many are trained, and all that trains."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def supervised(self) -> int: ...
+
+    def facts(self) -> Iterable[bytes]: ...
+
+
+S = TypeVar("S", bound=Counted)
+
+
 @dataclass
-class Prepared:
+class Prepared(Generic[S]):
     """The samples of a data set and what became of each row."""
 
-    samples: list[Sample]
+    samples: list[S]
     format: str
     rows: int
     cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     unterminated: int = 0
-    """Samples whose end-of-turn token is not trained (cut off, or the template writes none)."""
+    """Samples (or answers) whose end-of-turn token is not trained: cut off, or the template writes
+    none."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     @property
     def tokens(self) -> int:
+        """As they are computed: a prompt that answers share counts once."""
         return sum(len(s) for s in self.samples)
 
     @property
@@ -87,11 +107,11 @@ class Prepared:
 
     @property
     def fingerprint(self) -> str:
-        """A digest of every token and mark: two equal ones train alike."""
+        """A digest of every token, mark and value: two equal ones train alike."""
         digest = hashlib.sha256()
         for sample in self.samples:
-            digest.update(sample.ids.tobytes())
-            digest.update(sample.trained.tobytes())
+            for fact in sample.facts():
+                digest.update(fact)
         return digest.hexdigest()
 
 
@@ -106,14 +126,14 @@ class Tokenized:
 
 def prepare(
     rows: Sequence[Row], tokenizer: Tokenizer, marking: Marking, format: Format | None = None
-) -> Prepared:
+) -> Prepared[Sample]:
     """All `rows` as samples.
 
     Rows without a trained token are dropped and counted. DataError when rows cannot be read,
     naming the first of them, or when no supervised token is left, saying why.
     """
     found = format or recognise(rows, marking.text_field)
-    prepared = Prepared([], found.name, len(rows))
+    prepared: Prepared[Sample] = Prepared([], found.name, len(rows))
     bad: dict[int, DataError] = {}
     examples: dict[int, Example] = {}
     for number, row in enumerate(rows):
@@ -144,7 +164,7 @@ def refuse(bad: Mapping[int, DataError], rows: int) -> None:
         raise DataError(f"{len(bad)} of {rows} rows cannot be used: {first}{more}")
 
 
-def _add(prepared: Prepared, number: int, row: Tokenized, limit: int | None) -> None:
+def _add(prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | None) -> None:
     cut = limit is not None and len(row.ids) > limit
     sample = Sample(
         number, np.asarray(row.ids[:limit], np.int32), np.asarray(row.trained[:limit], np.bool_)
