@@ -17,6 +17,11 @@ from topwork.pipelines.feature_extraction import FeatureExtractionPipeline
 from topwork.pipelines.fill_mask import FillMaskPipeline
 from topwork.pipelines.image_classification import ImageClassificationPipeline
 from topwork.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
+from topwork.pipelines.image_text import (
+    ImageTextToTextPipeline,
+    ImageToTextPipeline,
+    VisualQuestionAnsweringPipeline,
+)
 from topwork.pipelines.question_answering import QuestionAnsweringPipeline
 from topwork.pipelines.text2text import (
     SummarizationPipeline,
@@ -36,6 +41,8 @@ TASKS: dict[str, tuple[type[Pipeline], str]] = {
     "fill-mask": (FillMaskPipeline, "FacebookAI/roberta-base"),
     "image-classification": (ImageClassificationPipeline, "google/vit-base-patch16-224"),
     "image-feature-extraction": (ImageFeatureExtractionPipeline, "google/vit-base-patch16-224"),
+    "image-text-to-text": (ImageTextToTextPipeline, "HuggingFaceTB/SmolVLM-256M-Instruct"),
+    "image-to-text": (ImageToTextPipeline, "Salesforce/blip-image-captioning-base"),
     "question-answering": (
         QuestionAnsweringPipeline, "distilbert/distilbert-base-cased-distilled-squad",
     ),
@@ -47,6 +54,9 @@ TASKS: dict[str, tuple[type[Pipeline], str]] = {
     "text-generation": (TextGenerationPipeline, "HuggingFaceTB/SmolLM2-135M-Instruct"),
     "token-classification": (TokenClassificationPipeline, "dslim/bert-base-NER"),
     "translation": (TranslationPipeline, "google-t5/t5-small"),
+    "visual-question-answering": (
+        VisualQuestionAnsweringPipeline, "dandelin/vilt-b32-finetuned-vqa",
+    ),
     "zero-shot-classification": (
         ZeroShotClassificationPipeline, "MoritzLaurer/deberta-v3-base-zeroshot-v1.1-all-33",
     ),
@@ -55,7 +65,8 @@ TASKS: dict[str, tuple[type[Pipeline], str]] = {
     ),
 }  # fmt: skip
 ALIASES = {"ner": "token-classification", "sentiment-analysis": "text-classification",
-           "sentence-embeddings": "feature-extraction"}  # fmt: skip
+           "sentence-embeddings": "feature-extraction", "vqa": "visual-question-answering",
+           "image-captioning": "image-to-text"}  # fmt: skip
 # What a pipeline may need beside its model → how it is read from the model's files.
 READERS: dict[str, Any] = {
     "tokenizer": Tokenizer,
