@@ -37,10 +37,10 @@ PARTS = (
     PlainMlpSpec, QkNorm, NormSpec, RotarySpec, Temperature, MoeSpec, ExpertsSpec, SoftmaxRouter,
     TopKSoftmaxRouter, SigmoidRouter, GroupedRouter,
 )  # fmt: skip
-# Acting in training alone: tests/parity/test_dropout.py.
+# Acting in training alone: tests/parity/test_dropout.py; with images: test_multimodal.py there.
 ELSEWHERE = {
     (LayerSpec, "dropout"), (DecoderSpec, "embedding_dropout"), (AttentionSpec, "dropout"),
-    (LatentAttentionSpec, "dropout"),
+    (LatentAttentionSpec, "dropout"), (RotarySpec, "sections"),
 }  # fmt: skip
 
 
