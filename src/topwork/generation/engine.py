@@ -28,7 +28,7 @@ from topwork.generation.generate import budget, resolve_config
 from topwork.generation.loop import Criterion
 from topwork.generation.processors import Processor
 from topwork.generation.request import ACTIVE, Event, Request
-from topwork.generation.runner import NativeRunner, Piece, Runner
+from topwork.generation.runner import NativeRunner, Next, Piece, Runner
 from topwork.nn.paged import PagePool
 
 
@@ -145,7 +145,7 @@ class Engine:
                     raise TopworkError("no request can start: the pool has too few pages")
                 return events
             try:
-                logits = self._computed([piece for _, piece in work])
+                following = self.runner.run([piece for _, piece in work])
             except Exception as error:
                 return events + [self._end(request, "error", error) for request, _ in work]
             ready = []
@@ -153,16 +153,8 @@ class Engine:
                 request.held += len(piece.ids)
                 request.name_pages(self.pool)
                 if request.held == len(request.ids):
-                    ready.append((request, logits[i : i + 1]))
-            return events + self._choose(ready)
-
-    def _computed(self, pieces: list[Piece]) -> Tensor:
-        was_training = self.model.training
-        self.model.eval()
-        try:
-            return self.runner.run(pieces)
-        finally:
-            self.model.train(was_training)
+                    ready.append((i, request))
+            return events + self._choose(ready, following)
 
     def _swept(self) -> list[Event]:
         """End what was cancelled or is overdue."""
@@ -230,17 +222,22 @@ class Engine:
 
     # -- choosing --------------------------------------------------------------------------------
 
-    def _choose(self, ready: list[tuple[Request, Tensor]]) -> list[Event]:
+    def _choose(self, ready: list[tuple[int, Request]], following: Next) -> list[Event]:
+        """The next token of each request, which stands at its place in `following`."""
         events: list[Event] = []
         together: list[tuple[Request, Tensor]] = []
-        for request, logits in ready:
+        broken, best = following.peak.isnan().tolist(), following.best.tolist()
+        for i, request in ready:
             try:
-                if bool(logits.amax().isnan()):
+                if broken[i]:
                     raise TopworkError(
                         f"the logits are not numbers at token {request.held}: "
                         "the weights (or the adapter's) are damaged"
                     )
-                scores = request.shaped(logits)
+                if request.takes_best:
+                    events.append(self._give(request, best[i]))
+                    continue
+                scores = request.shaped(following.logits[i : i + 1].float())
                 if request.config.do_sample and draw.is_plain(request.config):
                     together.append((request, scores))
                     continue

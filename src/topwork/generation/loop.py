@@ -113,6 +113,15 @@ class Stepper:
             logits = self.model.head(hidden[:, -last:])
         return logits.float()
 
+    def greedy(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
+        """The largest logits after `ids` [B, T]: their values [B] and ids [B]. None where they must
+        be looked for in what the call itself gives.
+        """
+        if self._turn is not None or self._natively(ids, 1) is None:
+            return None
+        assert self._program is not None
+        return self._program.best
+
     def _natively(self, ids: Tensor, last: int) -> Tensor | None:
         if not self._asked:
             self._asked = True
@@ -121,7 +130,9 @@ class Stepper:
         if program is None or not program.takes(ids, last):
             return None
         pieces = ids.split(max(last, program.rows // len(ids)), 1)
-        found = [program.step(piece, min(last, piece.shape[1])) for piece in pieces]
+        if len(pieces) == 1:
+            return program.step(ids, last)
+        found = [program.step(piece, min(last, piece.shape[1])).clone() for piece in pieces]
         return found[-1] if found[-1].shape[1] == last else torch.cat(found, 1)[:, -last:]
 
 
@@ -167,6 +178,12 @@ class Task:
         """Scores [B, V] from logits [B, V] after the ids `said` [B, T]."""
         return apply(self.processors, said, logits)
 
+    @property
+    def only_ids(self) -> bool:
+        """Whether the ids of the largest logits are all that is wanted."""
+        c = self.config
+        return not (c.do_sample or self.processors or c.output_logits or c.output_scores)
+
     def choose(self, scores: Tensor) -> Tensor:
         """One id per row [B]: drawn, or the most likely."""
         if not self.config.do_sample:
@@ -206,13 +223,18 @@ def decode(task: Task) -> GenerateOutput:
     if task.streamer is not None:
         task.streamer.put(task.ids)
     while at < out.shape[1] and not task.overdue:
-        logits = task.step(new_ids)[:, -1]
-        scores = task.score(said[:, :at], logits)
-        if task.config.output_logits:
-            raw.append(logits.clone())
-        if task.config.output_scores:
-            shaped.append(scores.clone())
-        chosen = task.choose(scores)
+        best = task.step.greedy(new_ids) if task.only_ids else None
+        if best is None:
+            logits = task.step(new_ids)[:, -1]
+            scores = task.score(said[:, :at], logits)
+            if task.config.output_logits:
+                raw.append(logits.clone())
+            if task.config.output_scores:
+                shaped.append(scores.clone())
+            chosen = task.choose(scores)
+        else:
+            task.check(best[0])
+            chosen = best[1]
         if ends:
             chosen = chosen.masked_fill(done, task.config.filler)
         out[:, at] = said[:, at] = chosen

@@ -15,14 +15,24 @@ from torch import Tensor, nn
 
 from topwork.models.decoder import Block, Decoder, HeadSpec
 from topwork.nn.cache import Growing, KVCache
-from topwork.nn.layers import ACTIVATIONS, Attention, Mlp, ScaledEmbedding
-from topwork.nn.norms import OffsetRmsNorm, RmsNorm, WideRmsNorm
+from topwork.nn.layers import ACTIVATIONS, Attention, Mlp, PlainMlp, ScaledEmbedding
+from topwork.nn.norms import (
+    BiasedLayerNorm,
+    L2Norm,
+    LayerNorm,
+    OffsetRmsNorm,
+    PlainLayerNorm,
+    RmsNorm,
+    WideRmsNorm,
+)
 from topwork.nn.rotary import RotarySpec
 from topwork.ops.native import decode
 from topwork.ops.native.decode import Low, Program, Weight
 from topwork.peft.layer import AdaptedLayer
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
+RMS_NORMS = (RmsNorm, WideRmsNorm, OffsetRmsNorm)
+LAYER_NORMS = (LayerNorm, BiasedLayerNorm, PlainLayerNorm)
 
 
 class UnknownError(Exception):
@@ -40,6 +50,8 @@ class StepProgram:
 
     program: Program
     logits: Tensor  # [rows, V]
+    best: Tensor  # [rows] int32: the first of each row's largest logits, and
+    peak: Tensor  # [rows] fp32: what it is
     places: list[list[int]]  # per layer, what is bound to its keys and values
     shapes: list[tuple[int, int]]  # per layer, K and D
     head: HeadSpec
@@ -50,7 +62,10 @@ class StepProgram:
         return self.program.rows
 
     def bind(self, keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Use these keys and values, per layer [pages, size, K, D]; size is a multiple of 16."""
+        """Use these keys and values, per layer [pages, size, K, D]; size is a multiple of 16.
+
+        A layer's keys and values lie alike in memory, D in order.
+        """
         for places, k, v in zip(self.places, keys, values):
             self.program.bind(places, k, v)
 
@@ -58,7 +73,8 @@ class StepProgram:
         self, ids: Tensor, positions: Tensor, pages: Tensor, first: Tensor | None = None,
         adapter: Tensor | None = None, wanted: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        """Logits [wanted, V] bf16 of rows with `ids` and `positions` [R]; overwritten by the next.
+        """Logits [wanted, V] bf16 of rows with `ids` and `positions` [R], and `best` and `peak`;
+        overwritten by the next.
 
         `pages` [R, n] int32; `first` [R]: how many padding tokens stand before; `adapter` [R]: the
         index of each row's adapter (-1: none; by default the first); `wanted`: rows, by default
@@ -76,11 +92,16 @@ class StepProgram:
             zeros if adapter is None else adapter,
             wanted,
         )
-        logits = self.logits[: len(wanted)]
+        logits, cap = self.logits[: len(wanted)], self.head.softcap
+        if self.head.scale == 1 and cap is None:
+            return logits
         if self.head.scale != 1:
             logits = logits * self.head.scale
-        cap = self.head.softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        # Rounding may have made ties.
+        peak, best = logits.max(-1)
+        self.peak[: len(wanted)], self.best[: len(wanted)] = peak, best
+        return logits
 
 
 class CachedProgram:
@@ -129,7 +150,7 @@ class CachedProgram:
         return fits and few
 
     def step(self, ids: Tensor, last: int) -> Tensor:
-        """Logits [B, last, V] after the last of `ids` [B, T]."""
+        """Logits [B, last, V] bf16 after the last of `ids` [B, T]."""
         batch, new = ids.shape
         stores: Any = self._cache.stores
         held = [store.buffers for store in stores]
@@ -153,6 +174,12 @@ class CachedProgram:
         for store in stores:
             store.length += new
         return logits.view(batch, last, -1)
+
+    @property
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The values [B] and ids [B] of the largest logits of a `step` with `last` 1."""
+        count = len(self._pads)
+        return self._step.peak[:count], self._step.best[:count].long()
 
 
 def compile_step(
@@ -187,7 +214,7 @@ class _Writer:
         self.tables: dict[RotarySpec, tuple[Tensor, Tensor]] = {}
         self.buffers: dict[tuple[str, int], Tensor] = {}
         self.coded = False
-        _known(trunk.spec.input_scale == 1, trunk.spec)
+        _known(1 in (trunk.spec.input_scale, trunk.spec.embedding_scale), trunk.spec)
         self.x = self._shared("x", trunk.spec.hidden)
 
     def written(self) -> StepProgram:
@@ -196,66 +223,90 @@ class _Writer:
         _known(type(table) in (nn.Embedding, ScaledEmbedding), table)
         _known(table.weight.dtype == torch.bfloat16, table.weight.dtype)
         scale = float(torch.tensor(getattr(table, "scale", 1.0), dtype=torch.bfloat16))
-        self.program.embed(table.weight, self.x, scale)
+        self.program.embed(table.weight, self.x, scale * spec.input_scale)
         places, shapes = [], []
         block: Any
         for block in self.trunk.layers:
-            _known(type(block) is Block and not block.spec.parallel, block)
-            places.append(self._attention(block))
+            _known(type(block) is Block, block)
+            seen = self._normed(block, block.spec.norms.attention_in)
+            places.append(self._attention(block, seen))
             mixer: Any = block.self_attn
             shapes.append((mixer.spec.kv_heads, mixer.spec.head_dim))
-            self._mlp(block)
+            if not block.spec.parallel:
+                seen = self._normed(block, block.spec.norms.mlp_in)
+            # What a parallel block has seen is still there, unless it is the stream itself.
+            _known(not block.spec.parallel or seen is not self.x, block)
+            self._mlp(block, seen)
         last = self._shared("last", spec.hidden)
         self.program.select(self.x, last, spec.hidden)
         self._norm(self.trunk.norm, last, last)
         logits = self._shared("logits", spec.vocab)
         self._linears(last, [(self.head, logits)])
-        return StepProgram(self.program, logits, places, shapes, spec.head, self.coded)
+        best, peak = torch.zeros(self.program.rows, dtype=torch.int32), torch.zeros(len(logits))
+        self.program.best(logits, best, peak)
+        return StepProgram(
+            self.program, logits, best, peak, places, shapes, spec.head, self.coded
+        )  # fmt: skip
 
-    def _attention(self, block: Any) -> list[int]:
+    def _attention(self, block: Any, seen: Tensor) -> list[int]:
         layer: Any = block.self_attn
         spec, norm = layer.spec, layer.spec.qk_norm
         _known(
             type(layer) is Attention
-            and not (spec.chunk or spec.sinks or spec.clip or spec.temperature)
+            and not (spec.chunk or spec.clip or spec.temperature)
             and spec.heads // spec.kv_heads <= 16 and spec.head_dim % 32 == 0,
             spec,
         )  # fmt: skip
         heads, kv, size = spec.heads, spec.kv_heads, spec.head_dim
         q, out = self._shared("q", heads * size), self._shared("out", heads * size)
         k, v = self._shared("k", kv * size), self._shared("v", kv * size)
-        seen = self._normed(block, block.spec.norms.attention_in)
         if spec.fused:
             self._linears(seen, [(layer.qkv_proj, q), (layer.qkv_proj, k), (layer.qkv_proj, v)])
         else:
             self._linears(seen, [(layer.q_proj, q), (layer.k_proj, k), (layer.v_proj, v)])
-        if norm is not None:
-            _known(norm.over != "heads" and not norm.after_rotary, norm)
-            for name, x in zip(norm.names, (q, k)):
-                self._norm(getattr(layer, name), x, x)
+        if norm is not None and not norm.after_rotary:
+            self._qk_norm(layer, q, k)
         if spec.rotary is not None:
-            cos, sin = self._table(spec.rotary, size)
-            self.program.rotary(q, heads, cos, sin)
-            self.program.rotary(k, kv, cos, sin)
+            cos, sin = self._table(spec.rotary)
+            how = {"interleaved": spec.rotary.interleaved, "wide": spec.rotary.wide}
+            self.program.rotary(q, heads, cos, sin, **how)
+            self.program.rotary(k, kv, cos, sin, **how)
+        if norm is not None and norm.after_rotary:
+            self._qk_norm(layer, q, k)
         scale = size**-0.5 if spec.scale is None else spec.scale
+        sinks = layer.sinks.detach() if spec.sinks else None
+        _known(sinks is None or sinks.dtype == torch.bfloat16, sinks)
         places = [
-            self.program.append(k, v, kv * size),
+            self.program.append(k, v, kv),
             self.program.attend(
-                q, out, heads, kv, size, scale=scale, window=spec.window, softcap=spec.softcap
+                q, out, heads, kv, size, scale=scale, window=spec.window, softcap=spec.softcap,
+                sinks=sinks,
             ),
-        ]
+        ]  # fmt: skip
         self._branch(block, out, getattr(layer, spec.out), block.spec.norms.attention_out)
         return places
 
-    def _mlp(self, block: Any) -> None:
+    def _qk_norm(self, layer: Any, q: Tensor, k: Tensor) -> None:
+        norm, size = layer.spec.qk_norm, layer.spec.head_dim
+        for name, x in zip(norm.names, (q, k)):
+            self._norm(getattr(layer, name), x, x, x.shape[1] if norm.over == "width" else size)
+
+    def _mlp(self, block: Any, seen: Tensor) -> None:
         mlp: Any = getattr(block, block.spec.mlp_name)
-        _known(type(mlp) is Mlp, mlp)
+        _known(type(mlp) in (Mlp, PlainMlp), mlp)
         names = [name for name in decode.ACTIVATIONS if ACTIVATIONS.get(name) is mlp.activation]
         _known(names, mlp.activation)
+        if type(mlp) is PlainMlp:
+            up, down = (getattr(mlp, name) for name in mlp.names)
+            width = down.in_features
+            wide, inner = self._shared("up", width), self._shared("inner", width)
+            self._linears(seen, [(up, wide)])
+            self.program.gate(wide, None, inner, names[0])
+            self._branch(block, inner, down, block.spec.norms.mlp_out)
+            return
         width = mlp.down_proj.in_features
         gate, up = self._shared("gate", width), self._shared("up", width)
         inner = self._shared("inner", width)
-        seen = self._normed(block, block.spec.norms.mlp_in)
         pair = (mlp.gate_up_proj,) * 2 if mlp.fused else (mlp.gate_proj, mlp.up_proj)
         self._linears(seen, list(zip(pair, (gate, up))))
         self.program.gate(gate, up, inner, names[0])
@@ -285,20 +336,24 @@ class _Writer:
             self.buffers[name, width] = self.program.buffer(width)
         return self.buffers[name, width]
 
-    def _table(self, spec: RotarySpec, size: int) -> tuple[Tensor, Tensor]:
-        plain = spec.dim == size and not spec.interleaved and not spec.wide
-        _known(plain and spec.kind not in LENGTH_DEPENDENT, spec)
+    def _table(self, spec: RotarySpec) -> tuple[Tensor, Tensor]:
+        _known(spec.kind not in LENGTH_DEPENDENT, spec)
         if spec not in self.tables:
-            positions = torch.arange(self.length)[None]
-            cos, sin = spec.table(positions, torch.bfloat16)
-            self.tables[spec] = cos[0].contiguous(), sin[0].contiguous()
+            cos, sin = spec.table(torch.arange(self.length)[None], torch.bfloat16)
+            self.tables[spec] = cos[0].float().contiguous(), sin[0].float().contiguous()
         return self.tables[spec]
 
-    def _norm(self, module: Any, x: Tensor, to: Tensor) -> None:
-        known = type(module) in (RmsNorm, WideRmsNorm, OffsetRmsNorm)
-        _known(known and module.weight.dtype == torch.bfloat16, module)
-        offset = 1.0 if module.offset else 0.0
-        self.program.norm(x, module.weight, to, module.eps, offset=offset, wide=module.wide)
+    def _norm(self, module: Any, x: Tensor, to: Tensor, width: int | None = None) -> None:
+        kind = type(module)
+        _known(kind in (*RMS_NORMS, *LAYER_NORMS, L2Norm), module)
+        weight, bias = (getattr(module, name, None) for name in ("weight", "bias"))
+        for tensor in (weight, bias):
+            _known(tensor is None or tensor.dtype == torch.bfloat16, module)
+        offset, wide = getattr(module, "offset", False), getattr(module, "wide", False)
+        self.program.norm(
+            x, weight, to, module.eps, width=width, offset=float(offset), wide=wide, bias=bias,
+            centred=kind in LAYER_NORMS,
+        )  # fmt: skip
 
     def _linears(self, x: Tensor, parts: list[tuple[Any, Tensor]], add: bool = False) -> None:
         """Linears of `x` into their buffers, with the low-rank terms of the adapters.
@@ -317,8 +372,8 @@ class _Writer:
             if any(term is not None for term in found):
                 terms.append((found, to))
         self.program.linears(x, weights, add)
-        for found, to in terms:
-            self.program.low_rank(x, to, found)
+        if terms:
+            self.program.low_rank(x, [(to, found) for found, to in terms])
 
     def _weight(self, module: Any, rows: slice) -> Weight:
         base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module

@@ -152,6 +152,11 @@ class Request:
         pool.release(self.pages)
         self.pages, self.held, self._named = [], 0, 0
 
+    @property
+    def takes_best(self) -> bool:
+        """Whether its next token is that of the largest logit."""
+        return not (self.config.do_sample or self.processors)
+
     def shaped(self, logits: Tensor) -> Tensor:
         """Scores [1, V] from logits [1, V]."""
         if not self.processors:

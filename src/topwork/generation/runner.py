@@ -31,11 +31,24 @@ class Piece:
     adapter: str | None = None
 
 
+@dataclass
+class Next:
+    """What may follow N pieces: `logits` [N, V] in any dtype, the largest's values and ids [N]."""
+
+    logits: Tensor
+    peak: Tensor
+    best: Tensor
+
+    @classmethod
+    def of(cls, logits: Tensor) -> Next:
+        return cls(logits, *logits.max(-1))
+
+
 class Runner(Protocol):
     pool: PagePool
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
-        """Logits [pieces, V] fp32 after each piece's last id."""
+    def run(self, pieces: Sequence[Piece]) -> Next:
+        """What follows each piece's last id."""
         ...
 
     def refresh(self) -> None:
@@ -53,7 +66,15 @@ class ModuleRunner:
     def refresh(self) -> None:
         """The modules are read at each step."""
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
+    def run(self, pieces: Sequence[Piece]) -> Next:
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return Next.of(self._logits(pieces))
+        finally:
+            self.model.train(was_training)
+
+    def _logits(self, pieces: Sequence[Piece]) -> Tensor:
         groups: list[list[int]] = [[i for i, p in enumerate(pieces) if len(p.ids) == 1]]
         groups += [[i] for i, p in enumerate(pieces) if len(p.ids) > 1]
         logits: list[Tensor | None] = [None] * len(pieces)
@@ -120,10 +141,10 @@ class NativeRunner:
             )
         self._step = step
 
-    def run(self, pieces: Sequence[Piece]) -> Tensor:
+    def run(self, pieces: Sequence[Piece]) -> Next:
         if self._step is None:
             return self._modules.run(pieces)
-        found: list[Tensor] = []
+        found: list[Next] = []
         group: list[Piece] = []
         for piece in pieces:
             if group and sum(len(p.ids) for p in group) + len(piece.ids) > MOST_ROWS:
@@ -131,9 +152,12 @@ class NativeRunner:
                 group = []
             group.append(piece)
         found.append(self._rows(group))
-        return torch.cat(found)
+        if len(found) == 1:
+            return found[0]
+        parts = ([f.logits for f in found], [f.peak for f in found], [f.best for f in found])
+        return Next(*(torch.cat(part) for part in parts))
 
-    def _rows(self, pieces: Sequence[Piece]) -> Tensor:
+    def _rows(self, pieces: Sequence[Piece]) -> Next:
         assert self._step is not None
         counts = torch.tensor([len(p.ids) for p in pieces])
         ends = counts.cumsum(0)
@@ -146,10 +170,13 @@ class NativeRunner:
         )
         index = {name: i for i, name in enumerate(self._adapters)}
         adapter = torch.tensor([index.get(p.adapter or "", -1) for p in pieces], dtype=torch.int32)
-        return self._step.run(
+        step, count = self._step, len(pieces)
+        logits = step.run(
             ids,
             starts.repeat_interleave(counts) + offsets,
             pages.repeat_interleave(counts, 0),
             adapter=adapter.repeat_interleave(counts),
             wanted=(ends - 1).to(torch.int32),
-        ).float()
+        )
+        # The next group of rows goes into the same buffers.
+        return Next(logits.clone(), step.peak[:count].clone(), step.best[:count].long())

@@ -44,7 +44,10 @@ class Growing:
 
     @property
     def buffers(self) -> tuple[Tensor, Tensor] | None:
-        """Keys and values [B, room, K, D] as they lie in memory; room is a multiple of 16."""
+        """All the room for keys and values, [B, room, K, D], where room is a multiple of 16.
+
+        In memory the tokens of one head lie side by side: [B, K, room, D].
+        """
         return self._held
 
     def reserve(self, room: int) -> None:
@@ -68,7 +71,7 @@ class Growing:
     def _grown(self, k: Tensor, v: Tensor, stop: int) -> tuple[Tensor, Tensor]:
         room = self.room or (self._least if stop <= self._least else 2 * stop)
         room = -(-room // 16) * 16
-        grown = k.new_empty(len(k), room, *k.shape[2:]), v.new_empty(len(v), room, *v.shape[2:])
+        grown = _by_heads(k, room), _by_heads(v, room)
         if self._held is not None:
             for new, old in zip(grown, self._held):
                 new[:, : self.length] = old[:, : self.length]
@@ -84,8 +87,14 @@ class Growing:
             if len(rows) == len(tensor):
                 tensor[:, : self.length] = tensor[rows, : self.length]
         if len(rows) != len(self._held[0]):
-            keys, values = (t.index_select(0, rows) for t in self._held)
-            self._held = keys, values
+            keys, values = (t.transpose(1, 2).index_select(0, rows) for t in self._held)
+            self._held = keys.transpose(1, 2), values.transpose(1, 2)
+
+
+def _by_heads(like: Tensor, room: int) -> Tensor:
+    """An empty [B, room, K, D], in memory [B, K, room, D], for what is like [B, T, K, D]."""
+    batch, _, heads, size = like.shape
+    return like.new_empty(batch, heads, room, size).transpose(1, 2)
 
 
 class Windowed:

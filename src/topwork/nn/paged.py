@@ -22,7 +22,7 @@ class PagePool:
         self.layers = layers
         self.pages = pages
         self.size = size
-        self.keys: list[Tensor | None] = [None] * layers  # [P, size, K, D] each
+        self.keys: list[Tensor | None] = [None] * layers  # [P, size, K, D] each, in memory head by head
         self.values: list[Tensor | None] = [None] * layers
         self._users = [0] * pages
         self._free = list(range(pages - 1, -1, -1))
@@ -35,9 +35,11 @@ class PagePool:
         """The layer's buffers, made when its first k, v [.., K, D] show what they are like."""
         keys, values = self.keys[layer], self.values[layer]
         if keys is None or values is None:
-            shape = (self.pages, self.size)
-            keys = self.keys[layer] = k.new_zeros(*shape, *k.shape[-2:])
-            values = self.values[layer] = v.new_zeros(*shape, *v.shape[-2:])
+            keys, values = (
+                t.new_zeros(self.pages, t.shape[-2], self.size, t.shape[-1]).transpose(1, 2)
+                for t in (k, v)
+            )
+            self.keys[layer], self.values[layer] = keys, values
         return keys, values
 
     @property
@@ -122,17 +124,16 @@ class PagedRows:
             slots = (torch.tensor(held)[:, None] * pool.size + offsets).flatten()[:end]
             place[row, self.span - end :] = slots
             self.keep[row, self.span - end :] = True
-        self._place = place
-        self._new = place[:, self.span - new :]
+        self._place = place // pool.size, place % pool.size
+        self._new = tuple(t[:, self.span - new :] for t in self._place)
         self.length = self.span - new
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k, v [B, T, K, D] to the rows' pages; returns what they may see, [B, S, K, D]."""
         found = []
         for buffer, new in zip(self.pool.allocate(k, v, layer), (k, v)):
-            flat = buffer.flatten(0, 1)
-            flat[self._new] = new
-            found.append(flat[self._place])
+            buffer[self._new] = new
+            found.append(buffer[self._place])
         return found[0], found[1]
 
     def crop(self, length: int) -> None:

@@ -9,7 +9,11 @@
 //   BF16    as they are
 //   INT8    [out/16][in/32][16 rows][32 columns] int8, and one float scale per row
 //   CODE4   4-bit codes [out/16][in/32][4][32 columns] of 16 bits, whose digits are 4 rows; a bf16
-//           scale per `group` columns, [out/16][in/group][16 rows]; a table of 16 floats
+//           scale per `group` columns, [out/16][in/group][16 rows], and perhaps a bf16 base of that
+//           shape; a table of 16 floats: weight = scale table[code] + base
+//
+// Keys and values lie in pages [pages, size, K, D], of any strides but the last. Low-rank terms are
+// A [16 ⌈r/16⌉, in] and B [out, 32 ⌈r/32⌉], zero behind r.
 //
 // With AMX, 16 weight rows are the left operand and the rows of x, packed by pairs of columns, the
 // right one. One or two rows meet quantised weights in vector registers instead, unless the step
@@ -24,16 +28,18 @@
 typedef uint16_t bf16;
 typedef int64_t i64;
 
-enum { EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD };
+enum { EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD, BEST };
 enum { BF16, INT8, CODE4 };
-enum { SILU, GELU_TANH, GELU };
+enum { SILU, GELU_TANH, GELU, RELU };
 enum { TILE = 512, MAX_GROUPS = 16, MAX_HEADS = 16 };
 
 typedef struct { i64 op, a[15]; } Instruction;
+typedef struct { i64 page, token, head; } Strides;
 
 typedef struct {
   const void *weight;
   const void *scale;
+  const bf16 *base;
   const float *table;
   const bf16 *bias;
   bf16 *y;
@@ -41,14 +47,20 @@ typedef struct {
 } Part;
 
 typedef struct {
-  const bf16 *a, *b;  // [r, in], [out, r]
+  const bf16 *a, *b;
   i64 rank;
   float scale;
   int32_t pad;
 } LowRank;
 
 typedef struct {
-  i64 rows, wanted, table_stride, threads, portable, steady;
+  bf16 *y;
+  const LowRank *terms;  // by adapter
+  i64 out, stride;
+} LowPart;
+
+typedef struct {
+  i64 rows, wanted, table_stride, threads, portable, steady, adapters;
   const i64 *ids, *positions;   // [R]
   const int32_t *pages;         // [R, table_stride]
   const int32_t *first;         // [R]: keys before it are padding
@@ -89,8 +101,9 @@ static inline float weight_at(const Part *p, i64 in, i64 row, i64 column) {
   const i64 block = row / 16 * (in / 32) + column / 32, i = row % 16, j = column % 32;
   if (p->format == INT8) return ((const int8_t *)p->weight)[block * 512 + 32 * i + j];
   const int code = ((const uint16_t *)p->weight)[block * 128 + i / 4 * 32 + j] >> i % 4 * 4 & 15;
-  const bf16 *scales = (const bf16 *)p->scale + (row / 16 * (in / p->group) + column / p->group) * 16;
-  return get(put(p->table[code] * get(scales[i])));
+  const i64 at = (row / 16 * (in / p->group) + column / p->group) * 16 + i;
+  const float base = p->base ? get(p->base[at]) : 0.0f;
+  return get(put(p->table[code] * get(((const bf16 *)p->scale)[at]) + base));
 }
 
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -125,13 +138,16 @@ static inline void expand(const Part *p, i64 in, i64 row, i64 step, bf16 *tile) 
     return;
   }
   const __m512i *codes = (const __m512i *)p->weight + block * 4;
-  const bf16 *scales = (const bf16 *)p->scale + (row / 16 * (in / p->group) + 32 * step / p->group) * 16;
+  const i64 at = (row / 16 * (in / p->group) + 32 * step / p->group) * 16;
+  const bf16 *scales = (const bf16 *)p->scale + at, *bases = p->base ? p->base + at : NULL;
   const __m512 table = _mm512_loadu_ps(p->table);
   for (int q = 0; q < 4; q++) {
     __m512i digits = _mm512_loadu_si512(codes + q);
 #pragma GCC unroll 4
     for (int i = 4 * q; i < 4 * q + 4; i++) {
-      __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(table, _mm512_set1_ps(get(scales[i]))));
+      const __m512 base = _mm512_set1_ps(bases ? get(bases[i]) : 0.0f);
+      __m256i half =
+          (__m256i)_mm512_cvtneps_pbh(_mm512_fmadd_ps(table, _mm512_set1_ps(get(scales[i])), base));
       __m512i values = _mm512_broadcast_i64x4(half);  // twice: the lookup takes five bits
       _mm512_store_si512(tile + 32 * i, _mm512_permutexvar_epi16(digits, values));
       digits = _mm512_srli_epi16(digits, 4);
@@ -141,7 +157,7 @@ static inline void expand(const Part *p, i64 in, i64 row, i64 step, bf16 *tile) 
 
 // sums[16 i] of 16 quantised weight rows i with one row x.
 static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *sums) {
-  __m512 total[16];
+  __m512 total[16], shift = _mm512_setzero_ps();  // of the bases, a lane for each row
   for (int i = 0; i < 16; i++) total[i] = _mm512_setzero_ps();
   if (p->format == INT8) {
     const int8_t *w = (const int8_t *)p->weight + row * in;
@@ -158,6 +174,8 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *s
     const bf16 *scales = (const bf16 *)p->scale + row / 16 * (in / p->group) * 16;
     const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p->table));
     const __m512i values = _mm512_broadcast_i64x4(half);
+    const bf16 *bases = p->base ? p->base + row / 16 * (in / p->group) * 16 : NULL;
+    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     float scale[16] __attribute__((aligned(64)));
     for (i64 c = 0; c < in; c += 32, codes += 4) {
       if (c % p->group == 0) {
@@ -165,6 +183,11 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *s
         scales += 16;
       }
       const __m512bh one = (__m512bh)_mm512_loadu_si512(x + c);
+      if (bases) {
+        const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), ones, one);
+        const __m512 base = widen(bases + c / p->group * 16);
+        shift = _mm512_fmadd_ps(base, _mm512_set1_ps(_mm512_reduce_add_ps(sum)), shift);
+      }
 #pragma GCC unroll 4
       for (int q = 0; q < 4; q++) {
         const __m512i digits = _mm512_loadu_si512(codes + q);
@@ -177,18 +200,21 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *s
       }
     }
   }
-  for (int i = 0; i < 16; i++) sums[16 * i] = _mm512_reduce_add_ps(total[i]);
+  float shifts[16];
+  _mm512_storeu_ps(shifts, shift);
+  for (int i = 0; i < 16; i++) sums[16 * i] = _mm512_reduce_add_ps(total[i]) + shifts[i];
 }
 
-// sums [groups][16 weight rows][16 rows of x] of 16 weight rows; at most 4 groups at once.
+// sums [groups][16 weight rows][16 rows of x] of 16 weight rows; at most 4 groups at once, which lie
+// `far` apart.
 static void products(const Part *p, i64 in, i64 row, const bf16 *pack, i64 steps, i64 groups,
-                     float *sums) {
+                     i64 far, float *sums) {
   bf16 tiles[4][TILE] __attribute__((aligned(64)));  // expanded two steps ahead of their use
   const int coded = p->format != BF16;
   const bf16 *w = (const bf16 *)p->weight + row * in;
   for (i64 g = 0; g < groups; g += 4) {
-    const bf16 *x = pack + g * steps * TILE;
-    const i64 far = steps * TILE, n = groups - g;
+    const bf16 *x = pack + g * far;
+    const i64 n = groups - g;
     _tile_zero(0);
     if (n > 1) _tile_zero(1);
     if (n > 2) _tile_zero(2);
@@ -376,7 +402,7 @@ static void linears(const Instruction *at, const Step *step, i64 rows, int me, i
 #ifndef ONLY_PORTABLE
     if (!step->portable && rows <= 2 && p->format != BF16 && !step->steady)
       for (i64 r = 0; r < rows; r++) row_products(p, in, row, x + r * in, sums + r);
-    else if (!step->portable) products(p, in, row, step->pack, steps, groups, sums);
+    else if (!step->portable) products(p, in, row, step->pack, steps, groups, steps * TILE, sums);
     else
 #endif
       portable_products(p, in, row, step->pack, steps, groups, sums);
@@ -418,19 +444,38 @@ static float dot(const bf16 *a, const bf16 *b, i64 n) {
   return total;
 }
 
-// (x, weight, y, C, eps, vectors per row, offset, wide): y = (offset + weight) x / rms(x), rounded
-// before the weight unless `wide`
+// (x, weight, y, C, eps, vectors per row, offset, wide, bias, centred, weights): the norm of vectors
+// of C, y = (offset + weight) x / rms(x) + bias, of x less its mean if `centred`, rounded before the
+// weight unless `wide`. weight and bias may be missing; `weights`: so many take turns.
 static void norm(const Instruction *at, i64 rows, int me, int threads) {
-  const i64 width = at->a[3], vectors = rows * at->a[5];
-  const bf16 *weight = (const bf16 *)at->a[1];
+  const i64 width = at->a[3], vectors = rows * at->a[5], weights = at->a[10];
   float eps, offset;
   memcpy(&eps, &at->a[4], 4);
   memcpy(&offset, &at->a[6], 4);
   for (i64 r = me; r < vectors; r += threads) {
     const bf16 *x = (const bf16 *)at->a[0] + r * width;
+    const bf16 *weight = at->a[1] ? (const bf16 *)at->a[1] + r % weights * width : NULL;
+    const bf16 *bias = (const bf16 *)at->a[8];
     bf16 *y = (bf16 *)at->a[2] + r * width;
+    if (at->a[9]) {
+      float mean = 0, square = 0;
+#pragma omp simd reduction(+ : mean)
+      for (i64 i = 0; i < width; i++) mean += get(x[i]);
+      mean /= width;
+#pragma omp simd reduction(+ : square)
+      for (i64 i = 0; i < width; i++) square += (get(x[i]) - mean) * (get(x[i]) - mean);
+      const float inverse = 1.0f / sqrtf(square / width + eps);
+      for (i64 i = 0; i < width; i++) {
+        const float unit = (get(x[i]) - mean) * inverse;
+        y[i] = put((weight ? unit * get(weight[i]) : unit) + (bias ? get(bias[i]) : 0.0f));
+      }
+      continue;
+    }
     const float inverse = 1.0f / sqrtf(dot(x, x, width) / width + eps);
-    if (at->a[7]) {
+    if (!weight) {
+#pragma omp simd
+      for (i64 i = 0; i < width; i++) y[i] = put(get(x[i]) * inverse);
+    } else if (at->a[7]) {
 #pragma omp simd
       for (i64 i = 0; i < width; i++) y[i] = put(get(x[i]) * inverse * (offset + get(weight[i])));
     } else {
@@ -440,33 +485,50 @@ static void norm(const Instruction *at, i64 rows, int me, int threads) {
   }
 }
 
-// (x, heads, D, cos, sin): turns x [R, heads, D] by tables [positions, D / 2]
+static inline float step_of(float x, i64 wide) { return wide ? x : get(put(x)); }
+
+// (x, heads, D, cos, sin, dim, interleaved, wide): turns the first `dim` of x [R, heads, D] by tables
+// [positions, dim / 2] fp32, dimension d with d + dim / 2, or 2 d with 2 d + 1; each product is
+// rounded unless `wide`
 static void rotary(const Instruction *at, const Step *step, i64 rows, int me, int threads) {
-  const i64 heads = at->a[1], size = at->a[2], half = size / 2;
+  const i64 heads = at->a[1], size = at->a[2], half = at->a[5] / 2, wide = at->a[7];
   for (i64 i = me; i < rows * heads; i += threads) {
     const i64 place = step->positions[i / heads] * half;
-    const bf16 *cosine = (const bf16 *)at->a[3] + place, *sine = (const bf16 *)at->a[4] + place;
+    const float *cosine = (const float *)at->a[3] + place, *sine = (const float *)at->a[4] + place;
     bf16 *x = (bf16 *)at->a[0] + i * size;
+    if (at->a[6]) {
+      for (i64 d = 0; d < half; d++) {
+        const float a = get(x[2 * d]), b = get(x[2 * d + 1]), c = cosine[d], s = sine[d];
+        x[2 * d] = put(step_of(a * c, wide) - step_of(b * s, wide));
+        x[2 * d + 1] = put(step_of(b * c, wide) + step_of(a * s, wide));
+      }
+      continue;
+    }
 #pragma omp simd
     for (i64 d = 0; d < half; d++) {
-      const float a = get(x[d]), b = get(x[d + half]), c = get(cosine[d]), s = get(sine[d]);
-      x[d] = put(get(put(a * c)) - get(put(b * s)));
-      x[d + half] = put(get(put(b * c)) + get(put(a * s)));
+      const float a = get(x[d]), b = get(x[d + half]), c = cosine[d], s = sine[d];
+      x[d] = put(step_of(a * c, wide) - step_of(b * s, wide));
+      x[d + half] = put(step_of(b * c, wide) + step_of(a * s, wide));
     }
   }
 }
 
-static inline i64 slot(const Step *step, i64 row, i64 token, i64 size) {
-  return (i64)step->pages[row * step->table_stride + token / size] * size + token % size;
+static inline i64 slot(const Step *step, i64 row, i64 token, i64 size, const Strides *by) {
+  const i64 page = step->pages[row * step->table_stride + token / size];
+  return page * by->page + token % size * by->token;
 }
 
-// (k, v, keys, values, K D, page size)
+// (k, v, keys, values, K, D, page size, strides)
 static void append(const Instruction *at, const Step *step, i64 rows, int me, int threads) {
-  const i64 width = at->a[4];
+  const i64 heads = at->a[4], size = at->a[5];
+  const Strides *by = (const Strides *)&at->a[7];
   for (i64 r = me; r < rows; r += threads) {
-    const i64 to = slot(step, r, step->positions[r] + step->first[r], at->a[5]) * width;
-    memcpy((bf16 *)at->a[2] + to, (const bf16 *)at->a[0] + r * width, 2 * width);
-    memcpy((bf16 *)at->a[3] + to, (const bf16 *)at->a[1] + r * width, 2 * width);
+    const i64 to = slot(step, r, step->positions[r] + step->first[r], at->a[6], by);
+    for (i64 h = 0; h < heads; h++) {
+      const i64 from = (r * heads + h) * size, place = to + h * by->head;
+      memcpy((bf16 *)at->a[2] + place, (const bf16 *)at->a[0] + from, 2 * size);
+      memcpy((bf16 *)at->a[3] + place, (const bf16 *)at->a[1] + from, 2 * size);
+    }
   }
 }
 
@@ -487,7 +549,9 @@ static inline float exponential(float x) {
 static void attend_one(const Instruction *at, const Step *step, i64 row, i64 head, bf16 *pack,
                        float *scores) {
   const i64 heads = at->a[2], kv = at->a[3], size = at->a[4], page = at->a[7], group = heads / kv;
-  const i64 stop = step->positions[row] + step->first[row] + 1, stride = kv * size;
+  const Strides *by = (const Strides *)&at->a[11];
+  const i64 stop = step->positions[row] + step->first[row] + 1, stride = by->token;
+  const i64 place = head * by->head;
   const i64 window = at->a[8], span = (stop + 15) / 16 * 16;
   const i64 first = high(step->first[row], window ? stop - window : 0), from = first / 16 * 16;
   float scale, softcap;
@@ -497,11 +561,12 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
   for (i64 s = 0; s < size / 32; s++)
     pack_tile(q + 32 * s, size, group, pack + s * TILE, step->portable);
   float found[256] __attribute__((aligned(64))), best[MAX_HEADS], total[MAX_HEADS];
-  for (i64 g = 0; g < group; g++) best[g] = -INFINITY;
+  const bf16 *sinks = at->a[14] ? (const bf16 *)at->a[14] + head * group : NULL;
+  for (i64 g = 0; g < group; g++) best[g] = sinks ? get(sinks[g]) : -INFINITY;
   for (i64 t = from; t < stop; t += 16) {
-    const bf16 *k = (const bf16 *)at->a[5] + slot(step, row, t, page) * stride + head * size;
+    const bf16 *k = (const bf16 *)at->a[5] + slot(step, row, t, page, by) + place;
     const i64 next = low(t + 32, stop - 1) / 16 * 16;  // on its way while this block is computed
-    const bf16 *ahead = (const bf16 *)at->a[5] + slot(step, row, next, page) * stride + head * size;
+    const bf16 *ahead = (const bf16 *)at->a[5] + slot(step, row, next, page, by) + place;
     for (i64 i = 0; i < 16; i++)
       for (i64 c = 0; c < size; c += 32) __builtin_prefetch(ahead + i * stride + c);
 #ifndef ONLY_PORTABLE
@@ -528,13 +593,13 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
     for (i64 t = from; t < stop; t += 16) {
 #pragma omp simd
       for (int i = 0; i < 16; i++) {
-        const i64 place = t + i;
-        const float e = place >= first && place < stop ? exponential(s[place] - best[g]) : 0.0f;
-        s[place] = e;
+        const i64 token = t + i;
+        const float e = token >= first && token < stop ? exponential(s[token] - best[g]) : 0.0f;
+        s[token] = e;
         part[i] += e;
       }
     }
-    total[g] = 0;
+    total[g] = sinks ? exponential(get(sinks[g]) - best[g]) : 0.0f;
     for (int i = 0; i < 16; i++) total[g] += part[i];
   }
   bf16 *out = (bf16 *)at->a[1] + row * heads * size + head * group * size;
@@ -546,10 +611,10 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
       for (i64 t = from; t < stop; t += 16) {  // 16 tokens lie in one page
         const i64 skip = high(0, first - t);  // what is out of sight may not be a number
         const bf16 *v =
-            (const bf16 *)at->a[6] + (slot(step, row, t, page) + skip) * stride + head * size + c;
+            (const bf16 *)at->a[6] + slot(step, row, t, page, by) + skip * stride + place + c;
         const i64 tokens = low(16, stop - t) - skip, next = low(t + 32, stop - 1) / 16 * 16;
         const bf16 *ahead =
-            (const bf16 *)at->a[6] + slot(step, row, next, page) * stride + head * size + c;
+            (const bf16 *)at->a[6] + slot(step, row, next, page, by) + place + c;
         for (i64 i = 0; i < 16; i++) {
           __builtin_prefetch(ahead + i * stride);
           __builtin_prefetch(ahead + i * stride + 32);
@@ -574,7 +639,7 @@ static void attend_one(const Instruction *at, const Step *step, i64 row, i64 hea
     }
 }
 
-// (q, out, H, K, D, keys, values, page size, window, scale, softcap)
+// (q, out, H, K, D, keys, values, page size, window, scale, softcap, strides, sinks)
 static void attend(const Instruction *at, const Step *step, i64 rows, int me, int threads) {
   const i64 kv = at->a[3], group = at->a[2] / kv, steps = at->a[4] / 32;
   for (i64 i = rows * kv * me / threads; i < rows * kv * (me + 1) / threads; i++) {
@@ -586,18 +651,21 @@ static void attend(const Instruction *at, const Step *step, i64 rows, int me, in
 
 static inline float activated(float x, i64 kind) {
   if (kind == SILU) return x / (1.0f + exponential(-x));
+  if (kind == RELU) return x > 0 ? x : 0.0f;
   if (kind == GELU) return 0.5f * x * (1.0f + erff(x * 0.70710678f));
   return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
 }
 
-// (gate, up, y, width, kind, stride): y = act(gate) up
+// (gate, up, y, width, kind, stride): y = act(gate) up, or act(gate) without `up`
 static void gate(const Instruction *at, i64 rows, int me, int threads) {
   const i64 width = at->a[3], kind = at->a[4], pieces = (width + 63) / 64, stride = at->a[5];
   for (i64 i = me; i < rows * pieces; i += threads) {
     const i64 row = i / pieces, from = i % pieces * 64, to = low(width, from + 64);
     const bf16 *g = (const bf16 *)at->a[0] + row * stride, *u = (const bf16 *)at->a[1] + row * stride;
     bf16 *y = (bf16 *)at->a[2] + row * width;
-    if (kind == SILU) {
+    if (!at->a[1]) {
+      for (i64 c = from; c < to; c++) y[c] = put(activated(get(g[c]), kind));
+    } else if (kind == SILU) {
 #pragma omp simd
       for (i64 c = from; c < to; c++) y[c] = put(get(put(activated(get(g[c]), SILU))) * get(u[c]));
     } else {
@@ -606,20 +674,136 @@ static void gate(const Instruction *at, i64 rows, int me, int threads) {
   }
 }
 
-// (x, in, y, out, stride, terms): y += scale B A x with the terms of each row's adapter
-static void low_rank(const Instruction *at, const Step *step, i64 rows, int me, int threads) {
-  const i64 in = at->a[1], out = at->a[3];
-  const LowRank *terms = (const LowRank *)at->a[5];
+// Which of 16 rows each adapter has: bit b of owned[adapter MAX_GROUPS + g] is row 16 g + b. Rows
+// are those of the step, or of its choice.
+static void divide(const Step *step, i64 rows, const int32_t *choice, uint16_t *owned) {
+  memset(owned, 0, sizeof(uint16_t) * step->adapters * MAX_GROUPS);
+  for (i64 r = 0; r < rows; r++) {
+    const int32_t adapter = step->adapter[choice ? choice[r] : r];
+    if (adapter >= 0 && adapter < step->adapters)
+      owned[adapter * MAX_GROUPS + r / 16] |= (uint16_t)(1 << r % 16);
+  }
+}
+
+#ifndef ONLY_PORTABLE
+// Products [16 ranks][16 rows] go, for the owned rows, to the packed operand of the next product.
+static void lower(const float *sums, uint16_t own, bf16 *tile) {
+  for (int pair = 0; pair < 8; pair++, sums += 32, tile += 32) {
+    const __m512i even = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums)));
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + 16));
+    const __m512i odd = _mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16);
+    _mm512_mask_storeu_epi32(tile, own, _mm512_or_si512(even, odd));
+  }
+}
+
+// y += scale sums, for the owned rows.
+static void raise(const float *sums, uint16_t own, float scale, bf16 *y, i64 stride) {
+  const __m512 by = _mm512_set1_ps(scale);
+  __m512 x[16];
+  for (int i = 0; i < 16; i++) x[i] = _mm512_loadu_ps(sums + 16 * i);
+  transpose(x);
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; r++)
+    if (own >> r & 1) narrow(_mm512_fmadd_ps(x[r], by, widen(y + r * stride)), y + r * stride);
+}
+
+// The tiles of 16 rows meet an adapter's matrices together; of the sums, which are each row's own,
+// those of the adapter's rows are taken. `small` [parts][MAX_GROUPS][wide] tiles: A x, packed.
+static void low_rank_tiles(const Instruction *at, const Step *step, const uint16_t *owned, i64 rows,
+                           int me, int threads) {
+  const i64 in = at->a[1], count = at->a[3], wide = at->a[5], groups = (rows + 15) / 16;
+  const LowPart *parts = (const LowPart *)at->a[2];
+  bf16 *small = (bf16 *)at->a[4];
+  float sums[256] __attribute__((aligned(64)));
+  i64 turn = 0, blocks = 0;
+  for (i64 i = 0; i < count; i++) {
+    blocks += parts[i].out / 16;
+    for (i64 adapter = 0; adapter < step->adapters; adapter++) {
+      const LowRank *t = parts[i].terms + adapter;
+      const uint16_t *own = owned + adapter * MAX_GROUPS;
+      const Part a = {.weight = t->a, .format = BF16};
+      for (i64 rank = 0; rank < t->rank; rank += 16)
+        for (i64 g = 0; g < groups; g++) {
+          if (!own[g] || turn++ % threads != me) continue;
+          bf16 *tile = small + ((i * MAX_GROUPS + g) * wide + rank / 32) * TILE;
+          products(&a, in, rank, step->pack + g * (in / 32) * TILE, in / 32, 1, 0, sums);
+          lower(sums, own[g], tile + rank % 32 * 16);
+          memset(sums, 0, sizeof sums);
+          if (rank % 32 == 0 && rank + 16 >= t->rank) lower(sums, own[g], tile + 256);
+        }
+    }
+  }
+#pragma omp barrier
+  for (i64 block = blocks * me / threads; block < blocks * (me + 1) / threads; block++) {
+    i64 i = 0, row = block;
+    while (row >= parts[i].out / 16) row -= parts[i++].out / 16;
+    row *= 16;
+    for (i64 adapter = 0; adapter < step->adapters; adapter++) {
+      const LowRank *t = parts[i].terms + adapter;
+      const i64 steps = (t->rank + 31) / 32, stride = parts[i].stride;
+      const uint16_t *own = owned + adapter * MAX_GROUPS;
+      const Part b = {.weight = t->b, .format = BF16};
+      for (i64 g = 0; t->rank && g < groups; g++) {
+        if (!own[g]) continue;
+        const bf16 *x = small + (i * MAX_GROUPS + g) * wide * TILE;
+        products(&b, 32 * steps, row, x, steps, 1, 0, sums);
+        raise(sums, own[g], t->scale, parts[i].y + 16 * g * stride + row, stride);
+      }
+    }
+  }
+}
+#endif
+
+// (x, in, parts, count, small, wide): y += scale B A x with the terms of each row's adapter. Stands
+// behind the linears of the same x, which have packed it.
+static void low_rank(const Instruction *at, const Step *step, const uint16_t *owned, i64 rows,
+                     int me, int threads) {
+#ifndef ONLY_PORTABLE
+  if (!step->portable) {
+    low_rank_tiles(at, step, owned, rows, me, threads);
+    return;
+  }
+#endif
+  const i64 in = at->a[1];
+  const LowPart *parts = (const LowPart *)at->a[2];
+  for (i64 i = 0; i < at->a[3]; i++)
+    for (i64 adapter = 0; adapter < step->adapters; adapter++) {
+      const LowRank *t = parts[i].terms + adapter;
+      const i64 width = (t->rank + 31) / 32 * 32;
+      for (i64 r = me; t->rank && r < rows; r += threads) {
+        if (!(owned[adapter * MAX_GROUPS + r / 16] >> r % 16 & 1)) continue;
+        const bf16 *x = (const bf16 *)at->a[0] + r * in;
+        bf16 *y = parts[i].y + r * parts[i].stride, *low = scratch(2 * t->rank);
+        for (i64 k = 0; k < t->rank; k++) low[k] = put(dot(t->a + k * in, x, in));
+        for (i64 o = 0; o < parts[i].out; o++)
+          y[o] = put(get(y[o]) + t->scale * dot(t->b + o * width, low, t->rank));
+      }
+    }
+}
+
+// (x, V, found int32, peak fp32): the first of the largest of each row; where one is not a number,
+// so is the peak
+static void best(const Instruction *at, i64 rows, int me, int threads) {
+  const i64 width = at->a[1];
   for (i64 r = me; r < rows; r += threads) {
-    if (step->adapter[r] < 0) continue;
-    const LowRank *t = terms + step->adapter[r];
-    if (!t->rank) continue;
-    const bf16 *x = (const bf16 *)at->a[0] + r * in;
-    bf16 *y = (bf16 *)at->a[2] + r * at->a[4];
-    bf16 *small = scratch(2 * t->rank);
-    for (i64 i = 0; i < t->rank; i++) small[i] = put(dot(t->a + i * in, x, in));
-    for (i64 o = 0; o < out; o++)
-      y[o] = put(get(y[o]) + t->scale * dot(t->b + o * t->rank, small, t->rank));
+    const bf16 *x = (const bf16 *)at->a[0] + r * width;
+    float peak = -INFINITY;
+    int odd = 0;
+    i64 place = 0;
+    for (i64 from = 0; from < width; from += 512) {
+      const i64 to = low(width, from + 512);
+      float top = -INFINITY;
+#pragma omp simd reduction(max : top) reduction(| : odd)
+      for (i64 i = from; i < to; i++) {
+        const float value = get(x[i]);
+        odd |= value != value;
+        top = value > top ? value : top;
+      }
+      if (top > peak) peak = top, place = from;
+    }
+    while (place < width - 1 && !(get(x[place]) == peak)) place++;
+    ((int32_t *)at->a[2])[r] = (int32_t)place;
+    ((float *)at->a[3])[r] = odd ? NAN : peak;
   }
 }
 
@@ -656,10 +840,15 @@ static void embed(const Instruction *at, const Step *step, i64 rows, int me, int
 }
 
 void topwork_decode(const Instruction *program, i64 count, const Step *step) {
+  uint16_t *owned = calloc(2 * step->adapters * MAX_GROUPS + 1, sizeof(uint16_t));
+  uint16_t *chosen = owned + step->adapters * MAX_GROUPS;
+  divide(step, step->rows, NULL, owned);
+  divide(step, step->wanted, step->choice, chosen);
 #pragma omp parallel num_threads((int)step->threads)
   {
     const int me = omp_get_thread_num(), threads = omp_get_num_threads();
     i64 rows = step->rows;
+    const uint16_t *own = owned;
     if (!step->portable) tiles_on();
     for (i64 i = 0; i < count; i++) {
       const Instruction *at = program + i;
@@ -671,12 +860,17 @@ void topwork_decode(const Instruction *program, i64 count, const Step *step) {
         case APPEND: append(at, step, rows, me, threads); break;
         case ATTEND: attend(at, step, rows, me, threads); break;
         case GATE: gate(at, rows, me, threads); break;
-        case LOW_RANK: low_rank(at, step, rows, me, threads); break;
+        case LOW_RANK: low_rank(at, step, own, rows, me, threads); break;
         case ADD: add(at, rows, me, threads); break;
-        case SELECT: choose(at, step, me, threads); rows = step->wanted; break;
+        case BEST: best(at, rows, me, threads); break;
+        case SELECT:
+          choose(at, step, me, threads);
+          rows = step->wanted, own = chosen;
+          break;
       }
 #pragma omp barrier
     }
     if (!step->portable) tiles_off();
   }
+  free(owned);
 }

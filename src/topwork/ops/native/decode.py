@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from topwork.ops.native.attention import has_amx
@@ -15,10 +17,15 @@ from topwork.ops.native.build import library
 
 MOST_ROWS = 256
 FORMATS = {"bf16": 0, "int8": 1, "code4": 2}
-ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2}
-(EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD) = range(10)
-KEYS_AT = {APPEND: (2, 3), ATTEND: (5, 6)}  # which arguments are a layer's keys and values
-PAGE_AT = {APPEND: 5, ATTEND: 7}
+ACTIVATIONS = {
+    "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
+}  # fmt: skip
+(EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD, BEST) = range(11)
+MOST_GROUPS, TILE = MOST_ROWS // 16, 512
+# Which arguments are a layer's keys and values, the size of a page, and the strides.
+KEYS_AT = {APPEND: (2, 3), ATTEND: (5, 6)}
+PAGE_AT = {APPEND: 6, ATTEND: 7}
+STRIDES_AT = {APPEND: 7, ATTEND: 11}
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,12 @@ class Weight:
     table: Tensor | None = None
     group: int = 1
     bias: Tensor | None = None
+    base: Tensor | None = None
 
     def fits(self) -> bool:
         """Whether the kernel can take it."""
-        tensors = [t for t in (self.data, self.scale, self.table, self.bias) if t is not None]
+        parts = (self.data, self.scale, self.base, self.table, self.bias)
+        tensors = [t for t in parts if t is not None]
         plain = all(t.device.type == "cpu" and t.is_contiguous() for t in tensors)
         dtype = self.format != "bf16" or self.data.dtype == torch.bfloat16
         bias = self.bias is None or self.bias.dtype == torch.bfloat16
@@ -51,9 +60,14 @@ class Low:
     b: Tensor
     scale: float
 
+    def padded(self) -> tuple[Tensor, Tensor]:
+        """`a` with rows up to a multiple of 16 and `b` with columns up to one of 32, zero there."""
+        rank = len(self.a)
+        return F.pad(self.a, (0, 0, 0, -rank % 16)), F.pad(self.b, (0, -rank % 32))
+
 
 class _Part(ctypes.Structure):
-    _fields_ = [(n, ctypes.c_void_p) for n in ("weight", "scale", "table", "bias", "y")] + [
+    _fields_ = [(n, ctypes.c_void_p) for n in ("weight", "scale", "base", "table", "bias", "y")] + [
         (n, ctypes.c_int64) for n in ("out", "format", "group", "stride", "add")
     ]
 
@@ -65,13 +79,20 @@ class _Low(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _LowPart(ctypes.Structure):
+    _fields_ = [
+        ("y", ctypes.c_void_p), ("terms", ctypes.c_void_p), ("out", ctypes.c_int64),
+        ("stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
 _STEP = ("ids", "positions", "pages", "first", "adapter", "choice", "pack")
 
 
 class _Step(ctypes.Structure):
     _fields_ = [
         (n, ctypes.c_int64)
-        for n in ("rows", "wanted", "table_stride", "threads", "portable", "steady")
+        for n in ("rows", "wanted", "table_stride", "threads", "portable", "steady", "adapters")
     ] + [(n, ctypes.c_void_p) for n in _STEP]
 
 
@@ -98,6 +119,8 @@ class Program:
     _code: list[tuple[int, ...]] = field(default_factory=list)
     _kept: list[Any] = field(default_factory=list)
     _widest: int = 32
+    _adapters: int = 0
+    _small: Any = None
     _fixed: Any = None
 
     def __post_init__(self) -> None:
@@ -129,13 +152,17 @@ class Program:
         self._add(EMBED, table, to, table.shape[1], scale)
 
     def norm(
-        self, x: Tensor, weight: Tensor, to: Tensor, eps: float, *,
-        offset: float = 0.0, wide: bool = False,
+        self, x: Tensor, weight: Tensor | None, to: Tensor, eps: float, *, width: int | None = None,
+        offset: float = 0.0, wide: bool = False, bias: Tensor | None = None, centred: bool = False,
     ) -> None:  # fmt: skip
-        """`x` [rows, …, C] by its last axis, which `weight` [C] has too."""
-        width = weight.shape[-1]
+        """`x` [rows, …] by stretches of `width`, which a `weight` [C] or [n, C] tells by itself."""
+        width = width or (x.shape[1] if weight is None else weight.shape[-1])
         vectors = x.numel() // (self.rows * width)
-        self._add(NORM, x, weight, to, width, float(eps), vectors, float(offset), wide)
+        turns = 1 if weight is None else weight.numel() // width
+        self._add(
+            NORM, x, weight, to, width, float(eps), vectors, float(offset), wide, bias, centred,
+            turns,
+        )  # fmt: skip
 
     def add(self, x: Tensor, y: Tensor, scale: float = 1.0) -> None:
         """x += scale · y"""
@@ -148,59 +175,92 @@ class Program:
         made = (_Part * len(parts))()
         for one, (weight, y) in zip(made, parts):
             one.weight = weight.data.data_ptr()
-            one.scale = None if weight.scale is None else weight.scale.data_ptr()
-            one.table = None if weight.table is None else weight.table.data_ptr()
-            one.bias = None if weight.bias is None else weight.bias.data_ptr()
+            for name in ("scale", "base", "table", "bias"):
+                tensor = getattr(weight, name)
+                setattr(one, name, None if tensor is None else tensor.data_ptr())
             one.y, one.out, one.add = y.data_ptr(), weight.out, add
             one.format, one.group, one.stride = FORMATS[weight.format], weight.group, y.stride(0)
         self._kept += [made, parts]
         self._add(LINEARS, x, width, ctypes.addressof(made), len(parts))
 
-    def low_rank(self, x: Tensor, to: Tensor, terms: list[Low | None]) -> None:
-        """to += scale B A x, by the term of each row's adapter."""
-        made = (_Low * len(terms))()
-        for one, term in zip(made, terms):
-            if term is not None:
-                one.a, one.b = term.a.data_ptr(), term.b.data_ptr()
-                one.rank, one.scale = term.a.shape[0], term.scale
-        self._kept += [made, terms]
-        width = next(t.a.shape[1] for t in terms if t is not None)
-        out = next(t.b.shape[0] for t in terms if t is not None)
-        self._add(LOW_RANK, x, width, to, out, to.stride(0), ctypes.addressof(made))
+    def low_rank(self, x: Tensor, parts: list[tuple[Tensor, Sequence[Low | None]]]) -> None:
+        """to += scale B A x for each (to, terms), by the term of each row's adapter.
 
-    def rotary(self, x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> None:
-        """`x` [rows, heads · D] by tables [positions, D/2]."""
-        self._add(ROTARY, x, heads, 2 * cos.shape[1], cos, sin)
+        Must follow the `linears` of the same x.
+        """
+        made = (_LowPart * len(parts))()
+        widest, inputs = 32, 0
+        for one, (to, terms) in zip(made, parts):
+            lows = (_Low * len(terms))()
+            for low, term in zip(lows, terms):
+                if term is None:
+                    continue
+                a, b = term.padded()
+                low.a, low.b = a.data_ptr(), b.data_ptr()
+                low.rank, low.scale = len(term.a), term.scale
+                one.out, inputs = len(b), a.shape[1]
+                widest = max(widest, b.shape[1])
+                self._kept += [a, b]
+            one.y, one.stride = to.data_ptr(), to.stride(0)
+            one.terms = ctypes.addressof(lows)
+            self._adapters = len(terms)
+            self._kept.append(lows)
+        steps = widest // 32
+        size = len(parts) * MOST_GROUPS * steps * TILE
+        if self._small is None or self._small.numel() < size:
+            self._small = torch.zeros(size, dtype=torch.bfloat16)
+        self._kept += [made, self._small]
+        self._add(LOW_RANK, x, inputs, ctypes.addressof(made), len(parts), self._small, steps)
 
-    def append(self, k: Tensor, v: Tensor, width: int) -> int:
-        """k, v [rows, width] to the row's next place; returns the place to `bind`."""
-        return self._add(APPEND, k, v, 0, 0, width, 0)
+    def rotary(
+        self, x: Tensor, heads: int, cos: Tensor, sin: Tensor, *, interleaved: bool = False,
+        wide: bool = False,
+    ) -> None:  # fmt: skip
+        """`x` [rows, heads · D], the first R of each head by tables [positions, R/2] fp32."""
+        size, width = x.shape[1] // heads, 2 * cos.shape[1]
+        self._add(ROTARY, x, heads, size, cos, sin, width, interleaved, wide)
+
+    def append(self, k: Tensor, v: Tensor, kv_heads: int) -> int:
+        """k, v [rows, K · D] to the row's next place; returns the place to `bind`."""
+        return self._add(APPEND, k, v, 0, 0, kv_heads, k.shape[1] // kv_heads)
 
     def attend(
-        self, q: Tensor, to: Tensor, heads: int, kv_heads: int, size: int, *,
-        scale: float, window: int | None = None, softcap: float | None = None,
+        self, q: Tensor, to: Tensor, heads: int, kv_heads: int, size: int, *, scale: float,
+        window: int | None = None, softcap: float | None = None, sinks: Tensor | None = None,
     ) -> int:  # fmt: skip
         """Returns the place to `bind`."""
         return self._add(
-            ATTEND, q, to, heads, kv_heads, size, 0, 0, 0, window or 0, scale, softcap or 0.0
-        )
+            ATTEND, q, to, heads, kv_heads, size, 0, 0, 0, window or 0, float(scale),
+            float(softcap or 0), 0, 0, 0, sinks,
+        )  # fmt: skip
 
-    def gate(self, gate: Tensor, up: Tensor, to: Tensor, activation: str) -> None:
+    def gate(self, gate: Tensor, up: Tensor | None, to: Tensor, activation: str) -> None:
+        """to = act(gate) up, or act(gate) alone."""
         self._add(GATE, gate, up, to, to.shape[1], ACTIVATIONS[activation], gate.stride(0))
 
     def select(self, x: Tensor, to: Tensor, width: int) -> None:
         """From here on only the wanted rows are computed, which stand in `to`."""
         self._add(SELECT, x, to, width)
 
+    def best(self, x: Tensor, found: Tensor, peak: Tensor) -> None:
+        """The first of the largest of `x` [rows, V] int32, and its value fp32 (NaN if one is)."""
+        self._add(BEST, x, x.shape[1], found, peak)
+
     # -- running ---------------------------------------------------------------------------------
 
     def bind(self, places: list[int], keys: Tensor, values: Tensor) -> None:
-        """Let the instructions at `places` use these keys and values [pages, size, K, D]."""
+        """Let the instructions at `places` use these keys and values [pages, size, K, D], which lie
+        alike; only D must lie in order.
+        """
+        strides = keys.stride()
+        assert strides == values.stride() and strides[3] == 1
         for place in places:
             code = list(self._code[place])
             for at, tensor in zip(KEYS_AT[code[0]], (keys, values)):
                 code[1 + at] = tensor.data_ptr()
             code[1 + PAGE_AT[code[0]]] = keys.shape[1]
+            at = 1 + STRIDES_AT[code[0]]
+            code[at : at + 3] = strides[:3]
             self._code[place] = tuple(code)
         self._fixed = None
 
@@ -221,7 +281,7 @@ class Program:
         code, pack = self._fixed
         step = _Step(
             len(ids), len(wanted), pages.shape[1], torch.get_num_threads(), self.portable,
-            self.steady,
+            self.steady, self._adapters,
             *(t.data_ptr() for t in (ids, positions, pages, first, adapter, wanted, pack)),
         )  # fmt: skip
         kernels.topwork_decode(
