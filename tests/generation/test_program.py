@@ -37,7 +37,23 @@ FAMILIES = {
     },
     "multipliers": {
         "model_type": "granite", "residual_multiplier": 0.4, "logits_scaling": 3.0,
-        "embedding_multiplier": 1.0, "attention_multiplier": 0.2,
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.2,
+    },
+    "norms over all heads, behind the branches": {"model_type": "olmo2"},
+    "norms without weights": {"model_type": "olmo"},
+    "layer norms, one for both branches, neighbours turn": {
+        "model_type": "cohere", "use_qk_norm": True, "logit_scale": 0.5,
+    },
+    "no positions": {"model_type": "smollm3", "no_rope_layers": [1, 0], "pad_token_id": 0},
+    "half the head turns, no gate, parallel": {"model_type": "phi", "partial_rotary_factor": 0.5},
+    "biased norms, norms by head": {
+        "model_type": "stablelm", "partial_rotary_factor": 0.25, "qk_layernorm": True,
+        "use_qkv_bias": True,
+    },
+    "biased norms, no gate": {"model_type": "starcoder2", "sliding_window": 8},
+    "neighbours of half the head turn, sandwiched": {
+        "model_type": "glm4", "partial_rotary_factor": 0.5, "pad_token_id": 0,
+        "attention_bias": True,
     },
 }  # fmt: skip
 
@@ -45,7 +61,7 @@ FAMILIES = {
 def make(name):
     torch.manual_seed(0)
     options = {**BASE, **FAMILIES[name]}
-    if options["model_type"] in ("phi3", "granite"):
+    if options["model_type"] not in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "glm4"):
         options.pop("head_dim")
         options["hidden_size"] = 128
     model = AutoModelForCausalLM.from_config(Config(**options))

@@ -144,6 +144,15 @@ class NativeRunner:
     def run(self, pieces: Sequence[Piece]) -> Next:
         if self._step is None:
             return self._modules.run(pieces)
+        # Rows of one adapter side by side share its tiles.
+        index = {name: i for i, name in enumerate(self._adapters)}
+        order = sorted(range(len(pieces)), key=lambda i: index.get(pieces[i].adapter or "", -1))
+        back = torch.tensor(order).argsort()
+        found = self._in_groups([pieces[i] for i in order])
+        return Next(found.logits[back], found.peak[back], found.best[back])
+
+    def _in_groups(self, pieces: Sequence[Piece]) -> Next:
+        """As many rows at once as the program takes."""
         found: list[Next] = []
         group: list[Piece] = []
         for piece in pieces:

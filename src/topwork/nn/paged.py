@@ -22,7 +22,9 @@ class PagePool:
         self.layers = layers
         self.pages = pages
         self.size = size
-        self.keys: list[Tensor | None] = [None] * layers  # [P, size, K, D] each, in memory head by head
+        self.keys: list[Tensor | None] = [
+            None
+        ] * layers  # [P, size, K, D] each, in memory head by head
         self.values: list[Tensor | None] = [None] * layers
         self._users = [0] * pages
         self._free = list(range(pages - 1, -1, -1))

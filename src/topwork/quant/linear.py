@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.errors import CheckpointError
 from topwork.ops.native.decode import Weight
-from topwork.quant.tiles import LEVELS, Tiles
+from topwork.quant.tiles import FOUR, Tiles
 
 
 class Format(Protocol):
@@ -190,7 +190,7 @@ def quantise(
         if type(module) is not nn.Linear or skip(path):
             continue
         chosen = head if path.rpartition(".")[2] == "lm_head" else kind
-        columns = group if chosen in LEVELS else 32
+        columns = group if chosen in FOUR else 32
         if chosen is None or module.in_features % columns or module.out_features % 16:
             continue
         home, _, name = path.rpartition(".")

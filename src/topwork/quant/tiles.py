@@ -1,14 +1,17 @@
 """Formats in the tiles that the native decoding kernels read (`ops/native/decode.c`).
 
 int8   one scale per output row
-int4   16 even levels, one scale per `group` input columns
-nf4    16 levels at the quantiles of a normal distribution (arXiv:2305.14314), as int4
+int4   16 levels, one scale and one base per `group` input columns: scale · level + base. The levels
+       are even, or nearer to each other in the middle, as suits the weight
+nf4    16 levels at the quantiles of a normal distribution (arXiv:2305.14314), one scale per group
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,15 +19,16 @@ from torch import Tensor
 from topwork.errors import ConfigError, nearest
 from topwork.ops.native.decode import Weight
 
-EVEN = [float(i) for i in range(-8, 8)]
+BENDS = (0.0, 0.2)  # how much nearer to each other the levels of int4 are in the middle
+SHARES = tuple(product((1.0, 0.9, 0.8), repeat=2))  # of a group's least and largest value
 NORMAL = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 ]  # fmt: skip
-LEVELS = {"int4": EVEN, "nf4": NORMAL}
-KINDS = ("int8", *LEVELS)
+FOUR = ("int4", "nf4")
+KINDS = ("int8", *FOUR)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class Tiles:
     """Rows in blocks of 16 and columns in blocks of 32.
 
     Held: `codes` int8 [out/16, in/32, 16, 32], or uint8 [out/16, in/32, 4, 32, 2]; `scales` fp32
-    [out], or bf16 [out/16, in/group, 16]; `levels` fp32 [16] (int8: empty).
+    [out], or bf16 [out/16, in/group, 16]; int4: `bases` like the scales; `levels` fp32 [16] (int8:
+    empty).
     """
 
     kind: str
@@ -46,7 +51,7 @@ class Tiles:
 
     @property
     def four(self) -> bool:
-        return self.kind in LEVELS
+        return self.kind in FOUR
 
     def check(self, outputs: int, inputs: int) -> None:
         """Raise ConfigError when a weight [outputs, inputs] does not go into tiles."""
@@ -62,20 +67,28 @@ class Tiles:
             )
 
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
-        """`weight` [out, in] as it is held; each scale is the best of several."""
-        levels = torch.tensor(LEVELS.get(self.kind, []), device=weight.device)
-        codes, scales = [], []
-        for start in range(0, len(weight), 4096):
-            part = weight[start : start + 4096].float()
-            if self.four:
-                found, scale = self._rounded4(part, levels)
-                codes.append(_packed(found))
-                scales.append(scale.view(-1, 16, scale.shape[1]).transpose(1, 2))
-            else:
-                found, scale = _rounded8(part)
-                codes.append(found.view(-1, 16, part.shape[1] // 32, 32).transpose(1, 2))
-                scales.append(scale)
-        return {"codes": torch.cat(codes), "scales": torch.cat(scales), "levels": levels}
+        """`weight` [out, in] as it is held; scales and bases are the best of several."""
+        if not self.four:
+            return _eight(weight)
+        levels = torch.tensor(NORMAL, device=weight.device)
+        if self.kind == "int4":
+            some = self._grouped(weight[:128])
+            tried = [bent(bend, weight.device) for bend in BENDS]
+            errors = [float(_with_base(some, levels)[-1].sum()) for levels in tried]
+            levels = tried[errors.index(min(errors))]
+        held: dict[str, list[Tensor]] = {}
+        for part in weight.split(4096):
+            groups = self._grouped(part)
+            fit = _with_base if self.kind == "int4" else _scaled
+            codes, *numbers, _ = fit(groups, levels)
+            held.setdefault("codes", []).append(_packed(codes.flatten(1)))
+            for name, values in zip(("scales", "bases"), numbers):
+                turned = values.view(-1, 16, values.shape[1]).transpose(1, 2)
+                held.setdefault(name, []).append(turned.to(torch.bfloat16))
+        return {name: torch.cat(parts) for name, parts in held.items()} | {"levels": levels}
+
+    def _grouped(self, weight: Tensor) -> Tensor:
+        return weight.float().view(len(weight), -1, self.group)
 
     def decode(self, held: Mapping[str, Tensor], out: Tensor) -> Tensor:
         """Fill `out` [out, in] with the weight."""
@@ -83,42 +96,110 @@ class Tiles:
         if not self.four:
             return out.copy_(codes.transpose(1, 2).reshape(out.shape) * scales[:, None])
         values = held["levels"][_unpacked(codes).int()].unflatten(1, (-1, self.group))
-        scales = scales.transpose(1, 2).reshape(len(out), -1, 1)
-        return out.copy_((values * scales.float()).flatten(1))
+        numbers = [
+            held[name].transpose(1, 2).reshape(len(out), -1, 1).float()
+            for name in ("scales", "bases")
+            if name in held
+        ]
+        values *= numbers[0]
+        if len(numbers) > 1:
+            values += numbers[1]
+        return out.copy_(values.flatten(1))
 
     def native(self, held: Mapping[str, Tensor], out: torch.Size, bias: Tensor | None) -> Weight:
         """The weight as the decoding kernels take it."""
         kind, levels = ("code4", held["levels"]) if self.four else ("int8", None)
-        return Weight(held["codes"], out[0], out[1], kind, held["scales"], levels, self.group, bias)
+        return Weight(
+            held["codes"], out[0], out[1], kind, held["scales"], levels, self.group, bias,
+            held.get("bases"),
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.kind}, group={self.group}" if self.four else self.kind
 
-    def _rounded4(self, weight: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes [out, in] and scales [out, in/group] with the least squared error of a few."""
-        groups = weight.view(len(weight), -1, self.group)
-        far = groups.gather(-1, groups.abs().argmax(-1, keepdim=True))[..., 0]
-        # int4 has one level more below zero: the farthest value goes there, whatever its sign.
-        whole = far / -8 if self.kind == "int4" else far.abs()
-        best = torch.full_like(whole, float("inf"))
-        scales = torch.zeros_like(whole, dtype=torch.bfloat16)
-        codes = torch.zeros(groups.shape, dtype=torch.uint8, device=weight.device)
-        edges = (levels[1:] + levels[:-1]) / 2
-        for share in (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74):
-            scale = (whole * share).to(torch.bfloat16)
-            safe = torch.where(scale == 0, 1.0, scale.float())[..., None]
-            tried = torch.bucketize(groups / safe, edges)
-            error = (levels[tried] * safe - groups).pow(2).sum(-1)
-            better = error < best
-            best = torch.where(better, error, best)
-            scales = torch.where(better, scale, scales)
-            codes = torch.where(better[..., None], tried.to(torch.uint8), codes)
-        return codes.flatten(1), scales
+
+def bent(bend: float, device: torch.device | None = None) -> Tensor:
+    """16 levels from -7.5 to 7.5, of values that bf16 has: even ones for a `bend` of 0, else nearer
+    to each other in the middle.
+    """
+    x = torch.linspace(-1, 1, 16, device=device)
+    return (7.5 * x * (1 - bend + bend * x * x)).to(torch.bfloat16).float()
 
 
-def _rounded8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    scale = weight.abs().amax(1).clamp_min(1e-12) / 127
-    return (weight / scale[:, None]).round().to(torch.int8), scale
+@cache
+def _unbent(levels: tuple[float, ...]) -> list[float]:
+    """a, b, c such that a u + b u³ + c u⁵ is about the place of u among `levels`, less 7.5."""
+    u = torch.tensor(levels, dtype=torch.float64)
+    u = torch.cat((u, (u[1:] + u[:-1]) / 2))
+    place = torch.cat((torch.arange(-7.5, 8), torch.arange(-7.0, 8))).double()
+    powers = torch.stack((u, u**3, u**5), 1)
+    return torch.linalg.lstsq(powers, place[:, None]).solution[:, 0].tolist()
+
+
+def _with_base(groups: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes [out, n, group], scales, bases and squared errors [out, n] of groups of weights.
+
+    From a share of the group's span on, codes and the least squares through them take turns.
+    """
+    a, b, c = _unbent(tuple(levels.tolist()))
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    found: list[Tensor] = []
+    for low, high in SHARES:
+        scale = _short((high * most - low * least) / 15)
+        base = _short(low * least + 7.5 * scale)
+        for turn in range(3):
+            u = ((groups - base) / torch.where(scale == 0, 1.0, scale)).clamp_(-7.5, 7.5)
+            square = u * u
+            u *= a + square * (b + square * c)
+            codes = (u + 7.5).round_().clamp_(0, 15).to(torch.int32)
+            values = levels[codes]
+            if turn < 2:
+                away = values - values.mean(-1, keepdim=True)
+                spread = away.square().sum(-1, keepdim=True).clamp_min(1e-12)
+                scale = _short((away * groups).sum(-1, keepdim=True) / spread)
+                middle = groups.mean(-1, keepdim=True)
+                base = _short(middle - scale * values.mean(-1, keepdim=True))
+        error = (values * scale + base - groups).square().sum(-1, keepdim=True)
+        new = [codes.to(torch.uint8), scale, base, error]
+        better = error < found[3] if found else torch.ones_like(error, dtype=torch.bool)
+        found = [torch.where(better, x, y) for x, y in zip(new, found or new)]
+    return found[0], found[1][..., 0], found[2][..., 0], found[3][..., 0]
+
+
+def _scaled(groups: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes [out, n, group], scales and squared errors [out, n] of groups of weights."""
+    whole = groups.abs().amax(-1)
+    best = torch.full_like(whole, float("inf"))
+    scales = torch.zeros_like(whole)
+    codes = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
+    edges = (levels[1:] + levels[:-1]) / 2
+    for share in (1.0, 0.95, 0.9, 0.86, 0.82, 0.78, 0.74):
+        scale = _short(whole * share)
+        safe = torch.where(scale == 0, 1.0, scale)[..., None]
+        tried = torch.bucketize(groups / safe, edges)
+        error = (levels[tried] * safe - groups).pow(2).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scales = torch.where(better, scale, scales)
+        codes = torch.where(better[..., None], tried.to(torch.uint8), codes)
+    return codes, scales, best
+
+
+def _short(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def _eight(weight: Tensor) -> dict[str, Tensor]:
+    codes, scales = [], []
+    for part in weight.float().split(4096):
+        scale = part.abs().amax(1).clamp_min(1e-12) / 127
+        code = (part / scale[:, None]).round().to(torch.int8)
+        codes.append(code.view(-1, 16, part.shape[1] // 32, 32).transpose(1, 2))
+        scales.append(scale)
+    return {
+        "codes": torch.cat(codes), "scales": torch.cat(scales),
+        "levels": torch.empty(0, device=weight.device),
+    }  # fmt: skip
 
 
 def _packed(codes: Tensor) -> Tensor:

@@ -155,8 +155,9 @@ static inline void expand(const Part *p, i64 in, i64 row, i64 step, bf16 *tile) 
   }
 }
 
-// sums[16 i] of 16 quantised weight rows i with one row x.
-static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *sums) {
+// sums[16 i] of 16 quantised weight rows i with one row x, of which `whole` are the sums by 32.
+static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, const float *whole,
+                         float *sums) {
   __m512 total[16], shift = _mm512_setzero_ps();  // of the bases, a lane for each row
   for (int i = 0; i < 16; i++) total[i] = _mm512_setzero_ps();
   if (p->format == INT8) {
@@ -175,7 +176,6 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *s
     const __m256i half = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(p->table));
     const __m512i values = _mm512_broadcast_i64x4(half);
     const bf16 *bases = p->base ? p->base + row / 16 * (in / p->group) * 16 : NULL;
-    const __m512bh ones = (__m512bh)_mm512_set1_epi16(0x3f80);
     float scale[16] __attribute__((aligned(64)));
     for (i64 c = 0; c < in; c += 32, codes += 4) {
       if (c % p->group == 0) {
@@ -183,11 +183,8 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, float *s
         scales += 16;
       }
       const __m512bh one = (__m512bh)_mm512_loadu_si512(x + c);
-      if (bases) {
-        const __m512 sum = _mm512_dpbf16_ps(_mm512_setzero_ps(), ones, one);
-        const __m512 base = widen(bases + c / p->group * 16);
-        shift = _mm512_fmadd_ps(base, _mm512_set1_ps(_mm512_reduce_add_ps(sum)), shift);
-      }
+      if (bases)
+        shift = _mm512_fmadd_ps(widen(bases + c / p->group * 16), _mm512_set1_ps(whole[c / 32]), shift);
 #pragma GCC unroll 4
       for (int q = 0; q < 4; q++) {
         const __m512i digits = _mm512_loadu_si512(codes + q);
@@ -394,14 +391,21 @@ static void linears(const Instruction *at, const Step *step, i64 rows, int me, i
   i64 blocks = 0;
   for (i64 i = 0; i < count; i++) blocks += parts[i].out / 16;
   float sums[MAX_GROUPS * 256] __attribute__((aligned(64)));
+  const i64 by_rows = !step->portable && rows <= 2 && !step->steady;
+  float *whole = by_rows ? scratch(sizeof(float) * rows * steps) : NULL;
+  for (i64 i = 0; by_rows && i < rows * steps; i++) {
+    whole[i] = 0;
+    for (i64 c = 0; c < 32; c++) whole[i] += get(x[32 * i + c]);
+  }
   for (i64 block = blocks * me / threads; block < blocks * (me + 1) / threads; block++) {
     const Part *p = parts;
     i64 row = block;
     while (row >= p->out / 16) row -= p++->out / 16;
     row *= 16;
 #ifndef ONLY_PORTABLE
-    if (!step->portable && rows <= 2 && p->format != BF16 && !step->steady)
-      for (i64 r = 0; r < rows; r++) row_products(p, in, row, x + r * in, sums + r);
+    if (by_rows && p->format != BF16)
+      for (i64 r = 0; r < rows; r++)
+        row_products(p, in, row, x + r * in, whole + r * steps, sums + r);
     else if (!step->portable) products(p, in, row, step->pack, steps, groups, steps * TILE, sums);
     else
 #endif

@@ -253,7 +253,8 @@ class Program:
         alike; only D must lie in order.
         """
         strides = keys.stride()
-        assert strides == values.stride() and strides[3] == 1
+        assert strides == values.stride()
+        assert strides[3] == 1
         for place in places:
             code = list(self._code[place])
             for at, tensor in zip(KEYS_AT[code[0]], (keys, values)):
