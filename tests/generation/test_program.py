@@ -132,6 +132,53 @@ def test_weights_of_few_bits_compute_as_dequantised(bits, count, portable):
     assert (found.float() - wanted.float()).abs().max() < 0.05 * wanted.abs().max()
 
 
+@pytest.mark.parametrize("portable", [False, True], ids=["amx", "portable"])
+def test_the_first_of_the_largest_logits_is_told_and_what_is_no_number(portable):
+    model = make("tied, biases, gelu")
+    step = compile_step(model, 64, 128, portable=portable)
+    assert step is not None
+    x, found, peak = torch.randn(64, 1300).to(torch.bfloat16), step.best, step.peak
+    x[3, 700] = x[3, 701] = x[3, 90] = 9
+    x[5], x[6, 1299] = -3, 8
+    x[7, 650] = float("nan")
+    x[8] = float("-inf")
+    step.program._code.clear()
+    step.program.best(x, found, peak)
+    step.run(torch.zeros(40, dtype=torch.long), *[torch.zeros(40, 1, dtype=torch.int32)] * 2)
+    wanted = x[:40].float().max(-1)
+    assert found[3] == 90
+    assert found[6] == 1299
+    assert peak[7].isnan()
+    rest = torch.arange(40) != 7
+    assert torch.equal(found[:40][rest], wanted.indices[rest].int())
+    assert torch.equal(peak[:40][rest], wanted.values[rest])
+
+
+@pytest.mark.parametrize("portable", [False, True], ids=["amx", "portable"])
+def test_wanted_rows_go_through_their_own_adapters_head(portable):
+    model = make("llama")
+    lora = LoraConfig(r=40, target_modules=["lm_head", "up_proj"], init_lora_weights=False)
+    model = get_peft_model(model, lora, "a")
+    model.add_adapter("b", LoraConfig(r=5, target_modules=["lm_head"], init_lora_weights=False))
+    model.eval()
+    step = compile_step(model, 64, 128, ["a", "b"], portable=portable)
+    assert step is not None
+    shape = [(20, 16, k, d) for k, d in step.shapes]
+    step.bind(*([torch.zeros(s, dtype=torch.bfloat16) for s in shape] for _ in "kv"))
+    ids, rows = torch.randint(0, 96, (3,)), torch.arange(3, dtype=torch.int32)
+    found = step.run(
+        ids, torch.zeros(3, dtype=torch.long), rows[:, None].contiguous(),
+        adapter=torch.tensor([0, 1, -1], dtype=torch.int32), wanted=rows[[2, 1]].contiguous(),
+    )  # fmt: skip
+    with torch.no_grad(), model.disable_adapter():
+        wanted = [model(ids[2:, None]).logits[0, -1]]
+    model.set_adapter("b")
+    with torch.no_grad():
+        wanted.append(model(ids[1:2, None]).logits[0, -1])
+    wanted = torch.stack(wanted)
+    assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
 def without_program(monkeypatch):
     monkeypatch.setattr(loop.CachedProgram, "of", classmethod(lambda *_: None))
 
