@@ -142,24 +142,28 @@ def _with_base(groups: Tensor, levels: Tensor) -> tuple[Tensor, Tensor, Tensor, 
     From a share of the group's span on, codes and the least squares through them take turns.
     """
     a, b, c = _unbent(tuple(levels.tolist()))
+    middle = groups.mean(-1, keepdim=True)
+
+    def nearest(scale: Tensor, base: Tensor) -> Tensor:
+        u = ((groups - base) / torch.where(scale == 0, 1.0, scale)).clamp_(-7.5, 7.5)
+        square = u * u
+        u *= a + square * (b + square * c)
+        return (u + 7.5).round_().clamp_(0, 15).to(torch.int32)
+
     least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
     found: list[Tensor] = []
     for low, high in SHARES:
         scale = _short((high * most - low * least) / 15)
         base = _short(low * least + 7.5 * scale)
-        for turn in range(3):
-            u = ((groups - base) / torch.where(scale == 0, 1.0, scale)).clamp_(-7.5, 7.5)
-            square = u * u
-            u *= a + square * (b + square * c)
-            codes = (u + 7.5).round_().clamp_(0, 15).to(torch.int32)
+        codes = nearest(scale, base)
+        for _ in range(2):
             values = levels[codes]
-            if turn < 2:
-                away = values - values.mean(-1, keepdim=True)
-                spread = away.square().sum(-1, keepdim=True).clamp_min(1e-12)
-                scale = _short((away * groups).sum(-1, keepdim=True) / spread)
-                middle = groups.mean(-1, keepdim=True)
-                base = _short(middle - scale * values.mean(-1, keepdim=True))
-        error = (values * scale + base - groups).square().sum(-1, keepdim=True)
+            mean = values.mean(-1, keepdim=True)
+            spread = (values - mean).square().sum(-1, keepdim=True).clamp_min(1e-12)
+            scale = _short(((values - mean) * groups).sum(-1, keepdim=True) / spread)
+            base = _short(middle - scale * mean)
+            codes = nearest(scale, base)
+        error = (levels[codes] * scale + base - groups).square().sum(-1, keepdim=True)
         new = [codes.to(torch.uint8), scale, base, error]
         better = error < found[3] if found else torch.ones_like(error, dtype=torch.bool)
         found = [torch.where(better, x, y) for x, y in zip(new, found or new)]
