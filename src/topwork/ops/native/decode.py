@@ -118,6 +118,7 @@ class Program:
     steady: bool = False
     _code: list[tuple[int, ...]] = field(default_factory=list)
     _kept: list[Any] = field(default_factory=list)
+    _bound: dict[int, Any] = field(default_factory=dict)
     _widest: int = 32
     _adapters: int = 0
     _small: Any = None
@@ -263,6 +264,7 @@ class Program:
             at = 1 + STRIDES_AT[code[0]]
             code[at : at + 3] = strides[:3]
             self._code[place] = tuple(code)
+            self._bound[place] = keys, values
         self._fixed = None
 
     def run(
