@@ -101,6 +101,43 @@ def test_no_row_depends_on_its_company(model):
     assert [r.new_ids for r in asked] == wanted
 
 
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("do_sample")], ids=str)
+def test_a_seed_draws_the_same_here_and_in_generate(model, options):
+    ids = prompts(3, seed=6, low=20, high=21)
+    seed = options["seed"]
+    engine = Engine(model, page_size=4, piece=16, step_tokens=32)
+    asked = [
+        engine.submit(row, max_new_tokens=12, **{**options, "seed": seed + i})
+        for i, row in enumerate(ids)
+    ]
+    finish(engine)
+    out = model.generate(torch.tensor(ids), max_new_tokens=12, **options)
+    assert out.tolist() == [r.ids for r in asked]
+    assert len({tuple(r.new_ids) for r in asked}) == 3
+
+
+class Letters:
+    """A tokenizer of 80 letters."""
+
+    def decode(self, ids, **_):
+        return "".join(chr(48 + i) for i in ids)
+
+
+def test_stop_strings_end_their_own_request(model):
+    ids = prompts(1, seed=4)[0]
+    whole = alone(model, ids, max_new_tokens=12)
+    text = Letters().decode(whole)
+    engine = Engine(model, page_size=4, piece=16, step_tokens=32)
+    asked = [
+        engine.submit(ids, max_new_tokens=12, stop_strings=text[3:6], tokenizer=Letters()),
+        engine.submit(ids, max_new_tokens=12),
+    ]
+    finish(engine)
+    assert asked[0].new_ids == whole[: text.find(text[3:6]) + 3]
+    assert [r.finish_reason for r in asked] == ["stop", "length"]
+    assert asked[1].new_ids == whole
+
+
 def test_draws_follow_the_chances(model):
     ids = prompts(1)[0]
     with torch.no_grad():
@@ -270,7 +307,7 @@ def test_bad_requests_are_refused_at_the_door(model):
     for ids, options, words in (
         ([], {}, "empty"), ([99], {}, "vocabulary"), ([1] * 300, {}, "context is 256"),
         ([1], {"max_new_tokens": -1}, "max_new_tokens"), ([1], {"num_beams": 2}, "num_beams"),
-        ([1], {"eos_token_id": 99}, r"names \[99\]"), ([1], {"stop_strings": "a"}, "criteria"),
+        ([1], {"eos_token_id": 99}, r"names \[99\]"), ([1], {"stop_strings": "a"}, "tokenizer"),
         ([1], {"temprature": 1}, "temperature"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=words):

@@ -29,6 +29,7 @@ from topwork.generation.loop import Criterion
 from topwork.generation.processors import Processor
 from topwork.generation.request import ACTIVE, Event, Request
 from topwork.generation.runner import NativeRunner, Next, Piece, Runner
+from topwork.generation.stopping import StopStrings
 from topwork.nn.paged import PagePool
 
 
@@ -75,11 +76,13 @@ class Engine:
         config: GenerationConfig | None = None,
         *,
         adapter: str | None = ACTIVE,
+        tokenizer: Any = None,
         logits_processor: Sequence[Processor] = (),
         stopping_criteria: Sequence[Criterion] = (),
         **options: Any,
     ) -> Request:
-        """Queue one prompt [T]. `adapter`: a name, None for none, by default the active one.
+        """Queue one prompt [T]. `adapter`: a name, None for none, by default the active one;
+        `stop_strings` needs the `tokenizer`.
 
         Raises ConfigError for what cannot be meant; the other requests are not touched.
         """
@@ -92,7 +95,6 @@ class Engine:
             "penalty_alpha": settled.contrastive,
             "guidance_scale": settled.guidance_scale not in (None, 1),
             "prompt_lookup_num_tokens": bool(settled.prompt_lookup_num_tokens),
-            "stop_strings (pass stopping_criteria)": bool(settled.stop_strings),
         }
         for name, given in refused.items():
             if given:
@@ -102,6 +104,8 @@ class Engine:
                 f"{prompt.shape[1]} + {new} tokens do not fit into cache_tokens="
                 f"{self.pool.pages * self.pool.size}"
             )
+        if settled.stop_strings:
+            stopping_criteria = [*stopping_criteria, StopStrings(tokenizer, settled.stop_strings)]
         request = Request(
             prompt[0].tolist(), settled, new, self._adapter(adapter),
             self.model.config.vocab_size, logits_processor, stopping_criteria,

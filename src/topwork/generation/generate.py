@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
-from topwork.generation import beams, contrastive, speculative
+from topwork.generation import beams, contrastive, draw, speculative
 from topwork.generation.config import GenerationConfig
 from topwork.generation.guidance import guided, only_allowed
 from topwork.generation.loop import Criterion, GenerateOutput, Stepper, Streamer, Task, decode
-from topwork.generation.processors import Processor, processors
+from topwork.generation.processors import Processor, cuts, processors
 from topwork.generation.stopping import StopStrings
 from topwork.nn.cache import KVCache
 
@@ -63,9 +63,12 @@ def generate(
     if prefix_allowed_tokens_fn is not None:
         extra.append(only_allowed(prefix_allowed_tokens_fn, config.num_beams))
     length = task.ids.shape[1]
+    shaping = config if config.num_beams > 1 else draw.uncut(config)
     task.processors = processors(
-        config, task.vocab, length, length + task.new, first=first, extra=extra
+        shaping, task.vocab, length, length + task.new, first=first, extra=extra
     )
+    if shaping is not config:
+        task.cuts = cuts(config)
     was_training = model.training
     model.eval()
     try:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError, TopworkError
+from topwork.generation import draw
 from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import Processor, apply
 from topwork.generation.program import CachedProgram
@@ -147,6 +148,7 @@ class Task:
     new: int
     vocab: int
     processors: Sequence[Processor] = ()
+    cuts: Sequence[Processor] = ()  # what is made for many rows at once when a token is drawn
     criteria: Sequence[Criterion] = ()
     streamer: Streamer | None = None
     started: float = field(default_factory=time.monotonic)
@@ -154,9 +156,11 @@ class Task:
     def __post_init__(self) -> None:
         device = self.ids.device
         self.stops = torch.tensor(self.config.stops, device=device, dtype=torch.long)
-        self.generator: torch.Generator | None = None
+        self.generator: torch.Generator | None = None  # of beams, which are drawn all at once
         if self.config.seed is not None:
             self.generator = torch.Generator(device=device).manual_seed(self.config.seed)
+        alone = self.config.do_sample and self.config.num_beams == 1
+        self._streams = [draw.stream(self.config.seed, i) for i in range(len(self.ids) * alone)]
 
     @property
     def overdue(self) -> bool:
@@ -178,6 +182,10 @@ class Task:
         """Scores [B, V] from logits [B, V] after the ids `said` [B, T]."""
         return apply(self.processors, said, logits)
 
+    def told(self, said: Tensor, scores: Tensor) -> Tensor:
+        """The scores to give back, with the cuts that are left to the drawing."""
+        return apply(self.cuts, said, scores).clone()
+
     @property
     def only_ids(self) -> bool:
         """Whether the ids of the largest logits are all that is wanted."""
@@ -186,13 +194,11 @@ class Task:
 
     def choose(self, scores: Tensor) -> Tensor:
         """One id per row [B]: drawn, or the most likely."""
+        best = scores.max(-1)
+        self.check(best.values)
         if not self.config.do_sample:
-            best = scores.max(-1)
-            self.check(best.values)
             return best.indices
-        chances = scores.softmax(-1)
-        self.check(chances[:, 0])
-        return torch.multinomial(chances, 1, generator=self.generator)[:, 0]
+        return draw.choose(scores, self.config, self._streams).ids
 
     def check(self, values: Tensor) -> None:
         """TopworkError when a value (a maximum or a sum, which hand it on) is NaN."""
@@ -230,7 +236,7 @@ def decode(task: Task) -> GenerateOutput:
             if task.config.output_logits:
                 raw.append(logits.clone())
             if task.config.output_scores:
-                shaped.append(scores.clone())
+                shaped.append(task.told(said[:, :at], scores))
             chosen = task.choose(scores)
         else:
             task.check(best[0])

@@ -205,7 +205,7 @@ def processors(
     _known_ids(config, vocab)
     chosen = [*first, *_always(config, prompt, longest), *extra]
     if config.do_sample:
-        chosen += _cuts(config)
+        chosen += cuts(config)
     if config.renormalize_logits:
         chosen.append(normalise)
     return chosen
@@ -252,7 +252,8 @@ def _always(config: GenerationConfig, prompt: int, longest: int) -> list[Process
     return [run for wanted, run in table if wanted]
 
 
-def _cuts(config: GenerationConfig) -> list[Processor]:
+def cuts(config: GenerationConfig) -> list[Processor]:
+    """What restricts drawing to likely tokens."""
     c = config
     # Beams need something to go on with when the best tokens all end the row.
     least = max(2, len(c.stops) + 1) if c.num_beams > 1 else 1

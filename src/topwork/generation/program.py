@@ -147,7 +147,8 @@ class CachedProgram:
         keys = self._cache.stores[0].buffers[0]  # type: ignore[attr-defined]
         fits = len(keys) == batch == len(self._pads) and self._cache.length + new <= keys.shape[1]
         few = ids.numel() <= self.rows or (self._step.coded and last * batch <= self.rows)
-        return fits and few
+        # An image's tokens share positions, of which the program knows nothing.
+        return fits and few and self._cache.ahead is None
 
     def step(self, ids: Tensor, last: int) -> Tensor:
         """Logits [B, last, V] bf16 after the last of `ids` [B, T]."""

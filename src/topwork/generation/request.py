@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,16 +59,11 @@ class Request:
         self.cancelled = False
         self.pages: list[int] = []
         self.held = 0  # tokens whose keys and values lie in the pages
-        self.generator = torch.Generator()
-        if config.seed is not None:
-            self.generator.manual_seed(config.seed)
-        else:
-            self.generator.manual_seed(int(torch.randint(2**62, (1,))))
-        shaping = config
-        if config.do_sample and draw.is_plain(config):  # these cuts are made for many rows at once
-            shaping = replace(config, do_sample=False, num_return_sequences=1)
+        self.generator = draw.stream(config.seed)
         length = len(prompt)
-        self.processors = processors(shaping, vocab, length, length + new, extra=extra)
+        self.processors = processors(
+            draw.uncut(config), vocab, length, length + new, extra=extra
+        )  # fmt: skip
         self._stops = frozenset(config.stops)
         self._criteria = criteria
         self._names: list[int] = []  # of the full pages
@@ -167,7 +162,7 @@ class Request:
         """The next token, and its log-probability if it is drawn."""
         if not self.config.do_sample:
             return int(scores.argmax(-1)), None
-        found = draw.draw_row(scores, self.generator)
+        found = draw.choose(scores, self.config, [self.generator])
         return int(found.ids), float(found.logprobs)
 
     def give(self, token: int, logprob: float | None = None) -> str | None:

@@ -90,8 +90,10 @@ def decode(task: Task, guess: Guess, count: int) -> GenerateOutput:
         for i in range(len(guessed) + 1):
             scores = task.score(out[:, :at], logits[:, i])
             chosen = task.choose(scores)
-            raw.append(logits[:, i])
-            shaped.append(scores)
+            if task.config.output_logits:
+                raw.append(logits[:, i])
+            if task.config.output_scores:
+                shaped.append(task.told(out[:, :at], scores))
             agrees = i < len(guessed) and bool(out[0, at] == chosen)
             out[:, at] = chosen
             at += 1
