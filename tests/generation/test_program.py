@@ -11,7 +11,8 @@ from topwork.generation.engine import Engine
 from topwork.generation.program import compile_step
 from topwork.models import Config
 from topwork.ops.native import decode
-from topwork.quant import quantise
+from topwork.quant import Blocks, QuantisedLinear, quantise
+from topwork.quant.config import linears_of
 
 pytestmark = pytest.mark.skipif(not decode.ready(), reason="there is no C compiler")
 
@@ -177,6 +178,36 @@ def test_wanted_rows_go_through_their_own_adapters_head(portable):
         wanted.append(model(ids[1:2, None]).logits[0, -1])
     wanted = torch.stack(wanted)
     assert (found - wanted).abs().max() < 0.03 * wanted.abs().max()
+
+
+@pytest.mark.parametrize("form", [Blocks("nf4"), Blocks("fp4", double=True)], ids=str)
+@pytest.mark.parametrize("count", [1, 20])
+def test_flat_blocks_compute_as_dequantised(form, count):
+    model = make("biases")
+    for path, linear in list(linears_of(model, model.trunk)):
+        home, _, name = path.rpartition(".")
+        if linear.in_features % 64 == 0:
+            setattr(model.get_submodule(home), name, QuantisedLinear.of(linear, form))
+    ids = torch.randint(0, 96, (40,))
+    found = by_program(model, ids, [count] * (40 // count))
+    with torch.no_grad():
+        wanted = model(ids[None]).logits[0]
+    assert (found.float() - wanted.float()).abs().max() < 0.05 * wanted.abs().max()
+    layer = model.model.layers[0].self_attn.q_proj
+    assert layer.native_weight() is layer.native_weight()
+    before = layer.native_weight()
+    layer.set_weight(torch.randn(layer.shape))
+    assert layer.native_weight() is not before
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4", "nf4"])
+def test_a_fused_linear_of_few_bits_is_read_in_parts(bits):
+    model = quantise(make("fused"), bits)
+    ids = torch.randint(0, 96, (20,))
+    found = by_program(model, ids, [20])
+    with torch.no_grad():
+        wanted = model(ids[None]).logits[0]
+    assert (found.float() - wanted.float()).abs().max() < 0.05 * wanted.abs().max()
 
 
 def without_program(monkeypatch):

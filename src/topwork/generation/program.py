@@ -380,18 +380,15 @@ class _Writer:
         base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
         tell = getattr(base, "native_weight", None)
         if tell is not None:
-            weight: Weight | None = tell()
-            _known(weight is not None, base)
-            assert weight is not None
-            _known(rows == slice(0, weight.out), "a fused linear of few bits")
+            whole: Weight | None = tell()
             self.coded = True
         else:
             hooked = base._forward_hooks or base._forward_pre_hooks
             _known(type(base) is nn.Linear and not hooked, base)
-            bias = None if base.bias is None else base.bias[rows]
-            part = base.weight[rows]
-            weight = Weight(part, len(part), part.shape[1], bias=bias)
-        _known(weight.fits(), base)
+            whole = Weight(base.weight, *base.weight.shape, bias=base.bias)
+        weight = None if whole is None else whole.part(rows)
+        _known(weight is not None and weight.fits(), base)
+        assert weight is not None
         return weight
 
     def _term(self, module: Any, name: str, rows: slice) -> Low | None:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from topwork import ops
 from topwork.errors import CheckpointError, ConfigError, nearest
-from topwork.quant.tiles import NORMAL
+from topwork.ops.native.decode import Weight
+from topwork.quant.tiles import NORMAL, packed
 
 # 1 bit of sign, 2 of exponent, 1 of fraction; the largest is 1, and the least lies below its kind.
 _FLOAT = [0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]
@@ -87,6 +88,23 @@ class Blocks:
         """Fill `out` [out, in] with the weight."""
         factors = self.factors(held)
         return ops.decode_blocks(held["codes"], factors, held["levels"], self.block, out)
+
+    def native(
+        self, held: Mapping[str, Tensor], shape: torch.Size, bias: Tensor | None
+    ) -> Weight | None:
+        """A copy in the tiles of the decoding kernels, with factors in bf16; None where blocks run
+        over the ends of rows.
+        """
+        outputs, inputs = shape
+        if inputs % self.block or outputs % 16 or held["codes"].device.type != "cpu":
+            return None
+        codes = torch.stack((held["codes"] >> 4, held["codes"] & 15), 1).view(shape)
+        factors = self.factors(held).view(-1, 16, inputs // self.block).transpose(1, 2)
+        scale = factors.to(torch.bfloat16).contiguous()
+        levels = held["levels"].float().contiguous()
+        return Weight(
+            packed(codes).contiguous(), outputs, inputs, "code4", scale, levels, self.block, bias
+        )  # fmt: skip
 
     def __str__(self) -> str:
         return f"{self.kind}, double" if self.double else self.kind

@@ -46,6 +46,7 @@ class QuantisedLinear(nn.Module):
         self.in_features, self.out_features = inputs, outputs
         self.format, self.dtype, self.compute, self.coded = format, dtype, compute, coded
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._native: tuple[Any, Weight | None] | None = None
 
     @classmethod
     def of(
@@ -111,9 +112,13 @@ class QuantisedLinear(nn.Module):
 
     def native_weight(self) -> Weight | None:
         """The weight as the native decoding kernels take it, if they do."""
-        if not isinstance(self.format, Tiles):
+        tell = getattr(self.format, "native", None)
+        if tell is None or self._forward_hooks or self._forward_pre_hooks:
             return None
-        return self.format.native(self.held, self.shape, self.bias)
+        state = tuple((t.data_ptr(), t._version) for t in self.held.values())
+        if self._native is None or self._native[0] != state:  # making it may cost a pass
+            self._native = state, tell(self.held, self.shape, self.bias)
+        return self._native[1]
 
     def forward(self, x: Tensor) -> Tensor:
         dtype = self.compute or x.dtype

@@ -81,7 +81,7 @@ class Tiles:
             groups = self._grouped(part)
             fit = _with_base if self.kind == "int4" else _scaled
             codes, *numbers, _ = fit(groups, levels)
-            held.setdefault("codes", []).append(_packed(codes.flatten(1)))
+            held.setdefault("codes", []).append(packed(codes.flatten(1)))
             for name, values in zip(("scales", "bases"), numbers):
                 turned = values.view(-1, 16, values.shape[1]).transpose(1, 2)
                 held.setdefault(name, []).append(turned.to(torch.bfloat16))
@@ -95,7 +95,7 @@ class Tiles:
         codes, scales = held["codes"], held["scales"]
         if not self.four:
             return out.copy_(codes.transpose(1, 2).reshape(out.shape) * scales[:, None])
-        values = held["levels"][_unpacked(codes).int()].unflatten(1, (-1, self.group))
+        values = held["levels"][unpacked(codes).int()].unflatten(1, (-1, self.group))
         numbers = [
             held[name].transpose(1, 2).reshape(len(out), -1, 1).float()
             for name in ("scales", "bases")
@@ -206,13 +206,13 @@ def _eight(weight: Tensor) -> dict[str, Tensor]:
     }  # fmt: skip
 
 
-def _packed(codes: Tensor) -> Tensor:
+def packed(codes: Tensor) -> Tensor:
     """Codes [out, in] below 16 → [out/16, in/32, 4, 32, 2]: the digits of 16 bits are 4 rows."""
     digits = codes.view(len(codes) // 16, 4, 4, -1, 32).permute(0, 3, 1, 4, 2)
     return digits[..., 0::2] | digits[..., 1::2] << 4
 
 
-def _unpacked(packed: Tensor) -> Tensor:
+def unpacked(packed: Tensor) -> Tensor:
     """The codes [out, in] again."""
     digits = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)  # [rows, columns, 4, 32, 4]
     return digits.permute(0, 2, 4, 1, 3).flatten(3).flatten(0, 2)

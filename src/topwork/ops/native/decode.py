@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,6 +50,24 @@ class Weight:
         dtype = self.format != "bf16" or self.data.dtype == torch.bfloat16
         bias = self.bias is None or self.bias.dtype == torch.bfloat16
         return plain and dtype and bias and self.inputs % 32 == 0 and self.out % 16 == 0
+
+    def part(self, rows: slice) -> Weight | None:
+        """Some of the rows, without a copy; None where they cut blocks of 16."""
+        start, stop = rows.start, rows.stop
+        if (start, stop) == (0, self.out):
+            return self
+        if start % 16 or stop % 16:
+            return None
+        bias = None if self.bias is None else self.bias[rows]
+        if self.format == "bf16":
+            return replace(self, data=self.data[rows], out=stop - start, bias=bias)
+        blocks = slice(start // 16, stop // 16)
+        scale, base = self.scale, self.base
+        return replace(
+            self, data=self.data[blocks], out=stop - start, bias=bias,
+            scale=None if scale is None else scale[rows if self.format == "int8" else blocks],
+            base=None if base is None else base[blocks],
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
