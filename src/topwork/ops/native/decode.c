@@ -32,6 +32,7 @@ enum { EMBED, NORM, LINEARS, ROTARY, APPEND, ATTEND, GATE, LOW_RANK, SELECT, ADD
 enum { BF16, INT8, CODE4 };
 enum { SILU, GELU_TANH, GELU, RELU };
 enum { TILE = 512, MAX_GROUPS = 16, MAX_HEADS = 16 };
+enum { AHEAD = 2048 };  // bytes of weights of few bits that are on their way
 
 typedef struct { i64 op, a[15]; } Instruction;
 typedef struct { i64 page, token, head; } Strides;
@@ -133,6 +134,7 @@ static inline void expand(const Part *p, i64 in, i64 row, i64 step, bf16 *tile) 
   const i64 block = row / 16 * (in / 32) + step;
   if (p->format == INT8) {
     const int8_t *w = (const int8_t *)p->weight + block * 512;
+    for (int i = 0; i < 8; i++) _mm_prefetch((const char *)w + AHEAD + 64 * i, _MM_HINT_T0);
     for (int i = 0; i < 16; i++, w += 32)
       _mm512_store_si512(tile + 32 * i, (__m512i)_mm512_cvtne2ps_pbh(widen8(w + 16), widen8(w)));
     return;
@@ -143,6 +145,7 @@ static inline void expand(const Part *p, i64 in, i64 row, i64 step, bf16 *tile) 
   const __m512 table = _mm512_loadu_ps(p->table);
   for (int q = 0; q < 4; q++) {
     __m512i digits = _mm512_loadu_si512(codes + q);
+    _mm_prefetch((const char *)codes + AHEAD + 64 * q, _MM_HINT_T0);
 #pragma GCC unroll 4
     for (int i = 4 * q; i < 4 * q + 4; i++) {
       const __m512 base = _mm512_set1_ps(bases ? get(bases[i]) : 0.0f);
@@ -166,6 +169,7 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, const fl
       const __m512 a = widen(x + c), b = widen(x + c + 16);
 #pragma GCC unroll 16
       for (int i = 0; i < 16; i++) {
+        if (i % 2 == 0) _mm_prefetch((const char *)w + AHEAD + 32 * i, _MM_HINT_T0);
         total[i] = _mm512_fmadd_ps(widen8(w + 32 * i), a, total[i]);
         total[i] = _mm512_fmadd_ps(widen8(w + 32 * i + 16), b, total[i]);
       }
@@ -188,6 +192,7 @@ static void row_products(const Part *p, i64 in, i64 row, const bf16 *x, const fl
 #pragma GCC unroll 4
       for (int q = 0; q < 4; q++) {
         const __m512i digits = _mm512_loadu_si512(codes + q);
+        _mm_prefetch((const char *)codes + AHEAD + 64 * q, _MM_HINT_T0);
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++) {
           const __m512i w = _mm512_permutexvar_epi16(_mm512_srli_epi16(digits, 4 * i), values);
