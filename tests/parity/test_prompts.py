@@ -20,6 +20,8 @@ PROMPTS = [
     ("PREFIX_TUNING", "PrefixTuningConfig", {}),
     ("PREFIX_TUNING", "PrefixTuningConfig", {"prefix_projection": True, "encoder_hidden_size": 7}),
     ("MULTITASK_PROMPT_TUNING", "MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
+    ("CARTRIDGE", "CartridgeConfig", {"num_frozen_tokens": 1}),
+    ("CARTRIDGE", "CartridgeConfig", {"num_frozen_tokens": 0}),
 ]
 each = pytest.mark.parametrize(("kind", "name", "options"), PROMPTS)
 MASK = torch.ones_like(IDS)

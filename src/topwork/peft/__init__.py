@@ -27,6 +27,7 @@ from topwork.peft.bare import (
 )
 from topwork.peft.config import PeftConfig, PeftType, TaskType
 from topwork.peft.convert import convert_to_lora, extract_lora, save_as_lora
+from topwork.peft.methods._lora_arrow import create_arrow_model
 from topwork.peft.methods._lora_data import (
     preprocess_corda,
     preprocess_loraga,
@@ -48,8 +49,13 @@ from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.boft import BOFTConfig
 from topwork.peft.methods.bottleneck import BottleneckConfig
 from topwork.peft.methods.c3a import C3AConfig
+from topwork.peft.methods.cartridge import CartridgeConfig, initialize_kv_prefix_from_text
+from topwork.peft.methods.compacter import CompacterConfig
+from topwork.peft.methods.deft import DeftConfig
 from topwork.peft.methods.delora import DeloraConfig
 from topwork.peft.methods.fourierft import FourierFTConfig
+from topwork.peft.methods.glora import GloraConfig
+from topwork.peft.methods.gralora import GraloraConfig
 from topwork.peft.methods.hira import HiraConfig
 from topwork.peft.methods.hra import HRAConfig
 from topwork.peft.methods.ia3 import IA3Config
@@ -61,14 +67,19 @@ from topwork.peft.methods.miss import MissConfig
 from topwork.peft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from topwork.peft.methods.oft import OFTConfig
 from topwork.peft.methods.p_tuning import PromptEncoderConfig
+from topwork.peft.methods.peanut import PeanutConfig
+from topwork.peft.methods.poly import PolyConfig
 from topwork.peft.methods.prefix_tuning import PrefixTuningConfig
 from topwork.peft.methods.prompt_tuning import PromptTuningConfig
+from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
 from topwork.peft.methods.road import RoadConfig
 from topwork.peft.methods.shira import ShiraConfig
 from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
+from topwork.peft.methods.unilora import UniLoraConfig
 from topwork.peft.methods.vblora import VBLoRAConfig
 from topwork.peft.methods.vera import VeraConfig
+from topwork.peft.methods.xlora import XLoraConfig
 from topwork.peft.model import PeftModel, get_peft_model
 from topwork.peft.prompts import PromptLearningConfig
 from topwork.peft.status import get_layer_status, get_model_status
@@ -85,10 +96,15 @@ __all__ = [
     "BeftConfig",
     "BottleneckConfig",
     "C3AConfig",
+    "CartridgeConfig",
+    "CompacterConfig",
     "CordaConfig",
+    "DeftConfig",
     "DeloraConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "GloraConfig",
+    "GraloraConfig",
     "HRAConfig",
     "HiraConfig",
     "IA3Config",
@@ -102,6 +118,7 @@ __all__ = [
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
+    "PeanutConfig",
     "PeftConfig",
     "PeftMixedModel",
     "PeftModel",
@@ -112,20 +129,25 @@ __all__ = [
     "PeftModelForSequenceClassification",
     "PeftModelForTokenClassification",
     "PeftType",
+    "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
     "ShiraConfig",
     "TaskType",
     "TrainableTokensConfig",
+    "UniLoraConfig",
     "VBLoRAConfig",
     "VeloraConfig",
     "VeraConfig",
+    "XLoraConfig",
     "cast_mixed_precision_params",
     "convert_to_lora",
+    "create_arrow_model",
     "create_loraplus_optimizer",
     "extract_lora",
     "get_eva_state_dict",
@@ -135,6 +157,7 @@ __all__ = [
     "get_peft_model",
     "get_peft_model_state_dict",
     "hotswap_adapter",
+    "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",

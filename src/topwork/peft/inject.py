@@ -50,7 +50,7 @@ def inject(
         if not hasattr(home, key):
             home.add_module(key, Tensors())
         getattr(home, key)[name] = tensor
-    shared = Shared(home, name)
+    shared = Shared(home, name, found)
     made = {path: place(model, path, name, graft, config, shared) for path in paths}
     for path, kind, own in parts:
         made[path] = place(model, path, name, kind, own, shared)

@@ -29,17 +29,21 @@ class Invoked:
 
     def laid(self, name: str, shape: torch.Size) -> Tensor:
         """The tokens of `name` as they lie in a layer's input of `shape`."""
-        on, keep = self.on[name], self.keep
-        if shape[:2] == on.shape:
-            return on
-        if keep is not None and shape[0] == 1 and shape[1] == int(keep.sum()):
-            return on[keep][None]
-        if len(shape) == 2 and shape[0] == on.numel():
-            return on.flatten()
-        raise ConfigError(
-            f"aLoRA: which of the {list(on.shape)} tokens a layer's input {list(shape)} holds is "
-            "not known"
-        )
+        return laid(self.on[name], self.keep, shape)
+
+
+def laid(told: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
+    """What is told [B, T, ...] of tokens, as those lie in a layer's input of `shape`."""
+    if shape[:2] == told.shape[:2]:
+        return told
+    if keep is not None and shape[0] == 1 and shape[1] == int(keep.sum()):
+        return told[keep][None]
+    if len(shape) == 2 and shape[0] == told.shape[0] * told.shape[1]:
+        return told.flatten(0, 1)
+    raise ConfigError(
+        f"which of the {list(told.shape[:2])} tokens a layer's input {list(shape)} holds is not "
+        "known"
+    )
 
 
 INVOKED: ContextVar[Invoked | None] = carried(ContextVar("topwork.invoked", default=None))

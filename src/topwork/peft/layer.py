@@ -8,6 +8,7 @@ A method says in a `Graft` what it does before and after, and to the weight when
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -61,9 +62,11 @@ class Tensors(nn.Module):
 class Shared:
     """What a method keeps once for all layers of an adapter, in `Tensors` of the whole model."""
 
-    def __init__(self, home: nn.Module, name: str) -> None:
+    def __init__(self, home: nn.Module, name: str, layers: list[tuple[str, sites.Site]]) -> None:
         self.home = home
         self.name = name
+        self.layers = layers
+        """The layers that the adapter goes to, in the model's order."""
 
     def __getitem__(self, key: str) -> Tensor:
         return getattr(self.home, key)[self.name]
@@ -156,6 +159,12 @@ class Graft:
     def companions(cls, config: Any, model: nn.Module, paths: list[str]) -> dict[str, str]:
         """Layers that an adapter goes to because they share a weight: path → the owner's."""
         return {}
+
+    @classmethod
+    def during(cls, call: dict[str, Any]) -> AbstractContextManager[None]:
+        """Within it the layers know what the arguments of a `call` say to the method, which takes
+        them out."""
+        return nullcontext()
 
     @classmethod
     def penalty(cls, config: Any, grafts: list[Any]) -> Tensor | None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -13,10 +12,10 @@ from torch import Tensor, nn
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
-from topwork.peft import calls, card, inject, methods, prompts, rounding, state, status, weighted
+from topwork.peft import card, entry, inject, methods, prompts, rounding, state, status, weighted
 from topwork.peft.config import LayerConfig, PeftConfig
-from topwork.peft.invocation import Invocations, invocations
 from topwork.peft.layer import AdaptedLayer, check_name
+from topwork.peft.methods import xlora
 from topwork.peft.rows import Rows
 from topwork.quant import Summary
 
@@ -73,9 +72,7 @@ class PeftModel(nn.Module):
         self.base_model = _Holder(model)
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: tuple[str, ...] = ()
-        self._prompts_off = False
-        self._task_ids: Tensor | None = None
-        self._waiting: Invocations | None = None
+        self.entry = entry.Entry(self)
         self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -96,7 +93,7 @@ class PeftModel(nn.Module):
         `lengths`), "__base__" for none. `task_ids` [B]: for multitask prompt tuning.
         """
         with self.rows_by_adapter(adapter_names, kwargs):
-            output = self._call("forward", args, kwargs)
+            output = self.entry.call("forward", args, kwargs)
         penalty = self.penalty() if self.training else None
         if penalty is not None and getattr(output, "loss", None) is not None:
             output.loss = output.loss + penalty
@@ -105,68 +102,19 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `generate`; `adapter_names` as in `forward`."""
         with self.rows_by_adapter(adapter_names):
-            return self._call("generate", args, kwargs)
-
-    def _call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A method of the wrapped model, with virtual tokens where the active adapter has them."""
-        model: Any = self.get_base_model()
-        prompt, waiting = self._prompt(), invocations(self.peft_config)
-        ours = callable(getattr(model, "backbone", None))
-        if prompt is None and not (ours and waiting):
-            run = model if name == "forward" else getattr(model, name)
-            with nullcontext() if waiting is None else waiting.hooked(model):
-                return run(*args, **kwargs)
-        if ours:
-            if waiting is not None and name == "generate":
-                ids = args[0] if args else kwargs["input_ids"]
-                waiting.prompts = waiting.starts(ids)
-                self._waiting = waiting
-            self._task_ids = kwargs.pop("task_ids", None)
-            # The same modules, whose own methods find this object's `backbone` and `new_cache`.
-            view: Any = copy.copy(model)
-            view.backbone, view.new_cache = self.backbone, self.new_cache
-            try:
-                return getattr(view, name)(*args, **kwargs)
-            finally:
-                self._waiting = None
-        assert prompt is not None
-        call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
-        return (calls.forward if name == "forward" else calls.generate)(model, prompt, call)
-
-    def _prompt(self) -> prompts.Prompt | None:
-        found = [n for n in self._active if n in self.prompt_encoder and not self._prompts_off]
-        return self.prompt_encoder[found[0]] if found else None  # type: ignore[return-value]
+            return self.entry.call("generate", args, kwargs)
 
     def backbone(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The wrapped model's `backbone`, with the virtual tokens of the active adapter."""
-        prompt, model = self._prompt(), self.get_base_model()
-        if prompt is None:
-            waiting = self._waiting or invocations(self.peft_config)
-            mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
-            past = 0 if cache is None else cache.length
-            told = waiting and waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past)
-            with told or nullcontext():
-                return model.backbone(input_ids, **kwargs)  # type: ignore[operator]
-        kwargs.setdefault("task_ids", self._task_ids)
-        return prompts.through_backbone(model, prompt, input_ids, **kwargs)
+        """The wrapped model's `backbone` under the active adapters."""
+        return self.entry.backbone(input_ids, **kwargs)
 
     def new_cache(self, *args: Any, **kwargs: Any) -> Any:
-        """A cache of the wrapped model, with room for virtual tokens."""
-        prompt, model = self._prompt(), self.get_base_model()
-        cache = model.new_cache(*args, **kwargs)  # type: ignore[operator]
-        if prompt is None:
-            return cache
-        return prompts.PromptCache(cache, prompt.config.num_virtual_tokens)
+        """A cache of the wrapped model, with room for what the active adapters put there."""
+        return self.entry.new_cache(*args, **kwargs)
 
     def penalty(self) -> Tensor | None:
         """What the active adapters' methods add to the loss (AdaLoRA's orthogonality)."""
-        total: Tensor | None = None
-        for name in self._active:
-            grafts = inject.grafts_of(self.base_model, name)
-            found = type(grafts[0]).penalty(self.peft_config[name], grafts) if grafts else None
-            if found is not None:
-                total = found if total is None else total + found
-        return total
+        return entry.penalty(self.base_model, self.peft_config, list(self._active))
 
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA: reallocate ranks, after the backward pass and before gradients are cleared."""
@@ -217,6 +165,10 @@ class PeftModel(nn.Module):
         if isinstance(config, prompts.PromptLearningConfig):
             self.peft_config[adapter_name] = self._add_prompt(adapter_name, config)
             return
+        if isinstance(config, xlora.XLoraConfig):
+            made = xlora.attach(self.base_model, model, adapter_name, config)
+            self.peft_config[adapter_name] = made
+            return
         if not isinstance(config, LayerConfig):
             raise ConfigError(f"{type(config).__name__} names no method")
         self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
@@ -240,12 +192,18 @@ class PeftModel(nn.Module):
             raise ConfigError("set_adapter needs a name; disable_adapter() computes without any")
         for name in wanted:
             self._known(name)
-        inject.activate(self.get_base_model(), wanted, not inference_mode, self.base_model)
+        train = not inference_mode
+        inject.activate(self.get_base_model(), self._expanded(wanted), train, self.base_model)
+        xlora.train(self.base_model, self.peft_config, wanted, train)
         for name, prompt in self.prompt_encoder.items():
             prompt.requires_grad_(name in wanted and not inference_mode)
         for _, parameter in state.bias_parameters(self.base_model, self._known(wanted[0])):
             parameter.requires_grad_(not inference_mode)
         self._active = wanted
+
+    def _expanded(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """The adapters on layers that stand for `names`."""
+        return tuple(e for n in names for e in xlora.experts_of(n, self.peft_config[n]))
 
     def _known(self, name: str) -> PeftConfig:
         if name not in self.peft_config:
@@ -259,7 +217,9 @@ class PeftModel(nn.Module):
             raise ConfigError(
                 f"{adapter_name!r} is the only adapter; use unload() for the bare model"
             )
-        inject.remove(self.get_base_model(), adapter_name, self.base_model)
+        for name in self._expanded((adapter_name,)):
+            inject.remove(self.get_base_model(), name, self.base_model)
+        xlora.detach(self.base_model, adapter_name)
         del self.peft_config[adapter_name]
         if adapter_name in self.prompt_encoder:
             del self.prompt_encoder[adapter_name]
@@ -270,12 +230,12 @@ class PeftModel(nn.Module):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Within it the model computes as without adapters (merged ones stay)."""
-        before, self._prompts_off = self._prompts_off, True
+        before, self.entry.off = self.entry.off, True
         try:
             with inject.disabled(self.get_base_model()):
                 yield
         finally:
-            self._prompts_off = before
+            self.entry.off = before
 
     @contextmanager
     def use_adapter(self, adapter_name: str) -> Iterator[None]:
@@ -283,7 +243,7 @@ class PeftModel(nn.Module):
         self._known(adapter_name)
         before, self._active = self._active, (adapter_name,)
         try:
-            with inject.using(self.get_base_model(), self._active):
+            with inject.using(self.get_base_model(), self._expanded(self._active)):
                 yield
         finally:
             self._active = before
@@ -307,9 +267,11 @@ class PeftModel(nn.Module):
         rows = Rows(names, call.get("attention_mask"), call.get("lengths"))
         for layer in self._layers():
             layer.rows = rows
+        self.entry.by_row = True
         try:
             yield
         finally:
+            self.entry.by_row = False
             for layer in self._layers():
                 layer.rows = None
 
@@ -342,7 +304,7 @@ class PeftModel(nn.Module):
         how = (kind, density, majority_sign_method, svd_clamp)
         for layer in self._layers():
             weighted.fill(layer.grafts, adapter_name, sources, how)
-        inject.activate(self.get_base_model(), self._active, home=self.base_model)
+        self.set_adapter(list(self._active))
 
     def get_layer_status(self) -> list[status.LayerStatus]:
         return status.get_layer_status(self)
@@ -364,7 +326,8 @@ class PeftModel(nn.Module):
             if self._known(name).is_prompt_learning:
                 raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
         inject.own_weights(self.get_base_model())
-        lost = [layer.merge(names or list(layer.active), safe, keep) for layer in self._layers()]
+        chosen = list(self._expanded(tuple(names or self._active)))
+        lost = [layer.merge(chosen, safe, keep) for layer in self._layers()]
         rounding.report(lost)
 
     def unmerge_adapter(self) -> None:

@@ -232,3 +232,17 @@ def keys_values(prompt: Prompt, batch: int) -> list[tuple[Tensor, Tensor]]:
     if config.num_transformer_submodules == 2:
         return [pairs[2 * i % len(pairs)] for i in range(len(pairs))]
     return pairs
+
+
+def keys_values_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The keys and values [T, heads, head size] that each layer has for `ids` [1, T]."""
+    if callable(getattr(model, "backbone", None)):
+        cache = model.new_cache()
+        model.backbone(ids, cache=cache)
+        pairs = [getattr(store, "buffers", None) or () for store in cache.stores]
+        if not all(pairs):
+            raise ConfigError(f"{type(model).__name__} does not keep every key: no cartridge of it")
+        return [(k[0, : ids.shape[1]], v[0, : ids.shape[1]]) for k, v in pairs]
+    cache = model(input_ids=ids, use_cache=True).past_key_values
+    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    return [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in pairs]

@@ -20,6 +20,7 @@ from topwork.weights import write_tensors
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model."
+ROUTER = "internal_xlora_classifier"
 MODEL = PREFIX + "model."
 
 
@@ -49,9 +50,16 @@ def _within_adapter(model: nn.Module, name: str) -> bool:
 
 def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tensor]:
     """The adapter's tensors by their names below `home`; in files `PREFIX` stands before them."""
+    router = getattr(home, ROUTER, None)
+    if router is not None and router.owner == name:
+        return {
+            f"{ROUTER}.{key}": tensor for key, tensor in router.state_dict(keep_vars=True).items()
+        }
     state: dict[str, Tensor] = {}
     if getattr(config, "save_projection", True):
-        state = {key: bank[name] for key, bank in banks_of(home) if name in bank}
+        # What follows from a seed is not written.
+        banks = ((key, bank) for key, bank in banks_of(home) if not key.startswith("_"))
+        state = {key: bank[name] for key, bank in banks if name in bank}
     for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
             if name in module.grafts:

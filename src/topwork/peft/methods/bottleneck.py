@@ -58,28 +58,35 @@ class Bottleneck(Graft):
     USUAL: ClassVar = BOTH
     config: BottleneckConfig
 
-    def create(self) -> dict[str, Tensor | nn.Module]:
+    def widths(self) -> tuple[int, int, int]:
+        """(in, bottleneck, out)."""
         site, config = self.site, self.config
         inputs = site.inputs if config.is_parallel else site.outputs
-        width = max(1, round(site.outputs / config.reduction_factor))
-        down, up = self.empty(width, inputs), self.empty(site.outputs, width)
+        return inputs, max(1, round(site.outputs / config.reduction_factor)), site.outputs
+
+    def create(self) -> dict[str, Tensor | nn.Module]:
+        inputs, width, outputs = self.widths()
+        down, up = self.empty(width, inputs), self.empty(outputs, width)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5))
         nn.init.kaiming_uniform_(up, a=math.sqrt(5))
-        if config.init_weights:
+        if self.config.init_weights:
             up.zero_()
         return {
             "bottleneck_down": Matrix(down, self.empty(width).zero_()),
-            "bottleneck_up": Matrix(up, self.empty(site.outputs).zero_()),
+            "bottleneck_up": Matrix(up, self.empty(outputs).zero_()),
         }
+
+    def linear(self, side: str) -> tuple[Tensor, Tensor]:
+        """Weight [out, in] and bias of the side "down" or "up"."""
+        held = getattr(self.layer, f"bottleneck_{side}")[self.name]
+        return held.weight, held.bias
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         config = self.config
-        down, up = (getattr(self.layer, f"bottleneck_{n}")[self.name] for n in ("down", "up"))
         seen = x if config.is_parallel else y
-        dtype = seen.dtype
-        inner = F.linear(seen, down.weight.to(dtype), down.bias.to(dtype))
-        inner = ACTIVATIONS[config.non_linearity](inner)
-        added = F.linear(inner, up.weight.to(dtype), up.bias.to(dtype))
+        down, up = ([m.to(seen.dtype) for m in self.linear(side)] for side in ("down", "up"))
+        inner = ACTIVATIONS[config.non_linearity](F.linear(seen, *down))
+        added = F.linear(inner, *up)
         return y + F.dropout(added, config.dropout, self.layer.training) * config.scaling
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:

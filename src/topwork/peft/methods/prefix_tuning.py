@@ -54,15 +54,21 @@ class Prefix(Prompt):
 
     @classmethod
     def settle(cls, config: Any, model: nn.Module) -> Any:
-        config, sizes = super().settle(config, model), sizes_of(model)
-        if sizes.get("num_key_value_heads"):
-            head = sizes.get("head_dim") or config.token_dim // config.num_attention_heads
-            heads = sizes["num_key_value_heads"]
-            config = replace(config, token_dim=head * heads, num_attention_heads=heads)
+        config = keyed(super().settle(config, model), model)
         return replace(config, encoder_hidden_size=config.encoder_hidden_size or config.token_dim)
 
     def encoded(self, tokens: Tensor) -> Tensor:
         return self.transform(tokens) if self.config.prefix_projection else tokens
+
+
+def keyed(config: Any, model: nn.Module) -> Any:
+    """`config` with the width and the heads that the model's keys have."""
+    sizes = sizes_of(model)
+    if not sizes.get("num_key_value_heads"):
+        return config
+    head = sizes.get("head_dim") or config.token_dim // config.num_attention_heads
+    heads = sizes["num_key_value_heads"]
+    return replace(config, token_dim=head * heads, num_attention_heads=heads)
 
 
 CONFIG = PrefixTuningConfig

@@ -1,0 +1,128 @@
+"""How a call enters the model under its adapters: with virtual tokens, with what adapters must know
+of the tokens (aLoRA's invocation, X-LoRA's scalings, Poly's tasks), or as it is."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from typing import Any
+
+from torch import Tensor, nn
+
+from topwork.peft import calls, inject, methods, prompts, scalings, state
+from topwork.peft.invocation import Invocations, invocations
+
+
+class Entry:
+    """The calls of one `PeftModel`."""
+
+    def __init__(self, owner: Any) -> None:
+        self.owner = owner
+        self.off = False
+        """Adapters are disabled."""
+        self.by_row = False
+        """Rows go through adapters of their own."""
+        self._invoked: Invocations | None = None
+        self._task_ids: Tensor | None = None
+
+    @property
+    def model(self) -> Any:
+        return self.owner.get_base_model()
+
+    @property
+    def prompt(self) -> prompts.Prompt | None:
+        """The virtual tokens of the active adapter."""
+        encoders = self.owner.prompt_encoder
+        found = [n for n in self.owner.active_adapters if n in encoders and not self.off]
+        return encoders[found[0]] if found else None
+
+    @property
+    def router(self) -> scalings.Router | None:
+        """X-LoRA's, where it is active."""
+        found = getattr(self.owner.base_model, state.ROUTER, None)
+        active = found is not None and found.owner in self.owner.active_adapters
+        return found if active and not self.off else None
+
+    @property
+    def invocations(self) -> Invocations | None:
+        """aLoRA's, where one may act."""
+        configs = self.owner.peft_config
+        names = configs if self.by_row else self.owner.active_adapters
+        return invocations({name: configs[name] for name in names})
+
+    def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The wrapped model's method `name`."""
+        with ExitStack() as stack:
+            for adapter in self.owner.active_adapters:
+                kind = methods.method(self.owner.peft_config[adapter].peft_type)
+                if hasattr(kind, "GRAFT"):
+                    stack.enter_context(kind.GRAFT.during(kwargs))
+            if callable(getattr(self.model, "backbone", None)):
+                return self._ours(name, args, kwargs)
+            return self._theirs(name, args, kwargs)
+
+    def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model, waiting = self.model, self.invocations
+        if self.prompt is None and waiting is None and self.router is None:
+            return (model if name == "forward" else getattr(model, name))(*args, **kwargs)
+        if waiting is not None and name == "generate":
+            waiting.prompts = waiting.starts(args[0] if args else kwargs["input_ids"])
+            self._invoked = waiting
+        self._task_ids = kwargs.pop("task_ids", None)
+        # The same modules, whose own methods find this object's `backbone` and `new_cache`.
+        view: Any = copy.copy(model)
+        view.backbone, view.new_cache = self.backbone, self.new_cache
+        try:
+            return getattr(view, name)(*args, **kwargs)
+        finally:
+            self._invoked = None
+
+    def _theirs(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        model, prompt, waiting, router = self.model, self.prompt, self.invocations, self.router
+        if prompt is None:
+            around: AbstractContextManager[Any] = nullcontext()
+            if waiting is not None:
+                around = waiting.hooked(model)
+            elif router is not None:
+                around = router.hooked(model)
+                kwargs |= {"use_cache": False} if name == "generate" else {}
+            with around:
+                return (model if name == "forward" else getattr(model, name))(*args, **kwargs)
+        call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
+        return (calls.forward if name == "forward" else calls.generate)(model, prompt, call)
+
+    def backbone(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """The wrapped model's `backbone`."""
+        model, prompt, router = self.model, self.prompt, self.router
+        if prompt is not None:
+            kwargs.setdefault("task_ids", self._task_ids)
+            return prompts.through_backbone(model, prompt, input_ids, **kwargs)
+        if router is not None:
+            return router.through(model, input_ids, **kwargs)
+        waiting = self._invoked or self.invocations
+        if waiting is None:
+            return model.backbone(input_ids, **kwargs)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
+        past = 0 if cache is None else cache.length
+        with waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past):
+            return model.backbone(input_ids, **kwargs)
+
+    def new_cache(self, *args: Any, **kwargs: Any) -> Any:
+        """A cache of the wrapped model, with room for virtual tokens or for X-LoRA's first pass."""
+        cache = self.model.new_cache(*args, **kwargs)
+        if self.prompt is not None:
+            return prompts.PromptCache(cache, self.prompt.config.num_virtual_tokens)
+        if self.router is not None:
+            return scalings.TwinCache(cache, self.model.new_cache(*args, **kwargs))
+        return cache
+
+
+def penalty(home: nn.Module, configs: dict[str, Any], names: list[str]) -> Tensor | None:
+    """What the methods of the adapters `names` add to the loss."""
+    total: Tensor | None = None
+    for name in names:
+        grafts = inject.grafts_of(home, name)
+        found = type(grafts[0]).penalty(configs[name], grafts) if grafts else None
+        if found is not None:
+            total = found if total is None else total + found
+    return total

@@ -1,0 +1,134 @@
+"""Poly (arXiv:2202.13914, multi-head arXiv:2211.03831): LoRA mixed for each task from an inventory
+of skills."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.errors import ConfigError
+from topwork.nn.recompute import carried
+from topwork.peft.config import LayerConfig, at_least, one_of
+from topwork.peft.layer import Graft
+
+
+@dataclass(kw_only=True)
+class PolyConfig(LayerConfig):
+    """B_t A_t / r, each a mixture of `n_skills` by the logits of the row's task, which `task_ids`
+    [B] names; with `n_splits` parts of the inputs and outputs mixed apart."""
+
+    r: int = 8
+    poly_type: str = "poly"
+    n_tasks: int = 1
+    n_skills: int = 4
+    n_splits: int = 1
+    init_weights: bool = True
+    """B starts at zero; False: at random."""
+    peft_type: str = "POLY"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("r", "n_tasks", "n_skills", "n_splits"):
+            at_least(name, getattr(self, name), 1)
+        one_of("poly_type", self.poly_type, ("poly",))
+
+
+class Logits(nn.Module):
+    """The logits [tasks, splits x skills] under their name in files."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.module_logits = nn.Parameter(logits)
+
+
+TASKS: ContextVar[tuple[Tensor, tuple[int, ...] | None] | None] = carried(
+    ContextVar("topwork.tasks", default=None)
+)
+
+
+class Poly(Graft):
+    config: PolyConfig
+
+    def create(self) -> dict[str, Tensor | nn.Module]:
+        config, site, n = self.config, self.site, self.config.n_splits
+        if site.inputs % n or site.outputs % n:
+            raise ConfigError(f"n_splits={n} does not divide the sides of {self.path}")
+        a = self.empty(n, config.n_skills, site.inputs // n, config.r)
+        b = self.empty(n, config.n_skills, config.r, site.outputs // n)
+        a.uniform_(-1, 1).mul_(1 / math.sqrt(site.inputs // n))
+        b.uniform_(-1, 1).mul_(0 if config.init_weights else 1 / math.sqrt(config.r))
+        logits = self.empty(config.n_tasks, n * config.n_skills).uniform_(-1e-3, 1e-3)
+        return {
+            "poly_lora_A": nn.Parameter(a), "poly_lora_B": nn.Parameter(b),
+            "poly_router": Logits(logits),
+        }  # fmt: skip
+
+    @classmethod
+    @contextmanager
+    def during(cls, call: dict[str, Any]) -> Iterator[None]:
+        """`task_ids` [B] out of the call."""
+        tasks, keep = call.pop("task_ids", None), call.get("attention_mask")
+        if tasks is None:
+            yield
+            return
+        counts = call.get("lengths")
+        if keep is not None and keep.dim() == 2:
+            counts = tuple(keep.sum(1).tolist())
+        token = TASKS.set((tasks, counts))
+        try:
+            yield
+        finally:
+            TASKS.reset(token)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        state = TASKS.get()
+        if state is None:
+            raise ConfigError("POLY needs task_ids, one for each row")
+        tasks, counts = state
+        if int(tasks.max()) >= self.config.n_tasks:
+            raise ConfigError(f"task_ids goes up to {int(tasks.max())}, of {self.config.n_tasks}")
+        if x.shape[0] % len(tasks) == 0 and (len(tasks) > 1 or counts is None or len(counts) == 1):
+            wide = tasks.repeat_interleave(x.shape[0] // len(tasks))
+            rows = x
+        elif counts is not None and x.shape[0] == 1 and x.shape[1] == sum(counts):
+            rows, wide = (
+                nn.utils.rnn.pad_sequence(list(x[0].split(counts)), batch_first=True),
+                tasks,
+            )
+        else:
+            raise ConfigError(f"{len(tasks)} task_ids, but a layer got {x.shape[0]} rows")
+        a, b = (m.to(y.dtype) for m in self._mixed(wide.to(x.device)))
+        flat = rows if rows.dim() == 3 else rows[:, None]
+        added = (flat @ a @ b / self.config.r).view(*rows.shape[:-1], -1)
+        if rows is not x:
+            added = torch.cat([row[:n] for row, n in zip(added, counts or ())])[None]
+        return y + added
+
+    def _mixed(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
+        """A [B, in, r] and B [B, r, out] of the rows' tasks."""
+        config = self.config
+        logits = self.layer.poly_router[self.name].module_logits[tasks]
+        logits = logits.view(-1, config.n_splits, config.n_skills)
+        if self.layer.training:
+            draw = torch.distributions.RelaxedBernoulli(logits.new_tensor(1.0), logits=logits)
+            weights = draw.rsample()
+        else:
+            weights = logits.sigmoid()
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-12)
+        a = torch.einsum("bqs,qsdr->bqdr", weights, self["poly_lora_A"]).flatten(1, 2)
+        b = torch.einsum("bqs,qsrd->brqd", weights, self["poly_lora_B"]).flatten(2)
+        return a, b
+
+    def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        raise ConfigError(f"{self.path}: POLY differs by task and cannot be merged into a weight")
+
+
+CONFIG = PolyConfig
+GRAFT = Poly

@@ -1,0 +1,133 @@
+"""X-LoRA's two passes (arXiv:2402.07148): the bare model's last hidden states give the scalings by
+which LoRA adapters count, token by token and layer by layer, in the second pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from topwork.errors import ConfigError
+from topwork.nn.cache import KVCache
+from topwork.nn.recompute import carried
+from topwork.peft import inject
+from topwork.peft.invocation import laid
+
+
+@dataclass(frozen=True)
+class Scalings:
+    """[B, T, layers, adapters]; `keep` [B, T]: the real tokens of padded rows."""
+
+    values: Tensor
+    keep: Tensor | None = None
+
+
+SCALINGS: ContextVar[Scalings | None] = carried(ContextVar("topwork.scalings", default=None))
+
+
+def scaling(layer: int, y: Tensor) -> Tensor:
+    """Those of one layer for its output `y` [..., out]: [..., adapters]."""
+    state = SCALINGS.get()
+    if state is None:
+        raise ConfigError(
+            "X-LoRA's scalings are not known here: call the PeftModel (or its backbone or "
+            "generate); under transformers' gradient checkpointing they are lost"
+        )
+    return laid(state.values[:, :, layer], state.keep, y.shape).to(y.device)
+
+
+class Router(nn.Module):
+    """The classifier: hidden states [B, T, C] → scalings [B, T, layers, adapters]."""
+
+    def __init__(self, config: Any, owner: str, layers: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.config, self.owner, self.count = config, owner, layers
+        self.latest: Tensor | None = None
+        """The last scalings."""
+        outputs = len(config.adapters) * (layers if config.layerwise_scalings else 1)
+        width, made = config.hidden_size, []
+        for _ in range(config.xlora_depth - 1):
+            made += [nn.Linear(width, config.xlora_size), nn.ReLU()]
+            made += [nn.Dropout(config.xlora_dropout_p)] if config.xlora_dropout_p else []
+            width = config.xlora_size
+        self.layers = nn.Sequential(*made, nn.Linear(width, outputs)).to(dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        config = self.config
+        logits = self.layers(hidden.to(self.layers[-1].weight.dtype))  # type: ignore[union-attr]
+        values = logits.unflatten(-1, (-1, len(config.adapters)))
+        values = values.expand(*values.shape[:2], self.count, -1)
+        if config.enable_softmax:
+            values = (values / config.softmax_temperature).softmax(-1)
+        self.latest = values.detach()
+        if config.top_k_lora is not None:
+            best = values.topk(config.top_k_lora, -1).indices
+            values = values * torch.zeros_like(values).scatter(-1, best, 1.0)
+        if config.enable_softmax_topk:
+            on = values != 0
+            values = values.masked_fill(~on, float("-inf")).softmax(-1).masked_fill(~on, 0.0)
+        return values * config.global_scaling_weight
+
+    @contextmanager
+    def within(self, hidden: Tensor, keep: Tensor | None = None) -> Iterator[None]:
+        """Within it the adapters count by the scalings for `hidden`."""
+        token = SCALINGS.set(Scalings(self(hidden), keep))
+        try:
+            yield
+        finally:
+            SCALINGS.reset(token)
+
+    def through(self, model: Any, input_ids: Tensor | None, **call: Any) -> Tensor:
+        """Both passes of a model of ours; hidden states [B, T, C]."""
+        cache = call.pop("cache", None)
+        if cache is not None and not isinstance(cache, TwinCache):
+            raise ConfigError("X-LoRA reads twice; take the model's new_cache()")
+        with torch.no_grad(), inject.disabled(model):
+            bare = model.backbone(input_ids, cache=cache and cache.bare, **call)
+        mask = call.get("attention_mask")
+        keep = mask.bool() if mask is not None and mask.shape == bare.shape[:2] else None
+        with self.within(bare, keep):
+            return model.backbone(input_ids, cache=cache and cache.inner, **call)
+
+    @contextmanager
+    def hooked(self, model: Any) -> Iterator[None]:
+        """Within it calls of `model`, of transformers, run both passes."""
+        tokens = []
+
+        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+            if call.get("past_key_values") is not None:
+                raise ConfigError("X-LoRA on transformers' models goes without past_key_values")
+            first = {k: v for k, v in call.items() if k != "labels"}
+            first |= {"output_hidden_states": True, "use_cache": False}
+            with torch.no_grad(), inject.disabled(module):
+                hidden = module.forward(*args, **first).hidden_states[-1]
+            tokens.append(SCALINGS.set(Scalings(self(hidden))))
+
+        handle = model.register_forward_pre_hook(before, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for token in reversed(tokens):
+                SCALINGS.reset(token)
+
+
+class TwinCache(KVCache):
+    """The caches of both passes."""
+
+    def __init__(self, inner: KVCache, bare: KVCache) -> None:
+        super().__init__(inner.stores)
+        self.inner, self.bare = inner, bare
+
+    def crop(self, length: int) -> None:
+        self.inner.crop(length)
+        self.bare.crop(length)
+
+    def select(self, rows: Tensor) -> None:
+        self.inner.select(rows)
+        self.bare.select(rows)
