@@ -41,6 +41,10 @@ class Cartridge(Prompt):
         self.trainable_embedding = nn.Parameter(start[frozen:].clone())
 
     @staticmethod
+    def count(config: Any) -> int:
+        return config.num_virtual_tokens
+
+    @staticmethod
     def width(config: Any) -> int:
         return config.token_dim * 2 * config.num_layers
 
