@@ -239,7 +239,7 @@ def keys_values_of(model: Any, ids: Tensor) -> list[tuple[Tensor, Tensor]]:
     if callable(getattr(model, "backbone", None)):
         cache = model.new_cache()
         model.backbone(ids, cache=cache)
-        pairs = [getattr(store, "buffers", None) or () for store in cache.stores]
+        pairs: list[Any] = [getattr(store, "buffers", None) for store in cache.stores]
         if not all(pairs):
             raise ConfigError(f"{type(model).__name__} does not keep every key: no cartridge of it")
         return [(k[0, : ids.shape[1]], v[0, : ids.shape[1]]) for k, v in pairs]
