@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from topwork.data.answers import Rated
+from topwork.data.formats import Format
 from topwork.data.preferences import PAIRS
 from topwork.errors import ConfigError
 from topwork.objectives import formulas
@@ -22,21 +22,11 @@ from topwork.objectives.answers import (
     halves,
     means,
     pair_metrics,
-    read_answers,
-    report,
 )
 from topwork.objectives.logprobs import Scored, score, token_logprobs
-from topwork.objectives.reference import (
-    Reference,
-    ReferenceConfig,
-    followers,
-    settle_reference,
-    with_reference,
-)
-from topwork.objectives.setup import at_least, load_pair, one_of
-from topwork.peft import PeftConfig
-from topwork.text import Tokenizer
-from topwork.training import Loss, Trainer, TrainerCallback
+from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTrainer
+from topwork.objectives.setup import at_least, one_of
+from topwork.training import Loss
 from topwork.training.distributed import World
 
 LOSSES = (*formulas.PAIRWISE, *formulas.TOGETHER, "sft")
@@ -259,43 +249,18 @@ class DPO(OverAnswers):
         return {**pair_metrics(beta * p.c, beta * p.r), **logps}
 
 
-class DPOTrainer(Trainer):
-    """The trainer with the DPO objective, from rows with (prompt,) chosen and rejected answers.
+class DPOTrainer(ReferenceTrainer):
+    """The trainer with the DPO objective, from rows with (prompt,) chosen and rejected answers;
+    `ref_model` as in `ReferenceTrainer`."""
 
-    `ref_model`: a model or the name of one. Without it the reference is the base below a new
-    adapter, the adapter "ref", or a copy of the model (its adapter) as it starts.
-    """
+    config_class: ClassVar[type[ReferenceConfig]] = DPOConfig
+    formats: ClassVar[Sequence[Format]] = PAIRS
 
-    def __init__(
-        self,
-        model: nn.Module | str | Path,
-        ref_model: nn.Module | str | Path | None = None,
-        args: DPOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
-        peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        args = args or DPOConfig()
-        model, tokenizer = load_pair(model, processing_class, args)
-        data = read_answers(train_dataset, eval_dataset, tokenizer, args, PAIRS)
-        self.prepared, self.prepared_eval = data.train, data.evals
-        model, reference = with_reference(model, ref_model, peft_config, args)
-        super().__init__(
-            model,
-            args,
-            DPO.of(args, reference, model),
-            data.train.samples,
-            data.eval_samples,
-            tokenizer=tokenizer,
-            callbacks=[*callbacks, *followers(reference, args)],
-            optimizer=optimizer,
-            data_fingerprint=data.train.fingerprint,
-            notes=report(data, tokenizer),
-        )
-        settle_reference(self, reference, args, ("ld", args.ld_alpha))
+    def objective_of(self, args: Any, reference: Reference, policy: nn.Module) -> DPO:
+        return DPO.of(args, reference, policy)
+
+    def facts_of(self, args: Any) -> tuple[object, ...]:
+        return (("ld", args.ld_alpha),)
 
 
 __all__ = ["DPO", "DPOConfig", "DPOTrainer"]

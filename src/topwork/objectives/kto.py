@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from topwork.data.answers import PreparedAnswers, Rated
+from topwork.data.formats import Format
 from topwork.data.preferences import JUDGED
 from topwork.data.prepare import Sample
 from topwork.objectives import formulas
@@ -19,21 +19,11 @@ from topwork.objectives.answers import (
     OverAnswers,
     collect,
     means,
-    read_answers,
-    report,
 )
 from topwork.objectives.logprobs import token_logprobs
-from topwork.objectives.reference import (
-    Reference,
-    ReferenceConfig,
-    followers,
-    settle_reference,
-    with_reference,
-)
-from topwork.objectives.setup import at_least, load_pair, one_of
-from topwork.peft import PeftConfig
-from topwork.text import Tokenizer
-from topwork.training import Loss, Trainer, TrainerCallback
+from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTrainer
+from topwork.objectives.setup import at_least, one_of
+from topwork.training import Loss
 from topwork.training.distributed import World
 
 LOSSES = ("kto", "apo_zero_unpaired")
@@ -151,46 +141,27 @@ def with_mismatched(samples: Sequence[Rated], limit: int | None) -> list[Rated]:
     return mixed
 
 
-class KTOTrainer(Trainer):
+class KTOTrainer(ReferenceTrainer):
     """The trainer with the KTO objective, from rows with prompt, completion and label, or from
-    pairs. `ref_model` as in `DPOTrainer`."""
+    pairs; `ref_model` as in `ReferenceTrainer`."""
 
-    def __init__(
-        self,
-        model: nn.Module | str | Path,
-        ref_model: nn.Module | str | Path | None = None,
-        args: KTOConfig | None = None,
-        train_dataset: Any = None,
-        eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
-        peft_config: PeftConfig | None = None,
-        callbacks: Sequence[TrainerCallback] = (),
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        args = args or KTOConfig()
-        model, tokenizer = load_pair(model, processing_class, args)
-        data = read_answers(train_dataset, eval_dataset, tokenizer, args, JUDGED, single=True)
-        self.prepared, self.prepared_eval = data.train, data.evals
-        model, reference = with_reference(model, ref_model, peft_config, args)
+    config_class: ClassVar[type[ReferenceConfig]] = KTOConfig
+    formats: ClassVar[Sequence[Format]] = JUDGED
+    single: ClassVar[bool] = True
 
-        def samples_of(prepared: PreparedAnswers) -> Sequence[Rated]:
-            if args.loss_type != "kto":
-                return prepared.samples
-            return with_mismatched(prepared.samples, args.max_length)
+    def objective_of(self, args: Any, reference: Reference, policy: nn.Module) -> KTO:
+        return KTO(args, reference, policy)
 
-        super().__init__(
-            model,
-            args,
-            KTO(args, reference, model),
-            samples_of(data.train),
-            {name: samples_of(prepared) for name, prepared in data.evals.items()},
-            tokenizer=tokenizer,
-            callbacks=[*callbacks, *followers(reference, args)],
-            optimizer=optimizer,
-            data_fingerprint=data.train.fingerprint,
-            notes=[*report(data, tokenizer), *balance(data.train, args)],
-        )
-        settle_reference(self, reference, args, args.loss_type, args.max_length)
+    def samples_of(self, prepared: PreparedAnswers, args: Any) -> Sequence[Rated]:
+        if args.loss_type != "kto":
+            return prepared.samples
+        return with_mismatched(prepared.samples, args.max_length)
+
+    def notes_of(self, prepared: PreparedAnswers, args: Any) -> list[str]:
+        return balance(prepared, args)
+
+    def facts_of(self, args: Any) -> tuple[object, ...]:
+        return args.loss_type, args.max_length
 
 
 def balance(prepared: PreparedAnswers, args: KTOConfig) -> list[str]:

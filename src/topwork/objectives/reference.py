@@ -8,18 +8,20 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from topwork.data.answers import Rated
+from topwork.data.answers import PreparedAnswers, Rated
+from topwork.data.formats import Format
 from topwork.errors import ConfigError
-from topwork.objectives.answers import AnswersConfig
-from topwork.objectives.setup import adapted, at_least, load_model
+from topwork.objectives.answers import AnswersConfig, read_answers, report
+from topwork.objectives.setup import adapted, at_least, load_model, load_pair
 from topwork.peft import PeftConfig, PeftModel
 from topwork.peft.state import fill
+from topwork.text import Tokenizer
 from topwork.training import Trainer, TrainerCallback
 from topwork.training.distributed import World
 from topwork.training.precision import cast
@@ -215,33 +217,95 @@ def followers(reference: Reference, args: ReferenceConfig) -> list[TrainerCallba
     return [FollowPolicy(reference, args.ref_model_sync_steps, args.ref_model_mixup_alpha)]
 
 
-def settle_reference(
-    trainer: Trainer, reference: Reference, args: ReferenceConfig, *facts: object
-) -> None:
-    """Bring the reference to the policy's device and precision, or do its work in advance."""
-    if reference.model is not None:
-        if args.bf16 is not None:
-            cast(reference.model, args.bf16)
-        reference.model.to(trainer.device)
-    if not args.precompute_ref_log_probs:
-        return
-    objective: Any = trainer.objective
-    size = args.precompute_ref_batch_size or args.per_device_train_batch_size
-    weights = fingerprint(reference.model or trainer.model, reference.adapter, *facts)
-    prepared: Any = trainer
+class ReferenceTrainer(Trainer):
+    """A trainer over given answers that holds its policy to a reference.
 
-    def done(samples: Sequence[Rated], data: str) -> Sequence[Any]:
-        return precompute(
-            samples,
-            lambda part: objective.reference_of(trainer.model, part),
-            size,
-            Path(args.output_dir),
-            hashlib.sha256(f"{weights}|{data}".encode()).hexdigest(),
-            trainer.world,
+    `ref_model`: a model or the name of one. Without it the reference is the base below a new
+    adapter, the adapter "ref", or a copy of the model (its adapter) as it starts.
+    """
+
+    config_class: ClassVar[type[ReferenceConfig]] = ReferenceConfig
+    formats: ClassVar[Sequence[Format]] = ()
+    single: ClassVar[bool] = False
+    """Each answer is a sample of its own."""
+
+    def __init__(
+        self,
+        model: nn.Module | str | Path,
+        ref_model: nn.Module | str | Path | None = None,
+        args: ReferenceConfig | None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Tokenizer | None = None,
+        peft_config: PeftConfig | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        args = args or self.config_class()
+        model, tokenizer = load_pair(model, processing_class, args)
+        data = read_answers(
+            train_dataset, eval_dataset, tokenizer, args, self.formats, single=self.single
         )
+        self.prepared, self.prepared_eval = data.train, data.evals
+        model, reference = with_reference(model, ref_model, peft_config, args)
+        super().__init__(
+            model,
+            args,
+            self.objective_of(args, reference, model),
+            self.samples_of(data.train, args),
+            {name: self.samples_of(prepared, args) for name, prepared in data.evals.items()},
+            tokenizer=tokenizer,
+            callbacks=[*callbacks, *followers(reference, args)],
+            optimizer=optimizer,
+            data_fingerprint=data.train.fingerprint,
+            notes=[*report(data, tokenizer), *self.notes_of(data.train, args)],
+        )
+        self._settle(reference, args)
 
-    trainer.train_data = done(trainer.train_data, prepared.prepared.fingerprint)
-    trainer.eval_data = {
-        name: done(samples, prepared.prepared_eval[name].fingerprint)
-        for name, samples in trainer.eval_data.items()
-    }
+    # -- what a trainer of this kind says --------------------------------------------------------
+
+    def objective_of(self, args: Any, reference: Reference, policy: nn.Module) -> Any:
+        """The objective of this run."""
+        raise NotImplementedError
+
+    def samples_of(self, prepared: PreparedAnswers, args: Any) -> Sequence[Rated]:
+        return prepared.samples
+
+    def notes_of(self, prepared: PreparedAnswers, args: Any) -> list[str]:
+        """More lines about the data."""
+        return []
+
+    def facts_of(self, args: Any) -> tuple[object, ...]:
+        """Settings that the reference's log-probabilities depend on."""
+        return ()
+
+    # -- the reference ---------------------------------------------------------------------------
+
+    def _settle(self, reference: Reference, args: ReferenceConfig) -> None:
+        """Bring the reference to the policy's device and precision, or do its work in advance."""
+        if reference.model is not None:
+            if args.bf16 is not None:
+                cast(reference.model, args.bf16)
+            reference.model.to(self.device)
+        if not args.precompute_ref_log_probs:
+            return
+        objective: Any = self.objective
+        size = args.precompute_ref_batch_size or args.per_device_train_batch_size
+        facts = self.facts_of(args)
+        weights = fingerprint(reference.model or self.model, reference.adapter, *facts)
+
+        def done(samples: Sequence[Rated], data: str) -> Sequence[Any]:
+            return precompute(
+                samples,
+                lambda part: objective.reference_of(self.model, part),
+                size,
+                Path(args.output_dir),
+                hashlib.sha256(f"{weights}|{data}".encode()).hexdigest(),
+                self.world,
+            )
+
+        self.train_data = done(self.train_data, self.prepared.fingerprint)
+        self.eval_data = {
+            name: done(samples, self.prepared_eval[name].fingerprint)
+            for name, samples in self.eval_data.items()
+        }
