@@ -41,10 +41,12 @@ FORBIDDEN = ("assistant_model", "prompt_lookup_num_tokens", "negative_prompt_ids
 
 @dataclass
 class Transcript:
-    """`sequences` [B, T], filled up with the padding id, and each row's parts."""
+    """`sequences` [B, T], filled up with the padding id, each row's parts, and what stood before
+    its text (start, language, task)."""
 
     sequences: Tensor
     segments: list[list[Segment]]
+    inits: list[list[int]]
 
     def __getitem__(self, name: str) -> Any:
         return getattr(self, name)
@@ -114,7 +116,7 @@ def transcribe(
     filled = [ids + [call.config.filler] * (width - len(ids)) for ids in said]
     sequences = torch.tensor(filled, dtype=torch.long, device=model.device).view(len(rows), width)
     if return_segments or return_token_timestamps:
-        return Transcript(sequences, [row.segments for row in rows])
+        return Transcript(sequences, [row.segments for row in rows], [row.init for row in rows])
     return sequences
 
 

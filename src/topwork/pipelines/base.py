@@ -20,12 +20,13 @@ class Pipeline:
     """Things in, answers out, in the order they came in.
 
     One input gives one result, a list a list; a generator or any other iterable is read as the
-    results are taken. A pipeline says what its model is for (`model_task`), what it `needs` beside
-    the model, each an attribute of that name ("tokenizer", "image_processor", "feature_extractor",
-    "processor"), and what it `takes`; `run` does the work.
+    results are taken. A pipeline says what its model is for (`model_task`; of several the first
+    that the model's family has), what it `needs` beside the model, each an attribute of that name
+    ("tokenizer", "image_processor", "feature_extractor", "processor"), and what it `takes`; `run`
+    does the work.
     """
 
-    model_task: ClassVar[str]
+    model_task: ClassVar[str | tuple[str, ...]]
     needs: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[str] = "inputs"
     run: Callable[..., list[Any]]  # (items, the task's options) → one result for each item

@@ -11,7 +11,9 @@ import torch
 
 from topwork.errors import ConfigError, nearest
 from topwork.media import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
-from topwork.models.auto import AUTO
+from topwork.models.auto import AUTO, AutoConfig, tasks_of
+from topwork.models.families import NAMES
+from topwork.pipelines.audio_classification import AudioClassificationPipeline
 from topwork.pipelines.base import Pipeline
 from topwork.pipelines.feature_extraction import FeatureExtractionPipeline
 from topwork.pipelines.fill_mask import FillMaskPipeline
@@ -23,6 +25,7 @@ from topwork.pipelines.image_text import (
     VisualQuestionAnsweringPipeline,
 )
 from topwork.pipelines.question_answering import QuestionAnsweringPipeline
+from topwork.pipelines.speech_recognition import AutomaticSpeechRecognitionPipeline
 from topwork.pipelines.text2text import (
     SummarizationPipeline,
     Text2TextGenerationPipeline,
@@ -37,6 +40,8 @@ from topwork.text import Tokenizer
 
 # Task → its pipeline, and the model it takes when none is named.
 TASKS: dict[str, tuple[type[Pipeline], str]] = {
+    "audio-classification": (AudioClassificationPipeline, "superb/wav2vec2-base-superb-ks"),
+    "automatic-speech-recognition": (AutomaticSpeechRecognitionPipeline, "openai/whisper-tiny"),
     "feature-extraction": (FeatureExtractionPipeline, "sentence-transformers/all-MiniLM-L6-v2"),
     "fill-mask": (FillMaskPipeline, "FacebookAI/roberta-base"),
     "image-classification": (ImageClassificationPipeline, "google/vit-base-patch16-224"),
@@ -112,7 +117,8 @@ def pipeline(
     readers = {name: _reader(name, given, source if named else None, where) for name in maker.needs}
     device = _device(device)
     if named:
-        model = AUTO[maker.model_task].from_pretrained(source, dtype=dtype, device=device, **where)
+        made_for = _task_of(maker, source, where)
+        model = AUTO[made_for].from_pretrained(source, dtype=dtype, device=device, **where)
     else:
         _must_fit(kind, maker.model_task, source)
         model = source if device is None else source.to(device)
@@ -123,6 +129,15 @@ def pipeline(
     for name, path in adapters.items():
         made.load_adapter(path, name)
     return made
+
+
+def _task_of(maker: type[Pipeline], source: str | Path, where: Mapping[str, Any]) -> str:
+    """What the model is loaded for: of several tasks the first that its family has."""
+    if isinstance(maker.model_task, str):
+        return maker.model_task
+    kind = AutoConfig.from_pretrained(source, **where).model_type.replace("-", "_")
+    tasks = tasks_of(kind) if kind in NAMES else {}
+    return next((t for t in maker.model_task if t in tasks), maker.model_task[0])
 
 
 def _reader(
@@ -160,10 +175,12 @@ def _device(device: str | torch.device | int | None) -> str | torch.device:
     return device
 
 
-def _must_fit(kind: str, wanted: str, model: Any) -> None:
+def _must_fit(kind: str, tasks: str | tuple[str, ...], model: Any) -> None:
     """ConfigError when a model object is of another task."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     found = getattr(base, "task", None)
+    several = (tasks,) if isinstance(tasks, str) else tasks
+    wanted = next((task for task in several if task == found), several[0])
     if found is None:
         checks = {"causal-lm": "lm_head", "seq2seq-lm": "encoder_stack"}
         name = checks.get(wanted)
