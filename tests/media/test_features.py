@@ -223,6 +223,9 @@ def test_ctc_tokenizers_equal_the_peer(options, tmp_path):
         assert found.char_offsets == wanted.char_offsets
         assert found.word_offsets == wanted.word_offsets
     assert ours.batch_decode(FRAMES) == theirs.batch_decode(FRAMES)
+    square = np.array([row[:3] + [0] * (3 - len(row)) for row in FRAMES])
+    for rows in (square, torch.from_numpy(square), list(square)):
+        assert ours.batch_decode(rows) == theirs.batch_decode(square.tolist())
     for key in ("pad_token_id", "bos_token_id", "unk_token_id", "word_delimiter_token_id"):
         assert getattr(ours, key) == getattr(theirs, key), key
     ours.save_pretrained(tmp_path / "ours")

@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Core
 
 from topwork.errors import CheckpointError, ConfigError, nearest
-from topwork.text.encoding import Encoding
+from topwork.text.encoding import Encoding, plain
 from topwork.text.tokenizer import Tokenizer, clean_up
 
 ROLES = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
@@ -70,8 +70,7 @@ class CtcTokenizer(Tokenizer):
         With offsets a mapping comes back: `text`, `char_offsets` and `word_offsets`, each a list of
         {"char" or "word", "start_offset", "end_offset"} counted in frames.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        ids = [ids] if isinstance(ids, int) else list(ids)
+        ids = plain(ids)
         options = {
             "group_tokens": group_tokens, "output_char_offsets": output_char_offsets,
             "output_word_offsets": output_word_offsets,
@@ -108,7 +107,7 @@ class CtcTokenizer(Tokenizer):
         self, rows: Any, skip_special_tokens: bool = False, **options: Any
     ) -> Any:
         """The text of each row; with offsets a mapping of lists."""
-        return self.decode([list(row) for row in rows], skip_special_tokens, **options)
+        return self.decode([plain(row) for row in rows], skip_special_tokens, **options)
 
     def _letters(self, tokens: list[str], group: bool) -> list[dict[str, Any]]:
         """What was said, with the frames it was said in."""

@@ -32,6 +32,15 @@ class Encoding(dict[str, Any]):
         return Encoding({k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()})
 
 
+def plain(ids: Any) -> list[Any]:
+    """Ids, or rows of them, from lists, arrays and tensors as lists of whole numbers."""
+    ids = ids.tolist() if hasattr(ids, "tolist") else ids
+    if isinstance(ids, int):
+        return [ids]
+    return [i if isinstance(i, (int, list)) else i.tolist() if hasattr(i, "tolist") else list(i)
+            for i in ids]  # fmt: skip
+
+
 def inputs_of(text: Any, pair: Any, words: bool) -> tuple[bool, list[Any]]:
     """Whether `text` is a single one, and the rows to encode."""
 

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Core
 from tokenizers import processors
 
 from topwork.errors import ConfigError, nearest
-from topwork.text.encoding import Encoding
+from topwork.text.encoding import Encoding, as_tensors, plain
 from topwork.text.languages import language_code
 from topwork.text.tokenizer import Tokenizer
 
@@ -119,10 +119,7 @@ class WhisperTokenizer(Tokenizer):
         ids = [self.number(PREVIOUS), *words]
         if return_tensors is None:
             return ids
-        made = Encoding({"input_ids": [ids]})
-        from topwork.text.encoding import as_tensors
-
-        return as_tensors(made, return_tensors)["input_ids"][0]
+        return as_tensors({"input_ids": [ids]}, return_tensors)["input_ids"][0]
 
     # -- ids to text -----------------------------------------------------------------------------
 
@@ -148,8 +145,7 @@ class WhisperTokenizer(Tokenizer):
         Times are left out, or, with `decode_with_timestamps`, written as `<|1.08|>`, counted on
         through the windows. `output_offsets` gives {"text", "offsets": [{"text", "timestamp"}]}.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
-        ids = [ids] if isinstance(ids, int) else list(ids)
+        ids = plain(ids)
         options = {
             "decode_with_timestamps": decode_with_timestamps, "output_offsets": output_offsets,
             "time_precision": time_precision,
