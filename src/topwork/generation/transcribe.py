@@ -336,9 +336,8 @@ class _Call:
                 if self.aligned:
                     real = rows[i].real
                     frames = self.window_frames if real is None else real - rows[i].seek
-                    moments = moments_of(
-                        self.model, part, place, out.sequences[place], size, self.speech, frames
-                    )
+                    whole = out.sequences[place, : size + len(tokens)]  # without what fills it up
+                    moments = moments_of(self.model, part, place, whole, size, self.speech, frames)
                 ended = tokens and tokens[-1] in self.config.stops
                 found[i] = (tokens[:-1] if ended else tokens, moments, skipped)
                 again += [i] if weak else []
