@@ -336,6 +336,7 @@ class _Call:
                 if self.aligned:
                     real = rows[i].real
                     frames = self.window_frames if real is None else real - rows[i].seek
+                    frames = max(frames, STRIDE)  # what comes after the sound is one state of it
                     whole = out.sequences[place, : size + len(tokens)]  # without what fills it up
                     moments = moments_of(self.model, part, place, whole, size, self.speech, frames)
                 ended = tokens and tokens[-1] in self.config.stops
