@@ -1,7 +1,8 @@
 """Decoding side by side with transformers on SmolLM2-135M, one case at a time.
 
     python bench/decode.py single   # batch 1 and 16, bf16, greedy
-    python bench/decode.py bits     # batch 1 with weights of 8 and 4 bits, and their perplexity
+    python bench/decode.py bits     # batch 1 with weights of 8 and 4 bits
+    python bench/decode.py quality  # the perplexity of those weights
     python bench/decode.py engine   # 32 ragged requests against the peer's padded batch
     python bench/decode.py adapters # 8 adapters mixed in one batch against one
 
@@ -98,19 +99,61 @@ def perplexity(model, ids: torch.Tensor) -> float:
 
 
 def bits() -> None:
-    ids, peer = text_ids(), theirs()
+    peer = theirs()
     generate(peer, 1, 4)
     base = rate(64, lambda: generate(peer, 1, 64), 1)
     print(f"transformers bf16 {base:.1f} tok/s", flush=True)
     for kind in (None, "int8", "int4", "nf4"):
         model = ours(kind)
         generate(model, 1, 4)
-        found = rate(128, lambda m=model: generate(m, 1, 128))
+        found = rate(128, lambda m=model: generate(m, 1, 128), 3)
         print(
-            f"topwork {kind or 'bf16':5} {found:7.1f} tok/s  ratio {found / base:.2f}  "
-            f"perplexity {perplexity(model, ids):.3f}",
-            flush=True,
+            f"topwork {kind or 'bf16':5} {found:7.1f} tok/s  ratio {found / base:.2f}", flush=True
         )
+
+
+@torch.no_grad()
+def moved(model):
+    """The same function by other weights: norms go into the linears behind them, and random
+    factors from one linear into the next. The file's weights are 4-bit ones themselves, which a
+    format of 4 bits may simply meet again."""
+    generator = torch.Generator().manual_seed(0)
+
+    def scale(linear, rows=1.0, columns=1.0) -> None:
+        linear.weight.copy_(linear.weight.float() * rows * columns)
+
+    def factors(count: int) -> torch.Tensor:
+        return torch.exp(0.25 * torch.randn(count, generator=generator))
+
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        behind = {
+            layer.input_layernorm: (attention.q_proj, attention.k_proj, attention.v_proj),
+            layer.post_attention_layernorm: (mlp.gate_proj, mlp.up_proj),
+        }
+        for norm, linears in behind.items():
+            for linear in linears:
+                scale(linear, columns=norm.weight.float())
+            norm.weight.fill_(1)
+        by = factors(mlp.up_proj.out_features)
+        scale(mlp.up_proj, rows=by[:, None])
+        scale(mlp.down_proj, columns=1 / by)
+        spec = attention.spec
+        by = factors(attention.v_proj.out_features)
+        scale(attention.v_proj, rows=by[:, None])
+        by = by.view(-1, 1, spec.head_dim).expand(-1, spec.heads // spec.kv_heads, -1)
+        scale(attention.o_proj, columns=1 / by.flatten())
+    return model
+
+
+def quality() -> None:
+    ids = text_ids()
+    for name, change in (("the file's weights", lambda m: m), ("moved weights", moved)):
+        base = perplexity(change(ours()), ids)
+        print(f"{name}: bf16 {base:.3f}", flush=True)
+        for kind in ("int8", "int4", "nf4"):
+            found = perplexity(quantise(change(ours()), kind), ids)
+            print(f"  {kind} {found:.3f} ({found / base - 1:+.1%})", flush=True)
 
 
 def ragged() -> tuple[list[list[int]], list[int]]:
@@ -182,8 +225,6 @@ def adapters() -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=["single", "bits", "engine", "adapters"])
+    parser.add_argument("case", choices=["single", "bits", "quality", "engine", "adapters"])
     torch.set_num_threads(2)
-    {"single": single, "bits": bits, "engine": engine, "adapters": adapters}[
-        parser.parse_args().case
-    ]()
+    globals()[parser.parse_args().case]()
