@@ -227,4 +227,5 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("case", choices=["single", "bits", "quality", "engine", "adapters"])
     torch.set_num_threads(2)
-    globals()[parser.parse_args().case]()
+    cases = {run.__name__: run for run in (single, bits, quality, engine, adapters)}
+    cases[parser.parse_args().case]()
