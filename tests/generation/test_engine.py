@@ -355,6 +355,32 @@ def test_a_stream_tells_its_error(model):
         asyncio.run(read())
 
 
+def test_a_recurrent_model_has_a_state_for_each_row():
+    torch.manual_seed(0)
+    config = Config(
+        model_type="mamba", vocab_size=80, hidden_size=32, intermediate_size=64, state_size=8,
+        num_hidden_layers=2, time_step_rank=4, conv_kernel=4, expand=2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "A_log" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    model.eval()
+    rows = prompts(7, seed=2, low=1, high=50)
+    options = [{}, {"do_sample": True, "seed": 3}, {}, {"repetition_penalty": 1.5}, {}, {}, {}]
+    engine = Engine(model, piece=16, step_tokens=32, max_rows=3)
+    asked = [engine.submit(r, max_new_tokens=9, **o) for r, o in zip(rows, options)]
+    for _ in range(3):
+        engine.step()
+    asked[1].cancel()
+    finish(engine)
+    for i, (ids, request) in enumerate(zip(rows, asked)):
+        wanted = model.generate(torch.tensor([ids]), max_new_tokens=9, **options[i])[0].tolist()
+        assert request.ids == wanted if i != 1 else request.ids == wanted[: len(request.ids)]
+    assert engine.pool.spare == 3
+
+
 def test_pages_are_counted():
     pool = PagePool(1, 3, 2)
     a, b = pool.take(2)

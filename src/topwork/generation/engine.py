@@ -28,13 +28,14 @@ from topwork.generation.generate import budget, resolve_config
 from topwork.generation.loop import Criterion
 from topwork.generation.processors import Processor
 from topwork.generation.request import ACTIVE, Event, Request
-from topwork.generation.runner import NativeRunner, Next, Piece, Runner
+from topwork.generation.runner import NativeRunner, Next, Piece, Runner, StateRunner, is_recurrent
 from topwork.generation.stopping import StopStrings
 from topwork.nn.paged import PagePool
 
 
 class Engine:
-    """Decodes many requests at once over a pool of `cache_tokens` cached tokens.
+    """Decodes many requests at once over a pool of `cache_tokens` cached tokens, or, of a recurrent
+    model, a state for each of `max_rows`.
 
     `max_rows` requests run at a time, of which a step computes at most `step_tokens` new tokens;
     `piece` is how much of a prompt is read at once.
@@ -57,8 +58,12 @@ class Engine:
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.piece = piece
-        self.pool = PagePool(model.layer_count, -(-cache_tokens // page_size), page_size)
-        self.runner = runner or NativeRunner(model, self.pool)
+        if runner is None and is_recurrent(model):
+            runner = StateRunner(model, max_rows)
+        if runner is None:
+            pool = PagePool(model.layer_count, -(-cache_tokens // page_size), page_size)
+            runner = NativeRunner(model, pool)
+        self.runner, self.pool = runner, runner.pool
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrived: deque[Request] = deque()  # appended to by any thread

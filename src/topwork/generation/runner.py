@@ -15,6 +15,7 @@ from torch import Tensor
 
 from topwork import ops
 from topwork.generation.program import StepProgram, compile_step
+from topwork.nn.mamba import RecurrentStore
 from topwork.nn.paged import PagedRows, PagePool
 from topwork.ops.native.decode import MOST_ROWS
 
@@ -92,10 +93,18 @@ class ModuleRunner:
         positions = starts[:, None] + torch.arange(ids.shape[1])
         rows = PagedRows(self.pool, [p.pages for p in pieces], starts.tolist(), ids.shape[1])
         keep = None if bool(rows.keep.all()) else rows.keep
+        return self._after(pieces, ids, positions, ops.Layout(None, rows.length, keep), rows)
+
+    def _after(
+        self,
+        pieces: Sequence[Piece],
+        ids: Tensor,
+        positions: Tensor,
+        layout: ops.Layout,
+        cache: Any,
+    ) -> Tensor:
         with self._adapters([p.adapter for p in pieces]):
-            hidden = self.model.trunk(
-                ids, positions=positions, layout=ops.Layout(None, rows.length, keep), cache=rows
-            )
+            hidden = self.model.trunk(ids, positions=positions, layout=layout, cache=cache)
             return self.model.head(hidden[:, -1]).float()
 
     def _adapters(self, names: list[str | None]) -> Any:
@@ -103,6 +112,43 @@ class ModuleRunner:
         if by_row is None:
             return nullcontext()
         return by_row([name or NO_ADAPTER for name in names])
+
+
+def is_recurrent(model: Any) -> bool:
+    """Whether what the model remembers of a text is a state, of one size for any length."""
+    return all(type(store) is RecurrentStore for store in model.new_cache().stores)
+
+
+class StateRunner(ModuleRunner):
+    """Runs a recurrent model: each text has one page of the pool, which stands for its state."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        super().__init__(model, PagePool(model.layer_count, rows, 1 << 40))
+        self._held: list[tuple[Tensor, Tensor] | None] = [None] * model.layer_count
+
+    def _batch(self, pieces: Sequence[Piece]) -> Tensor:
+        ids = torch.tensor([p.ids for p in pieces])
+        starts = torch.tensor([p.start for p in pieces])[:, None]
+        pages = torch.tensor([p.pages[0] for p in pieces])
+        past, new = int(starts.max()), ids.shape[1]
+        keep = torch.arange(past + new) >= past - starts  # rows are aligned at their ends
+        cache = self.model.new_cache()
+        for store, held in zip(cache.stores, self._held):
+            store.length = past
+            if held is not None:  # what a page held of another text is forgotten
+                old = (starts > 0)[..., None]
+                store.inputs, store.state = (t[pages] * old for t in held)
+        layout = ops.Layout(None, past, None if bool(keep.all()) else keep)
+        logits = self._after(pieces, ids, starts + torch.arange(new), layout, cache)
+        for layer, store in enumerate(cache.stores):
+            made = store.inputs, store.state
+            held = self._held[layer]
+            if held is None:
+                held = tuple(t.new_zeros(self.pool.pages, *t.shape[1:]) for t in made)
+            for to, value in zip(held, made):
+                to[pages] = value
+            self._held[layer] = held
+        return logits
 
 
 class NativeRunner:
