@@ -71,10 +71,20 @@ class Note(TrainerCallback):
         self.grads.append([p.grad.clone() for p in more["trainer"].optimiser.parameters])
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
-def test_the_cut_of_a_step_changes_neither_loss_nor_gradients(tmp_path, loss_type):
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"loss_type": "grpo"}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence"},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence", "top_k": 20,
+         "importance_correction": "sequence_mask", "importance_correction_min": 0.05},
+        {"loss_type": "vespo", "top_k": 20, "temperature": 0.8, "beta": 0.1},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_the_cut_of_a_step_changes_neither_loss_nor_gradients(tmp_path, own):
     whole, parts = Note(), Note()
-    options = {"loss_type": loss_type, "max_steps": 1, "shuffle": False, "max_grad_norm": 0,
+    options = {**own, "max_steps": 1, "shuffle": False, "max_grad_norm": 0,
                "rows": ROWS[:2]}  # fmt: skip
     trainer(tmp_path, per_device_train_batch_size=8, callbacks=[whole], **options).train()
     trainer(tmp_path, gradient_accumulation_steps=2, callbacks=[parts], **options).train()
