@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import peft
 from topwork.errors import CheckpointError, ConfigError
+from topwork.generation.engine import Engine
 from topwork.models import AutoModelForImageTextToText, Config
 from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES as ALL
@@ -254,6 +255,18 @@ def test_generated_tokens_equal_the_peers(row, options):
     assert torch.equal(row.ours.generate(**call, **asked), wanted)
 
 
+def test_texts_without_images_are_gone_on_with_too(row):
+    ids = torch.randint(3, 49, (2, 7), generator=torch.Generator().manual_seed(4))
+    mask = torch.ones_like(ids)
+    ids[1, :3], mask[1, :3] = 0, 0
+    options = {"max_new_tokens": 5, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    options["suppress_tokens"] = [IMAGE]
+    wanted = row.theirs.generate(input_ids=ids, attention_mask=mask, **options)
+    assert torch.equal(row.ours.generate(ids, attention_mask=mask, **options), wanted)
+    guided = row.ours.generate(ids, attention_mask=mask, guidance_scale=1.5, **options)
+    assert guided.shape == wanted.shape
+
+
 def test_generating_with_the_cache_gives_what_whole_passes_give(row):
     call = generation_call(row)
     made = row.ours.generate(
@@ -370,6 +383,23 @@ def test_an_adapter_is_the_peers_both_ways(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_decoder_and_the_tower_load_in_four_bits(name, tmp_path):
+    theirs = peer(name, {})
+    theirs.save_pretrained(tmp_path)
+    whole = AutoModelForImageTextToText.from_pretrained(tmp_path)
+    coded = AutoModelForImageTextToText.from_pretrained(
+        tmp_path, quantization_config={"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    )
+    kinds = {type(module).__name__ for module in coded.trunk.modules()}
+    assert kinds - {type(module).__name__ for module in whole.trunk.modules()}
+    call = texts(SimpleNamespace(family=name, ours=whole), [1, 1])
+    real = call["attention_mask"].bool()
+    with torch.no_grad():
+        error = relative(coded(**call).logits[real], whole(**call).logits[real])
+    assert 0 < error < 0.9
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_bf16_stays_near_the_peers_bf16(name, tmp_path):
     theirs = peer(name, family_of(name).CASES[0])
     theirs.to(torch.bfloat16).save_pretrained(tmp_path)
@@ -426,6 +456,8 @@ def test_images_and_placeholders_that_disagree_are_named(name):
     more[0, 0] = IMAGE
     with pytest.raises(ConfigError, match=rf"{count + 1} image tokens .*an image is missing"):
         ours(more, **images)
+    with pytest.raises(ConfigError, match=r"image tokens .*are read by model.generate"):
+        Engine(ours).submit(call["input_ids"][0])
     with pytest.raises(ConfigError, match="has no input 'pixel_value'"):
         ours(call["input_ids"], pixel_value=call["pixel_values"])
 

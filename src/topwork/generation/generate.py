@@ -153,6 +153,12 @@ def budget(model: Any, input_ids: Tensor, mask: Tensor | None, config: Generatio
     """How many tokens may be made, after looking whether the prompt can be used at all."""
     if input_ids.dim() != 2 or 0 in input_ids.shape:
         raise ConfigError(f"the prompt is empty or not [B, T]: shape {list(input_ids.shape)}")
+    image = getattr(getattr(model, "spec", None), "image_token", None)
+    if image is not None and bool((input_ids == image).any()):
+        raise ConfigError(
+            f"the prompt has image tokens (id {image}), which are read by model.generate(…, "
+            "pixel_values=…) alone"
+        )
     low, high = int(input_ids.min()), int(input_ids.max())
     if low < 0 or high >= model.config.vocab_size:
         raise ConfigError(

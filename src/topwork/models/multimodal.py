@@ -316,7 +316,11 @@ class ImageTextModel(CausalDecoder):
         types = images.pop("token_type_ids", None)
         inside = input_ids == self.spec.image_token
         if not bool(inside.any()) and not any(v is not None for v in images.values()):
-            return super().generate(input_ids, attention_mask, **options)
+            nothing = Prompt(self.get_input_embeddings()(input_ids[:, :0]))
+            generation = importlib.import_module("topwork.generation")
+            return generation.generate(
+                PromptView(self, nothing), input_ids, attention_mask, **options
+            )
         if options.get("guidance_scale") not in (None, 1) or options.get("assistant_model"):
             raise ConfigError("guidance_scale and assistant_model do not go with images")
         if isinstance(self.spec.ahead, Prefix) and types is None:
