@@ -11,11 +11,20 @@ import pytest
 import torch
 
 import tiny
-from topwork import GRPOConfig, GRPOTrainer, LoraConfig, PeftModel, PPOConfig, PPOTrainer
+from topwork import (
+    GRPOConfig,
+    GRPOTrainer,
+    IA3Config,
+    LoraConfig,
+    PeftModel,
+    PPOConfig,
+    PPOTrainer,
+)
 from topwork.errors import ConfigError, TrainingError
 from topwork.generation.engine import Engine
 from topwork.objectives.ahead import Ahead, SnapshotWriter, snapshot
 from topwork.objectives.rollouts import Answer, EngineWriter
+from topwork.objectives.server import check_servable
 from topwork.peft import get_peft_model
 
 ROWS = [{"prompt": f"go {i}", "top": 100} for i in range(6)]
@@ -169,6 +178,25 @@ def test_a_server_takes_up_adapters_alone(tmp_path, server):
         trainer(tmp_path, lora=False, rollout_server=server.url).train()
     with pytest.raises(ConfigError, match="no address like http://host:8000"):
         trainer(tmp_path, rollout_server="localhost:8000")
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [({"use_dora": True}, "leaves use_dora out"), ({"bias": "all"}, "leaves bias out"),
+     ({"modules_to_save": ["lm_head"]}, "leaves modules_to_save out")],
+)  # fmt: skip
+def test_what_the_server_would_leave_out_is_refused(own, words):
+    model = get_peft_model(tiny.model(), LoraConfig(**LORA, **own))
+    with pytest.raises(ConfigError, match=words):
+        check_servable(model)
+
+
+def test_other_adapters_are_refused():
+    model = get_peft_model(
+        tiny.model(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    )
+    with pytest.raises(ConfigError, match="takes LoRA adapters, not IA3"):
+        check_servable(model)
 
 
 # -- ahead -----------------------------------------------------------------------------------------

@@ -49,6 +49,7 @@ class ServerWriter:
         """Let the server load the adapter as it is, under a name of its own."""
         if not isinstance(model, PeftModel):
             raise ConfigError("rollout_server takes up adapters alone: pass peft_config")
+        check_servable(model)
         name = f"topwork-{self.folder.parent.name}-{step}"
         if name in self.loaded:
             return
@@ -129,6 +130,28 @@ class ServerWriter:
             return json.loads(text)
         except ValueError:
             return text
+
+
+def check_servable(model: PeftModel) -> None:
+    """ConfigError for an active adapter of which the server would leave something out: it knows
+    low-rank terms on linears, and nothing else."""
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"rollout_server takes one adapter, {model.active_adapters} are active")
+    config: Any = model.active_peft_config
+    if config.peft_type != "LORA":
+        raise ConfigError(f"rollout_server takes LoRA adapters, not {config.peft_type}")
+    beyond = {
+        "use_dora": config.use_dora,
+        "bias": config.bias != "none",
+        "modules_to_save": config.modules_to_save,
+        "target_parameters": getattr(config, "target_parameters", None),
+        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
+    }
+    if found := [name for name, given in beyond.items() if given]:
+        raise ConfigError(
+            f"rollout_server: vLLM leaves {', '.join(found)} out of an adapter, so its answers "
+            "would not be the policy's; leave it out, or draw in this process"
+        )
 
 
 def _remove(folder: Path) -> None:
