@@ -353,6 +353,17 @@ def test_adapters_go_to_peft_and_back(family, task, tmp_path):
     assert all("lora_" in name for name in trained)
 
 
+@pytest.mark.parametrize("family", NAMES)
+def test_adapters_know_where_they_usually_go(family):
+    task = "speech-seq2seq" if family == "whisper" else "ctc"
+    sizes = SIZES.get(family, RAW)
+    model = get_peft_model(
+        TASKS[task].from_config(Config(model_type=family, **sizes)), LoraConfig(r=2)
+    )
+    adapted = {n.split(".lora_")[0].rsplit(".", 1)[1] for n in model.state_dict() if "lora_" in n}
+    assert adapted == {"q_proj", "v_proj"}
+
+
 def test_a_model_from_scratch_begins_with_sane_values():
     config = Config(model_type="wav2vec2", **{**RAW, "conv_dim": [16, 24, 16]})
     torch.manual_seed(0)

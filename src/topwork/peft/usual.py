@@ -70,6 +70,9 @@ LINEARS: dict[str, list[str] | str] = {
     "rwkv7": ["r_proj", "k_proj", "v_proj", "o_proj", "key", "value"],
     "stablelm": ["q_proj", "v_proj"],
     "t5": ["q", "v"],
+    "hubert": ["q_proj", "v_proj"],
+    "wav2vec2": ["q_proj", "v_proj"],
+    "whisper": ["q_proj", "v_proj"],
     "xlm-roberta": ["query", "value"],
 }
 ADALORA: dict[str, list[str] | str] = {
