@@ -22,7 +22,7 @@ from topwork.models.base import Model
 from topwork.models.config import Config
 from topwork.models.packing import Padding, check_lengths, packed_positions
 from topwork.models.pooling import first_tokens
-from topwork.nn.layers import ACTIVATIONS, linears
+from topwork.nn.layers import activated, linears
 from topwork.nn.paths import part, place
 from topwork.ops.cross import cross_attention
 
@@ -145,7 +145,7 @@ class PostNormBlock(nn.Module):
             y = after_prefix(q, k, v, prefix, layout).flatten(2)
         y = linears(y, (part(self, names.out),))[0]
         x = part(self, names.attention_norm)(x + F.dropout(y, spec.dropouts[1], self.training))
-        y = ACTIVATIONS[spec.activation](linears(x, (part(self, names.up),))[0])
+        y = activated(x, part(self, names.up), spec.activation)
         y = linears(y, (part(self, names.down),))[0]
         return part(self, names.norm)(x + F.dropout(y, spec.dropouts[2], self.training))
 

