@@ -422,8 +422,8 @@ class PeftModel(nn.Module):
     ) -> Self:
         """`model` with the adapter of a folder (or Hub id) that Topwork or peft wrote."""
         folder = hub.resolve(model_id, want=("adapter",), **where).folder
-        config = config or PeftConfig.from_pretrained(folder)
-        config = replace(config, inference_mode=not is_trainable)
+        read = config or PeftConfig.from_pretrained(folder)
+        config = replace(state.retargeted(read, model, folder), inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, autocast_adapter_dtype)
         peft_model._fill(folder, adapter_name)
         return peft_model.eval()
@@ -439,6 +439,7 @@ class PeftModel(nn.Module):
         """Add the adapter of a folder or Hub id under `adapter_name`; it does not become active."""
         folder = hub.resolve(model_id, want=("adapter",), **where).folder
         config = PeftConfig.from_pretrained(folder)
+        config = state.retargeted(config, self.get_base_model(), folder)
         config = replace(config, inference_mode=not is_trainable)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         self._fill(folder, adapter_name)

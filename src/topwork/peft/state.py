@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,23 @@ def recognised(
             name = next((home for home in homes if home in wanted), key)
         found[name] = tensor
     return found
+
+
+def retargeted(config: PeftConfig, model: Any, folder: Path) -> PeftConfig:
+    """`config` for `model`, where its targets have the names of another layout that is known.
+
+    Then the targets become the paths that the file's own tensors name.
+    """
+    targets, table = getattr(config, "target_modules", None), getattr(model, "table", None)
+    if table is None or isinstance(targets, str) or not targets:
+        return config
+    here = {name for name, _ in model.named_modules()}
+    if all(any(f".{name}".endswith(f".{target}") for name in here) for target in targets):
+        return config
+    paths = {key.removeprefix(MODEL).split(".lora_")[0] for key in read(folder) if ".lora_" in key}
+    homes = {table.memory_name(path + ".weight").removesuffix(".weight") for path in paths}
+    found: Any = {"target_modules": sorted(homes)}
+    return replace(config, **found) if homes and homes <= here else config
 
 
 @torch.no_grad()
