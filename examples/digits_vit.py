@@ -72,14 +72,14 @@ config = Config(
     initializer_range=0.1,
 ).with_labels(id2label={i: str(i) for i in range(10)})  # fmt: skip
 model = AutoModelForImageClassification.from_config(config)
-before, after = train_on(model, images, "digits", 4, num_train_epochs=8, learning_rate=2e-3)
+before, after = train_on(model, images, "digits", 2, num_train_epochs=10, learning_rate=2e-3)
 processor.save_pretrained("digits")
 print(f"digits, from scratch: {before:.3f} → {after:.3f}")
 
 lora = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", modules_to_save=["classifier"])
 adapted = get_peft_model(AutoModelForImageClassification.from_pretrained("digits"), lora)
 before, after = train_on(
-    adapted, turned, "digits-turned", 4, num_train_epochs=4, learning_rate=4e-3
+    adapted, turned, "digits-turned", 2, num_train_epochs=5, learning_rate=4e-3
 )
 print(
     f"digits on their side, LoRA: {before:.3f} → {after:.3f} with "
