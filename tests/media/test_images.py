@@ -177,7 +177,7 @@ def test_files_that_do_not_say_what_to_do_are_refused(tmp_path):
     path.write_text('{"size": 3}')
     with pytest.raises(CheckpointError, match="no image_processor_type"):
         AutoImageProcessor.from_pretrained(tmp_path)
-    path.write_text('{"image_processor_type": "ClipImageProcesor"}')
+    path.write_text('{"image_processor_type": "CLIPImageProcesor"}')
     with pytest.raises(ConfigError, match="nearest: 'CLIPImageProcessor'"):
         AutoImageProcessor.from_pretrained(tmp_path)
     sound = {"feature_extractor_type": "WhisperFeatureExtractor", "sampling_rate": 16000}
