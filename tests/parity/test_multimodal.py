@@ -255,6 +255,28 @@ def test_generated_tokens_equal_the_peers(row, options):
     assert torch.equal(row.ours.generate(**call, **asked), wanted)
 
 
+WAYS = [{"cache_implementation": "static"}, {"cache_implementation": "sliding_window"},
+        {"prompt_lookup_num_tokens": 3}, {"prefill_chunk_size": 4}]  # fmt: skip
+
+
+@pytest.mark.parametrize("way", WAYS, ids=lambda way: next(iter(way)) + str(*way.values()))
+@pytest.mark.parametrize("name", NAMES)
+def test_every_way_of_decoding_gives_the_greedy_tokens(name, way, tmp_path):
+    peer(name, {}).save_pretrained(tmp_path)
+    row = SimpleNamespace(family=name, ours=AutoModelForImageTextToText.from_pretrained(tmp_path))
+    call = texts(row, [1] if name == "paligemma" else [2])
+    if name == "paligemma":
+        call["token_type_ids"][:] = 0
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    options["bad_words_ids"] = [[IMAGE]]
+    if "prefill_chunk_size" in way and row.ours.spec.ahead is not None:
+        with pytest.raises(ConfigError, match="would cut a prompt whose tokens look ahead"):
+            row.ours.generate(**call, **options, **way)
+        return
+    wanted = row.ours.generate(**call, **options)
+    assert torch.equal(row.ours.generate(**call, **options, **way), wanted)
+
+
 def test_texts_without_images_are_gone_on_with_too(row):
     ids = torch.randint(3, 49, (2, 7), generator=torch.Generator().manual_seed(4))
     mask = torch.ones_like(ids)
