@@ -25,13 +25,16 @@ BERT_ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]",
               "cls_token": "[CLS]", "mask_token": "[MASK]"}  # fmt: skip
 ROBERTA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>",
                  "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}  # fmt: skip
+MPNET_ROLES = {**ROBERTA_ROLES, "unk_token": "[UNK]"}
 GPT2_ROLES: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
 ROBERTA = ("Roberta", "Bart", "Longformer", "LED")
 WORDPIECE = ("", "Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "LayoutLM",
-             "DPRContextEncoder", "DPRQuestionEncoder", "SqueezeBert", "Lxmert")  # fmt: skip
+             "DPRContextEncoder", "DPRQuestionEncoder", "SqueezeBert", "Lxmert",
+             "MPNet")  # fmt: skip
 PIECES: dict[str, tuple[str, ...]] = {  # what stands around a text; () as the flags say
     "": (), "Llama": (), "Gemma": (), "T5": ("$A", "eos_token"),
-    "Albert": ("cls_token", "$A", "sep_token"),
+    "Albert": ("cls_token", "$A", "sep_token"), "XLMRoberta": ("cls_token", "$A", "sep_token"),
+    "DebertaV2": ("cls_token", "$A", "sep_token"),
 }  # fmt: skip
 
 
@@ -94,7 +97,8 @@ def _known(path: Path, kind: str, known: tuple[str, ...]) -> None:
 
 def _wordpiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core, dict[str, Any]]:
     _known(path, kind, WORDPIECE)
-    config = {"tokenizer_class": "BertTokenizer", **BERT_ROLES, **config}
+    roles = MPNET_ROLES if kind == "MPNet" else BERT_ROLES
+    config = {"tokenizer_class": "BertTokenizer", **roles, **config}
     tokens = path.read_text(encoding="utf-8").split("\n")
     tokens = [token.rstrip("\r") for token in (tokens[:-1] if tokens[-1] == "" else tokens)]
     vocab = {token: index for index, token in enumerate(tokens)}
@@ -108,7 +112,10 @@ def _wordpiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core, dic
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece(prefix="##")
     begin, end = str(_text(config["cls_token"])), str(_text(config["sep_token"]))
-    _frame(path, core, (begin, "$A", end), (begin, "$A", end, "$B:1", f"{end}:1"))
+    between = (end, end) if kind == "MPNet" else (end,)
+    _frame(path, core, (begin, "$A", end), (begin, "$A", *between, "$B:1", f"{end}:1"))
+    if kind == "MPNet":
+        core.add_special_tokens([AddedToken(str(_text(config["mask_token"])), lstrip=True)])
     return core, config
 
 
@@ -167,25 +174,15 @@ def _byte_level(
 def _sentencepiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core, dict[str, Any]]:
     _known(path, kind, tuple(PIECES))
     model = _Model(path)
-    unknown = model.names[model.unknown]
-    if model.is_unigram:
-        scored = list(zip(model.names, model.scores))
-        core = Core(models.Unigram(scored, model.unknown, byte_fallback=model.byte_fallback))
-    else:
-        vocab = {name: index for index, name in enumerate(model.names)}
-        plain = {n: s for n, s, k in zip(model.names, model.scores, model.kinds) if k == 1}
-        core = Core(
-            models.BPE(vocab=vocab, merges=merges_of(plain, vocab), unk_token=unknown,
-                       fuse_unk=True, byte_fallback=model.byte_fallback)
-        )  # fmt: skip
-    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
-    if model.strips:
-        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
-    if model.prefix:
-        steps.append(normalizers.Prepend("▁"))
-    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
-    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    core.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] * model.prefix)])
+    if kind == "XLMRoberta":
+        model.as_fairseq()
+        config = {**ROBERTA_ROLES, **config}
+    if kind == "DebertaV2":
+        config = {**BERT_ROLES, **config}
+        for option in ("do_lower_case", "split_by_punct"):
+            if config.get(option):
+                raise CheckpointError(f"{path}: {option}=true of {kind}Tokenizer is not supported")
+    core, unknown = _core_of(model), model.names[model.unknown]
     control = [n for n, k in zip(model.names, model.kinds) if k in (2, 3)]
     core.add_special_tokens([AddedToken(name, normalized=False) for name in control])
     core.add_tokens(
@@ -212,10 +209,36 @@ def _sentencepiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core,
     if len(single) > 1:
         at = single.index("$A")
         second = ("$B:1", *(f"{p}:1" for p in single[at + 1 :]))
-        if kind in ("Llama", "Gemma", ""):
+        if kind == "XLMRoberta":
+            second = ("</s>", "$B", "</s>")
+        elif kind in ("Llama", "Gemma", ""):
             second = (*(f"{p}:1" for p in single[:at]), *second)
         _frame(path, core, single, (*single, *second))
     return core, config
+
+
+def _core_of(model: _Model) -> Core:
+    """The pieces of a model, and how texts are cut into them."""
+    unknown = model.names[model.unknown]
+    if model.is_unigram:
+        scored = list(zip(model.names, model.scores))
+        core = Core(models.Unigram(scored, model.unknown, byte_fallback=model.byte_fallback))
+    else:
+        vocab = {name: index for index, name in enumerate(model.names)}
+        plain = {n: s for n, s, k in zip(model.names, model.scores, model.kinds) if k == 1}
+        core = Core(
+            models.BPE(vocab=vocab, merges=merges_of(plain, vocab), unk_token=unknown,
+                       fuse_unk=True, byte_fallback=model.byte_fallback)
+        )  # fmt: skip
+    steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+    if model.strips:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if model.prefix:
+        steps.append(normalizers.Prepend("▁"))
+    core.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    core.decoder = decoders.Sequence([*parts, *([decoders.Strip(" ", 1, 0)] * model.prefix)])
+    return core
 
 
 class _Model:
@@ -251,6 +274,14 @@ class _Model:
         self.charsmap: bytes = shape.get(2, b"")
         self.prefix = bool(shape.get(3, 1))
         self.strips = bool(shape.get(4, 1))
+
+    def as_fairseq(self) -> None:
+        """In fairseq's order, which has four special pieces before the others and a mask behind
+        them: the file's first three (unknown, begin, end) count no more."""
+        self.names = ["<s>", "<pad>", "</s>", "<unk>", *self.names[3:], "<mask>"]
+        self.scores = [0.0] * 4 + self.scores[3:] + [0.0]
+        self.kinds = [3, 3, 3, 2, *self.kinds[3:], 3]
+        self.unknown = 3
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
