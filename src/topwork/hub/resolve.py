@@ -179,6 +179,10 @@ def _collect(
                 path = fetch(file)
                 if path is not None:
                     files[file] = path
+    if "adapter" in want and "adapter_model.safetensors" not in files:
+        for file in ("adapter.safetensors", *(("pytorch_adapter.bin",) if allow_bin else ())):
+            path = fetch(file)
+            files |= {} if path is None else {file: path}
     form: Literal["safetensors", "bin", "none"] = "none"
     shards: tuple[Path, ...] = ()
     if "weights" in want and "adapter_config.json" not in files:

@@ -46,6 +46,7 @@ from topwork.peft.methods._lora_options import (
 )
 from topwork.peft.methods.adalora import AdaLoraConfig
 from topwork.peft.methods.beft import BeftConfig
+from topwork.peft.methods.bn import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from topwork.peft.methods.boft import BOFTConfig
 from topwork.peft.methods.bottleneck import BottleneckConfig
 from topwork.peft.methods.c3a import C3AConfig
@@ -94,6 +95,7 @@ __all__ = [
     "BOFTConfig",
     "BdLoraConfig",
     "BeftConfig",
+    "BnConfig",
     "BottleneckConfig",
     "C3AConfig",
     "CartridgeConfig",
@@ -101,6 +103,7 @@ __all__ = [
     "CordaConfig",
     "DeftConfig",
     "DeloraConfig",
+    "DoubleSeqBnConfig",
     "EvaConfig",
     "FourierFTConfig",
     "GloraConfig",
@@ -118,6 +121,7 @@ __all__ = [
     "MissConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
+    "ParBnConfig",
     "PeanutConfig",
     "PeftConfig",
     "PeftMixedModel",
@@ -137,6 +141,7 @@ __all__ = [
     "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
+    "SeqBnConfig",
     "ShiraConfig",
     "TaskType",
     "TrainableTokensConfig",

@@ -6,10 +6,13 @@ Fields, defaults and names are those of peft's `adapter_config.json`, so files p
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, Self
+
+from torch import Tensor
 
 from topwork import hub
 from topwork.errors import ConfigError, nearest
@@ -52,6 +55,8 @@ class PeftConfig:
     """More keys of this method's files without meaning here."""
     PARTS: ClassVar[dict[str, type]] = {}
     """Fields that hold a configuration of their own; in files it is a dictionary."""
+    WEIGHTS: ClassVar[str] = "adapter_model.safetensors"
+    """The file of its tensors."""
 
     peft_type: str = ""
     task_type: str | None = None
@@ -82,6 +87,8 @@ class PeftConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Self:
         """From a file's keys. An option that is switched on and not acted on is refused."""
+        if "peft_type" not in values and "config" in values:  # the `adapters` library's
+            values = methods.method("BN").files.settings(values)
         kind = values.get("peft_type") or _default(cls, "peft_type")
         chosen = methods.config_class(kind)
         if not issubclass(chosen, cls):
@@ -99,6 +106,14 @@ class PeftConfig:
             if given.get(f.name, 0) is None and f.default is not None:
                 given.pop(f.name)
         return chosen(**given)
+
+    def to_file(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """An adapter's tensors under the names of the method's files, from peft's."""
+        return tensors
+
+    def from_file(self, tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+        """A file's tensors under the names `wanted` that `to_file` gives, where they differ."""
+        return tensors
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `adapter_config.json` into `folder`."""

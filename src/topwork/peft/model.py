@@ -377,7 +377,8 @@ class PeftModel(nn.Module):
         found = state.tensors_of(home, config, name)
         named = {state.PREFIX + key: tensor for key, tensor in found.items()}
         named = state.in_files(self.get_base_model(), named)
-        return named | (self.prompt_encoder[name].saved() if name in self.prompt_encoder else {})  # type: ignore[operator]
+        named |= self.prompt_encoder[name].saved() if name in self.prompt_encoder else {}  # type: ignore[operator]
+        return config.to_file(named)
 
     def save_pretrained(
         self,
@@ -420,12 +421,12 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         **where: Any,
     ) -> Self:
-        """`model` with the adapter of a folder (or Hub id) that Topwork or peft wrote."""
+        """`model` with the adapter of a folder or Hub id that Topwork, peft or `adapters` wrote."""
         folder = hub.resolve(model_id, want=("adapter",), **where).folder
         read = config or PeftConfig.from_pretrained(folder)
         config = replace(state.retargeted(read, model, folder), inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, autocast_adapter_dtype)
-        peft_model._fill(folder, adapter_name)
+        peft_model._fill(folder, adapter_name, where.get("allow_bin", False))
         return peft_model.eval()
 
     def load_adapter(
@@ -442,11 +443,11 @@ class PeftModel(nn.Module):
         config = state.retargeted(config, self.get_base_model(), folder)
         config = replace(config, inference_mode=not is_trainable)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._fill(folder, adapter_name)
+        self._fill(folder, adapter_name, where.get("allow_bin", False))
 
-    def _fill(self, folder: Path, name: str) -> None:
-        given, source = state.read(folder), str(folder / state.WEIGHTS)
-        wanted = self.adapter_state(name)
+    def _fill(self, folder: Path, name: str, allow_bin: bool) -> None:
+        wanted, source = self.adapter_state(name), str(state.weights_file(folder, allow_bin))
+        given = self.peft_config[name].from_file(state.read(folder, allow_bin), wanted)
         if name in self.prompt_encoder:
             prompt: Any = self.prompt_encoder[name]
             wanted = {k: v for k, v in wanted.items() if k not in prompt.saved()}

@@ -17,9 +17,10 @@ from topwork.peft.config import PeftConfig
 from topwork.peft.inject import banks_of, layers_of
 from topwork.peft.layer import AdaptedLayer, SavedModule
 from topwork.peft.targets import base_of
-from topwork.weights import write_tensors
+from topwork.weights import pickled, write_tensors
 
-WEIGHTS = "adapter_model.safetensors"
+FILES = ("adapter_model.safetensors", "adapter.safetensors")
+PICKLE = "pytorch_adapter.bin"
 PREFIX = "base_model."
 ROUTER = "internal_xlora_classifier"
 MODEL = PREFIX + "model."
@@ -148,9 +149,20 @@ def fill(wanted: dict[str, Tensor], given: dict[str, Tensor], source: str) -> No
         wanted[key].copy_(tensor)
 
 
-def read(folder: Path) -> dict[str, Tensor]:
+def weights_file(folder: Path, allow_bin: bool = False) -> Path:
+    """The file that holds the tensors of an adapter's folder."""
+    for name in (*FILES, *((PICKLE,) if allow_bin else ())):
+        if (folder / name).is_file():
+            return folder / name
+    hint = f" ({PICKLE} is read only with allow_bin=True)" if (folder / PICKLE).is_file() else ""
+    raise CheckpointError(f"{folder / FILES[0]}: there is no such file{hint}")
+
+
+def read(folder: Path, allow_bin: bool = False) -> dict[str, Tensor]:
     """The tensors of an adapter's folder."""
-    path = folder / WEIGHTS
+    path = weights_file(folder, allow_bin)
+    if path.name == PICKLE:
+        return {name: get() for name, get in pickled(path)}
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
@@ -167,4 +179,4 @@ def write(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
         whole = tensor.detach().contiguous()
         made[key] = whole.clone() if whole.data_ptr() in places else whole  # tied: written twice
         places.add(whole.data_ptr())
-    write_tensors(folder / WEIGHTS, made)
+    write_tensors(folder / config.WEIGHTS, made)

@@ -245,7 +245,7 @@ def _tensors(checkpoint: Checkpoint) -> Iterator[tuple[str, Callable[[], Tensor]
             yield from GgufFile(path).tensors()
             continue
         if checkpoint.format == "bin":
-            yield from _pickled(path)
+            yield from pickled(path)
             continue
         shard = _Shard(path)
         for key in shard.keys:
@@ -281,7 +281,8 @@ class _Shard:
         return tensor
 
 
-def _pickled(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+def pickled(path: Path) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+    """The tensors of a legacy file, read as weights alone: nothing in it is run."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds for a damaged archive
