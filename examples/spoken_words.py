@@ -1,7 +1,8 @@
 """Speech: a small CTC model learns to spell spoken words, then an adapter learns another voice.
 
-No download beside the packages: `pip install "topwork[audio]" jiwer espeakng-loader`. The sounds are made here by eSpeak NG, a synthesiser that ships as a wheel: clear
-and without noise, so the figures say that the parts work together, not how well people are heard.
+No download beside the packages: `pip install "topwork[audio]" jiwer espeakng-loader`. The sounds
+are made here by eSpeak NG, a synthesiser that ships as a wheel: clear and without noise, so the
+figures say that the parts work together, not how well people are heard.
 """
 
 from __future__ import annotations
