@@ -142,6 +142,13 @@ ROWS = [
     row("DeftConfig", "gpt2", r=3, para=True, fan_in_fan_out=True),
     row("PeanutConfig", r=3, depth=2, scaling=0.7),
     row("PeanutConfig", r=3, act_fn="silu"),
+    row("PsoftConfig", r=4, psoft_alpha=6),
+    row("PsoftConfig", r=4, ab_svd_init="pissa_init", psoft_orth=False, psoft_mag_a=False),
+    row("PsoftConfig", r=4, use_cayley_neumann=True, cayley_neumann_eps=0.3, psoft_mag_b=False),
+    row("PsoftConfig", r=3, use_cayley_neumann=True, num_cayley_neumann_terms=3),
+    row("WaveFTConfig", n_frequency=40, n_frequency_pattern={"q_proj": 30}),
+    row("WaveFTConfig", n_frequency=40, proportional_parameters=True),
+    row("WaveFTConfig", "gpt2", n_frequency=40, use_idwt=False, fan_in_fan_out=True),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip
@@ -297,6 +304,36 @@ def test_on_our_models_two_adapters_train_apart_in_bf16(row):
         losses.append(loss.item())
     assert losses[-1] < losses[0] - 0.02
     assert all(torch.equal(v, untouched[k]) for k, v in ours.adapter_state("default").items())
+
+
+def speed(row):
+    return () if variant(row) == ("LoraConfig",) else pytest.mark.slow
+
+
+@pytest.mark.parametrize("row", [pytest.param(r, id=str(r), marks=speed(r)) for r in FIRST])
+def test_a_compiled_model_gives_the_same_outputs_and_gradients(row):
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = topwork.Config(
+        model_type="qwen2", vocab_size=37, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    ours = get_peft_model(topwork.AutoModelForCausalLM.from_config(config), our_config(row)).eval()
+    randomise(ours)
+    # what calls say of the tokens is looked at outside the graph
+    told = row.config == "PolyConfig" or "alora_invocation_tokens" in row.options
+
+    def run(ids):
+        return ours(ids, **of_tasks(ours)).logits
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=not told)
+    grads = []
+    for way in (run, compiled):
+        logits = way(IDS)
+        (logits * torch.linspace(-1, 1, logits.numel()).view_as(logits)).sum().backward()
+        grads.append((logits.detach(), [p.grad for p in ours.parameters() if p.requires_grad]))
+        ours.zero_grad()
+    close(grads[1], grads[0], atol=1e-4, rtol=1e-4)
 
 
 def test_every_method_has_a_row():

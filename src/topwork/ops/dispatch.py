@@ -44,7 +44,8 @@ class Op(Generic[P, R]):
         return register
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        for variant in self.variants:
+        # A compiled graph holds the reference: the compiler fuses on its own.
+        for variant in () if torch.compiler.is_compiling() else self.variants:
             if variant.when(*args, **kwargs):
                 return variant.run(*args, **kwargs)
         return self.reference(*args, **kwargs)

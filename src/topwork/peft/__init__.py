@@ -72,6 +72,7 @@ from topwork.peft.methods.peanut import PeanutConfig
 from topwork.peft.methods.poly import PolyConfig
 from topwork.peft.methods.prefix_tuning import PrefixTuningConfig
 from topwork.peft.methods.prompt_tuning import PromptTuningConfig
+from topwork.peft.methods.psoft import PsoftConfig
 from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
 from topwork.peft.methods.road import RoadConfig
@@ -80,6 +81,7 @@ from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
 from topwork.peft.methods.unilora import UniLoraConfig
 from topwork.peft.methods.vblora import VBLoRAConfig
 from topwork.peft.methods.vera import VeraConfig
+from topwork.peft.methods.waveft import WaveFTConfig
 from topwork.peft.methods.xlora import XLoraConfig
 from topwork.peft.model import PeftModel, get_peft_model
 from topwork.peft.prompts import PromptLearningConfig
@@ -138,6 +140,7 @@ __all__ = [
     "PromptEncoderConfig",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "PsoftConfig",
     "PveraConfig",
     "RandLoraConfig",
     "RoadConfig",
@@ -149,6 +152,7 @@ __all__ = [
     "VBLoRAConfig",
     "VeloraConfig",
     "VeraConfig",
+    "WaveFTConfig",
     "XLoraConfig",
     "cast_mixed_precision_params",
     "convert_to_lora",

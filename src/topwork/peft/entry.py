@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from topwork.peft import calls, inject, methods, prompts, scalings, state
 from topwork.peft.invocation import Invocations, invocations
+from topwork.peft.layer import Graft
 
 
 class Entry:
@@ -24,6 +25,14 @@ class Entry:
         """Rows go through adapters of their own."""
         self._invoked: Invocations | None = None
         self._task_ids: Tensor | None = None
+        self._told: dict[str, type[Graft]] = {}
+
+    def added(self, name: str, peft_type: str) -> None:
+        """There is an adapter `name`: see whether calls tell its method something."""
+        kind = getattr(methods.method(peft_type), "GRAFT", Graft)
+        self._told.pop(name, None)
+        if kind.during.__func__ is not Graft.during.__func__:
+            self._told[name] = kind
 
     @property
     def model(self) -> Any:
@@ -52,14 +61,15 @@ class Entry:
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The wrapped model's method `name`."""
+        ours = callable(getattr(self.model, "backbone", None))
+        run = self._ours if ours else self._theirs
+        kinds = [self._told[n] for n in self.owner.active_adapters if n in self._told]
+        if not kinds:
+            return run(name, args, kwargs)
         with ExitStack() as stack:
-            for adapter in self.owner.active_adapters:
-                kind = methods.method(self.owner.peft_config[adapter].peft_type)
-                if hasattr(kind, "GRAFT"):
-                    stack.enter_context(kind.GRAFT.during(kwargs))
-            if callable(getattr(self.model, "backbone", None)):
-                return self._ours(name, args, kwargs)
-            return self._theirs(name, args, kwargs)
+            for kind in kinds:
+                stack.enter_context(kind.during(kwargs))
+            return run(name, args, kwargs)
 
     def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, waiting = self.model, self.invocations

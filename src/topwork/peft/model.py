@@ -162,6 +162,7 @@ class PeftModel(nn.Module):
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
         named = peft_config.base_model_name_or_path or origin
         config = replace(peft_config, base_model_name_or_path=named)
+        self.entry.added(adapter_name, config.peft_type)
         if isinstance(config, prompts.PromptLearningConfig):
             self.peft_config[adapter_name] = self._add_prompt(adapter_name, config)
             return

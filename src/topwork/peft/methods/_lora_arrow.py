@@ -59,6 +59,8 @@ class ArrowLora(Lora):
     @torch.no_grad()
     def directions(self, pairs: list[Pair]) -> Tensor:
         """The first right singular vector [experts, in] of each B A; kept until one changes."""
+        if torch.compiler.is_compiling():
+            return torch.stack([first_direction(a, b) for a, b in pairs])
         key = [(m.data_ptr(), m._version) for pair in pairs for m in pair]
         if self._held is None or self._held[0] != key:
             self._held = (key, torch.stack([first_direction(a, b) for a, b in pairs]))

@@ -150,9 +150,11 @@ class VeLora(Lora):
     def _vector(self, x: Tensor) -> Tensor:
         """The vector for the batch `x`, kept."""
         vector, how = self["lora_velora_embed"], self.options.init_type
-        if how == "batch_average" or (how == "batch_average_once" and not bool(vector.any())):
+        if how != "random":
             mean = pieces(x, self.options.num_groups).flatten(0, 1).mean(0).float()
-            vector.copy_(F.normalize(mean if bool(mean.any()) else torch.ones_like(mean), dim=0))
+            mean = F.normalize(torch.where(mean.any(), mean, torch.ones_like(mean)), dim=0)
+            stays = vector.any() if how == "batch_average_once" else vector.new_zeros(()).bool()
+            vector.copy_(torch.where(stays, vector, mean))
         return vector.clone()
 
 

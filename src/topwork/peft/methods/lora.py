@@ -262,13 +262,20 @@ class Lora(Graft):
         with torch.no_grad():
             weight = sites.read_weight(self.base)
             a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)
-            key = (weight.data_ptr(), weight._version, weight.device)
-            if self._norm is None or self._norm[0] != key:
-                self._norm = (key, weight.float().flatten(1).square().sum(1))
+            own = self._own_norm(weight)
             cross = (weight.flatten(1) @ a.t().to(weight.dtype)).float()
-            squared = self._norm[1] + 2 * self.scale * (b * cross).sum(1)
+            squared = own + 2 * self.scale * (b * cross).sum(1)
             squared += self.scale**2 * (b @ (a @ a.t()) * b).sum(1)
             return squared.clamp_(min=0).sqrt_()
+
+    def _own_norm(self, weight: Tensor) -> Tensor:
+        """‖W‖² [out], kept while the weight stays; a compiled graph cannot ask whether it did."""
+        if torch.compiler.is_compiling():
+            return weight.float().flatten(1).square().sum(1)
+        key = (weight.data_ptr(), weight._version, weight.device)
+        if self._norm is None or self._norm[0] != key:
+            self._norm = (key, weight.float().flatten(1).square().sum(1))
+        return self._norm[1]
 
     def delta(self) -> Tensor:
         if self.site.groups > 1:
