@@ -115,7 +115,9 @@ class QuantisedLinear(nn.Module):
         tell = getattr(self.format, "native", None)
         if tell is None or self._forward_hooks or self._forward_pre_hooks:
             return None
-        state = tuple((t.data_ptr(), t._version) for t in self.held.values())
+        state = tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version) for t in self.held.values()
+        )
         if self._native is None or self._native[0] != state:  # making it may cost a pass
             self._native = state, tell(self.held, self.shape, self.bias)
         return self._native[1]
