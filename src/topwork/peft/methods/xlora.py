@@ -140,7 +140,7 @@ def _load(home: Any, model: Any, name: str, path: str) -> None:
         raise ConfigError(f"X-LoRA mixes plain LoRA adapters, which {path} is not")
     config = inject.inject(model, name, config, home)
     wanted = {state.PREFIX + k: t for k, t in state.tensors_of(home, config, name).items()}
-    state.fill(wanted, state.read(folder), str(folder / state.WEIGHTS))
+    state.fill(wanted, state.read(folder), str(state.weights_file(folder)))
 
 
 CONFIG = XLoraConfig
