@@ -128,7 +128,7 @@ class _Auto:
         )  # an adapter's file says what its base is
         with torch.device("meta"):
             model = build(config, cls.task)
-        quantised = _quantised(model, config, quantization_config)
+        quantised = _quantised(model, config, quantization_config, as_dtype(dtype))
         report = weights.load_weights(
             model,
             checkpoint,
@@ -262,7 +262,9 @@ def initialise(model: Any, names: Iterable[str]) -> None:
             torch.nn.init.normal_(parameter, std=std)
 
 
-def _quantised(model: Model, config: Config, given: Any) -> quant.BitsAndBytesConfig | None:
+def _quantised(
+    model: Model, config: Config, given: Any, dtype: torch.dtype | None
+) -> quant.BitsAndBytesConfig | None:
     """Make room in `model` for quantised weights; what they are, if there are any."""
     own = _coding(config)
     stored = config.get("quantization_config") if own is None else None
@@ -271,9 +273,8 @@ def _quantised(model: Model, config: Config, given: Any) -> quant.BitsAndBytesCo
     if stored is None and given is None:
         return None
     chosen = quant.BitsAndBytesConfig.of(stored or given)
-    if stored is not None and not chosen.load_in_4bit:
-        raise ConfigError("checkpoints of bitsandbytes in 8 bits are not read; those in 4 are")
-    quant.prepare(model, model.trunk, chosen, coded=stored is not None)
+    dtype = dtype or as_dtype(config.get("dtype") or config.get("torch_dtype")) or torch.float16
+    quant.prepare(model, model.trunk, chosen, stored is not None, dtype)
     return chosen
 
 

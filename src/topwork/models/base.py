@@ -121,8 +121,12 @@ class Model(nn.Module):
         saved.__dict__["dtype"] = str(self.dtype).removeprefix("torch.")
         saved.__dict__.pop("quantization_config", None)
         if self.quantization_config is not None:
-            if not self.quantization_config.load_in_4bit:
-                raise ConfigError("weights in 8 bits are not written; call dequantize() first")
+            quantised = self.quantization_config
+            if quantised.load_in_8bit and quantised.llm_int8_threshold is None:
+                raise ConfigError(
+                    "a file in 8 bits says at which llm_int8_threshold it computes, and this model "
+                    "has none; call dequantize() first"
+                )
             saved.__dict__["quantization_config"] = self.quantization_config.to_dict()
         saved.save_pretrained(folder)
         if self.generation_config:

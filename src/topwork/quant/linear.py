@@ -1,4 +1,5 @@
-"""A linear layer whose weight is held in few bits; activations are untouched.
+"""A linear layer whose weight is held in few bits; activations are untouched, unless the format
+multiplies by itself (LLM.int8 outside training).
 
 Few rows go through the native decoding kernels where the format has them; many rows through the
 weight as it is made for the call, in a buffer that all layers share.
@@ -105,7 +106,7 @@ class QuantisedLinear(nn.Module):
 
     def linear_parts(self) -> ops.LinearParts | None:
         """The layer as a part of a fused function; None where it must be called."""
-        hooked = self._forward_hooks or self._forward_pre_hooks
+        hooked = self._forward_hooks or self._forward_pre_hooks or self._multiply is not None
         if hooked or self.compute not in (None, self.dtype):
             return None
         return ops.LinearParts(self.weight, self.bias)
@@ -122,7 +123,15 @@ class QuantisedLinear(nn.Module):
             self._native = state, tell(self.held, self.shape, self.bias)
         return self._native[1]
 
+    @property
+    def _multiply(self) -> Callable[..., Tensor] | None:
+        """The format's own product, where it has one."""
+        return None if self.training else getattr(self.format, "multiply", None)
+
     def forward(self, x: Tensor) -> Tensor:
+        multiply = self._multiply
+        if multiply is not None:
+            return multiply(self.held, x, self.bias)
         dtype = self.compute or x.dtype
         bias = None if self.bias is None else self.bias.to(dtype)
         return ops.linear(x.to(dtype), self.packed(dtype), bias).to(x.dtype)

@@ -322,7 +322,7 @@ class Bn(Within):
             return made if config.original_ln_after else made - r
         seen = total = y
         if config.original_ln_before:
-            total = y + r
+            total = y + cast(Tensor, r)
             seen = total if norm is None else norm(total)
         rest = {True: y, False: seen, "post_add": total}[config.residual_before_ln]
         made = f(seen, rest)
