@@ -60,7 +60,7 @@ def held(name: str) -> float:
 
 def side(name: str, folder: Path, steps: int) -> dict:
     """One side in this process."""
-    from sides import plain_step
+    from profile_step import plain_step
 
     torch.manual_seed(1)
     if name == "ours":

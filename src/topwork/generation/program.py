@@ -385,7 +385,8 @@ class _Writer:
         else:
             hooked = base._forward_hooks or base._forward_pre_hooks
             _known(type(base) is nn.Linear and not hooked, base)
-            whole = Weight(base.weight, *base.weight.shape, bias=base.bias)
+            outputs, inputs = base.weight.shape
+            whole = Weight(base.weight, outputs, inputs, bias=base.bias)
         weight = None if whole is None else whole.part(rows)
         _known(weight is not None and weight.fits(), base)
         assert weight is not None
