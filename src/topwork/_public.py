@@ -37,6 +37,7 @@ HOMES = {
     "C3AConfig": "topwork.peft",
     "CPOConfig": "topwork.objectives",
     "CPOTrainer": "topwork.objectives",
+    "CPTConfig": "topwork.peft",
     "Config": "topwork.models",
     "DPOConfig": "topwork.objectives",
     "DPOTrainer": "topwork.objectives",

@@ -8,10 +8,18 @@ import torch
 import peft
 import topwork
 from parity.bases import IDS, base, close, our_base, randomise
-from topwork.errors import CheckpointError, ConfigError
+from topwork.errors import CheckpointError, ConfigError, TopworkWarning
 from topwork.peft import PeftModel, get_peft_model
 
 N = 3
+CONTEXT = {
+    "cpt_token_ids": [5, 9, 30, 2, 8, 8, 1, 17, 30, 4],
+    "cpt_tokens_type_mask": [1, 2, 3, 4, 4, 5, 6, 6, 0, 8],
+}
+DECAY = {
+    "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.7,
+    "opt_projection_epsilon": 6.0, "opt_projection_format_epsilon": 4.0,
+}  # fmt: skip
 PROMPTS = [
     ("PROMPT_TUNING", "PromptTuningConfig", {}),
     ("PROMPT_TUNING", "PromptTuningConfig", {"prompt_tuning_init": "SAMPLE_VOCAB"}),
@@ -22,6 +30,8 @@ PROMPTS = [
     ("MULTITASK_PROMPT_TUNING", "MultitaskPromptTuningConfig", {"num_tasks": 3, "num_ranks": 2}),
     ("CARTRIDGE", "CartridgeConfig", {"num_frozen_tokens": 1}),
     ("CARTRIDGE", "CartridgeConfig", {"num_frozen_tokens": 0}),
+    ("CPT", "CPTConfig", {**CONTEXT, "opt_projection_epsilon": 8.0}),
+    ("CPT", "CPTConfig", {**CONTEXT, **DECAY}),
 ]
 each = pytest.mark.parametrize(("kind", "name", "options"), PROMPTS)
 MASK = torch.ones_like(IDS)
@@ -61,7 +71,8 @@ def test_outputs_losses_and_gradients_equal_the_peers(kind, name, options, on, t
         copy_encoder(theirs, ours)
     assert ours.get_nb_trainable_parameters()[0] == theirs.get_nb_trainable_parameters()[0]
     labels = IDS.masked_fill(MASK == 0, -100)
-    labels[:, 0] = -100  # the peer lets the last virtual token predict the first one; we do not
+    if kind != "CPT":  # the peer's last virtual token predicts the first given one; ours does not
+        labels[:, 0] = -100
     call = {"input_ids": IDS, "attention_mask": MASK, "labels": labels}
     wanted, found = theirs(**call, **extra(kind)), ours(**call, **extra(kind))
     real = MASK.bool()
@@ -156,6 +167,69 @@ def test_a_multitask_prompt_starts_from_a_source(tmp_path):
         rows = source.prompt_encoder["default"].prefix_task_rows
         wanted = rows.mean(0, keepdim=True) if expected is None else rows[1:2]
         close(made.prompt_encoder["default"].prefix_task_rows, wanted)
+
+
+def test_the_context_stays_within_its_balls_as_the_peers_does_while_it_trains(tmp_path):
+    options = {**CONTEXT, **DECAY, "opt_projection_epsilon": 0.5}
+    theirs = peft.get_peft_model(base("qwen2"), config(peft, "CPTConfig", options))
+    ours = get_peft_model(our_base("qwen2", tmp_path), config(topwork, "CPTConfig", options))
+    moved = []
+    for model in (theirs, ours):
+        delta = model.prompt_encoder["default"].delta_embedding.weight
+        optimizer = torch.optim.SGD([delta], lr=0.5)
+        for _ in range(4):
+            model(input_ids=IDS, labels=IDS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moved.append(delta.detach().clone())
+    close(moved[1], moved[0], rtol=1e-3, atol=1e-4)
+    with torch.no_grad():
+        ours(IDS)
+        lengths = ours.prompt_encoder["default"].delta_embedding.weight.norm(dim=1)
+    kinds = torch.tensor(CONTEXT["cpt_tokens_type_mask"])
+    unit = (24 / 2048) ** 0.5
+    assert (lengths[kinds % 4 == 2] <= 0.5 * unit + 1e-6).all()
+    assert lengths.max() > 0.5 * unit
+    assert (lengths[kinds % 4 == 0] == 0).all()
+
+
+def test_a_contexts_loss_is_the_same_packed_and_counts_the_parts_that_are_told(tmp_path):
+    options = {**CONTEXT, **DECAY}
+    theirs = peft.get_peft_model(base("qwen2"), config(peft, "CPTConfig", options))
+    ours = get_peft_model(our_base("qwen2", tmp_path), config(topwork, "CPTConfig", options))
+    parts = torch.tensor([1, 2, 2, 3, 4, 4, 0, 5, 6, 8, 8]).expand(2, -1)
+    call = {"input_ids": IDS, "labels": IDS}
+    wanted = theirs(**call, input_type_mask=parts.clone()).loss
+    close(ours(**call, input_type_mask=parts).loss, wanted)
+    assert abs(ours(**call).loss - wanted) > 1e-3
+    row = {"input_ids": IDS.view(1, -1), "labels": IDS.view(1, -1), "lengths": (11, 11)}
+    close(ours(**row, input_type_mask=parts.reshape(1, -1)).loss, wanted)
+    # The peer's loss of a context that does not end in a label is that of no token at all.
+    last = {"cpt_token_ids": [5, 9], "cpt_tokens_type_mask": [1, 2]}
+    assert peft.get_peft_model(base("qwen2"), config(peft, "CPTConfig", last))(**call).loss.isnan()
+    one = get_peft_model(base("qwen2"), config(topwork, "CPTConfig", last))
+    labels = torch.cat([torch.full((2, 2), -100), IDS], 1)
+    embeds = base("qwen2").get_input_embeddings()
+    words = torch.cat([embeds(torch.tensor([[5, 9]] * 2)), embeds(IDS)], 1)
+    close(one(**call).loss, base("qwen2")(inputs_embeds=words, labels=labels).loss)
+
+
+def test_a_context_that_cannot_be_meant_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cpt_mask has 1 numbers for 2 cpt_token_ids"):
+        topwork.CPTConfig(cpt_token_ids=[1, 2], cpt_mask=[1])
+    with pytest.raises(ConfigError, match=r"'decya'.*nearest: 'decay'"):
+        topwork.CPTConfig(opt_weighted_loss_type="decya")
+    with pytest.raises(ConfigError, match="opt_projection_epsilon=0 must be positive"):
+        topwork.CPTConfig(opt_projection_epsilon=0)
+    with pytest.raises(ConfigError, match="task_type='CAUSAL_LM', not 'SEQ_CLS'"):
+        topwork.CPTConfig(task_type="SEQ_CLS")
+    with pytest.warns(TopworkWarning, match="cpt_mask has zeros, which change nothing"):
+        topwork.CPTConfig(cpt_token_ids=[1, 2], cpt_mask=[0, 1])
+    ours = get_peft_model(our_base("qwen2", tmp_path), topwork.CPTConfig(cpt_token_ids=[1, 2]))
+    cache = ours.new_cache()
+    ours(IDS[:, :5], past_key_values=cache)
+    with pytest.raises(ConfigError, match="cache that holds the virtual tokens"):
+        ours(IDS[:, 5:], past_key_values=cache, labels=IDS[:, 5:])
 
 
 def test_what_cannot_be_meant_is_refused(tmp_path):

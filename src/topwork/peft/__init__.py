@@ -52,6 +52,7 @@ from topwork.peft.methods.bottleneck import BottleneckConfig
 from topwork.peft.methods.c3a import C3AConfig
 from topwork.peft.methods.cartridge import CartridgeConfig, initialize_kv_prefix_from_text
 from topwork.peft.methods.compacter import CompacterConfig
+from topwork.peft.methods.cpt import CPTConfig
 from topwork.peft.methods.deft import DeftConfig
 from topwork.peft.methods.delora import DeloraConfig
 from topwork.peft.methods.fourierft import FourierFTConfig
@@ -100,6 +101,7 @@ __all__ = [
     "BnConfig",
     "BottleneckConfig",
     "C3AConfig",
+    "CPTConfig",
     "CartridgeConfig",
     "CompacterConfig",
     "CordaConfig",

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
-from topwork.peft.prompts import Prompt, keys_values, sizes_of
+from topwork.peft.prompts import Lengths, Prompt, keys_values, sizes_of
 
-Lengths = tuple[int, ...] | None
 TOKENWISE = ("logits", "last_hidden_state", "start_logits", "end_logits")
 
 
@@ -30,6 +29,9 @@ def forward(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
     batch, tokens = given.shape[:2]
     texts = batch if lengths is None else len(lengths)
     call.pop("position_ids", None)
+    kinds, labels = call.pop("input_type_mask", None), None
+    if prompt.weighs:
+        labels = call.pop("labels", None)
     call = {k: v for k, v in call.items() if v is not None}
     if "attention_mask" in call and not (prompt.is_prefix and _is_ours(model)):
         ones = call["attention_mask"].new_ones(texts, virtual)
@@ -55,6 +57,9 @@ def forward(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
     if lengths is not None:
         call["lengths"] = tuple(n + virtual for n in lengths)
     output = model(**call)
+    if labels is not None:
+        context, logits = output.logits[:, :virtual], output.logits[:, virtual:]
+        output.loss = prompt.loss(context, logits, labels, kinds, None)
     whole = (batch, tokens + virtual * texts // batch)
     for name in TOKENWISE:
         tensor = getattr(output, name, None)

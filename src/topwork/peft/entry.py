@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from topwork.errors import ConfigError
 from topwork.peft import calls, inject, methods, prompts, scalings, state
 from topwork.peft.invocation import Invocations, invocations
 from topwork.peft.layer import Graft
@@ -25,6 +26,7 @@ class Entry:
         """Rows go through adapters of their own."""
         self._invoked: Invocations | None = None
         self._task_ids: Tensor | None = None
+        self._aside: list[Tensor] | None = None
         self._told: dict[str, type[Graft]] = {}
 
     def added(self, name: str, peft_type: str) -> None:
@@ -83,9 +85,33 @@ class Entry:
         view: Any = copy.copy(model)
         view.backbone, view.new_cache = self.backbone, self.new_cache
         try:
+            if name == "forward" and self.prompt is not None and self.prompt.weighs:
+                return self._weighed(view, self.prompt, args, kwargs)
             return getattr(view, name)(*args, **kwargs)
         finally:
             self._invoked = None
+
+    def _weighed(
+        self, view: Any, prompt: prompts.Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call with the loss of the virtual tokens' method."""
+        kinds, labels = kwargs.pop("input_type_mask", None), kwargs.pop("labels", None)
+        if len(args) > 2:
+            raise ConfigError(
+                f"{prompt.config.peft_type}: give what follows attention_mask by name"
+            )
+        if labels is None:
+            return view.forward(*args, **kwargs)
+        self._aside = []
+        try:
+            output = view.forward(*args, **kwargs)
+            if not self._aside:
+                raise ConfigError("labels do not go with a cache that holds the virtual tokens")
+            context = view.head(self._aside[0])
+        finally:
+            self._aside = None
+        output.loss = prompt.loss(context, output.logits, labels, kinds, kwargs.get("lengths"))
+        return output
 
     def _theirs(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, prompt, waiting, router = self.model, self.prompt, self.invocations, self.router
@@ -106,7 +132,7 @@ class Entry:
         model, prompt, router = self.model, self.prompt, self.router
         if prompt is not None:
             kwargs.setdefault("task_ids", self._task_ids)
-            return prompts.through_backbone(model, prompt, input_ids, **kwargs)
+            return prompts.through_backbone(model, prompt, input_ids, aside=self._aside, **kwargs)
         if router is not None:
             return router.through(model, input_ids, **kwargs)
         waiting = self._invoked or self.invocations

@@ -18,6 +18,7 @@ from topwork.errors import CheckpointError, ConfigError
 from topwork.nn.cache import KVCache
 from topwork.peft.config import PeftConfig, at_least
 
+Lengths = tuple[int, ...] | None
 NAMES = {
     "num_layers": ("num_hidden_layers", "num_layers", "n_layer", "encoder_layers", "n_layers"),
     "token_dim": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -58,6 +59,8 @@ class Prompt(nn.Module):
     """The virtual tokens of one adapter. A method overrides what it does differently."""
 
     is_prefix: ClassVar[bool] = False
+    weighs: ClassVar[bool] = False
+    """It has a `loss` of its own, over its virtual tokens too."""
 
     def __init__(self, config: Any, words: nn.Module) -> None:
         super().__init__()
@@ -112,20 +115,38 @@ class Prompt(nn.Module):
     def load(self, given: dict[str, Tensor], source: str) -> None:
         """Take the virtual tokens of a file; an encoder that made them is not in it, and so they
         are used, and trained, as they are."""
-        tokens = given.pop("prompt_embeddings", None)
-        wanted = tuple(self.saved()["prompt_embeddings"].shape)
-        if tokens is None or tuple(tokens.shape) != wanted:
-            found = "no" if tokens is None else str(list(tokens.shape))
-            raise CheckpointError(
-                f"{source}: prompt_embeddings {list(wanted)} expected, {found} found"
-            )
+        tokens = self.taken(given, source)
         device = self.embedding.weight.device
         trained = self.embedding.weight.requires_grad
-        self.embedding = nn.Embedding(wanted[0], wanted[1], device=device).requires_grad_(trained)
+        self.embedding = nn.Embedding(*tokens.shape, device=device).requires_grad_(trained)
         self.embedding.weight.copy_(tokens)
         for name in [n for n, _ in self.named_children() if n != "embedding"]:
             delattr(self, name)
         self.plain = True
+
+    def taken(self, given: dict[str, Tensor], source: str) -> Tensor:
+        """The virtual tokens out of a file's tensors; CheckpointError where they do not fit."""
+        tokens = given.pop("prompt_embeddings", None)
+        wanted = self.saved()["prompt_embeddings"].shape
+        if tokens is None or tokens.shape != wanted:
+            found = "no" if tokens is None else str(list(tokens.shape))
+            raise CheckpointError(
+                f"{source}: prompt_embeddings {list(wanted)} expected, {found} found"
+            )
+        return tokens
+
+    # -- the loss --------------------------------------------------------------------------------
+
+    def loss(
+        self,
+        context: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        kinds: Tensor | None,
+        lengths: Lengths,
+    ) -> Tensor:
+        """The loss, where it is not the model's own (`weighs`): see `methods/cpt.py`."""
+        raise NotImplementedError
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:
@@ -161,9 +182,10 @@ def through_backbone(
     attention_mask: Tensor | None = None,
     cache: Any = None,
     task_ids: Tensor | None = None,
+    aside: list[Tensor] | None = None,
 ) -> Tensor:
     """`model.backbone` with the virtual tokens before each document; hidden states [B, T, C] of
-    the given tokens."""
+    the given tokens. Those of virtual embeddings, [documents, n, C], are put into `aside`."""
     given = input_ids if inputs_embeds is None else inputs_embeds
     if given is None:
         raise ConfigError("backbone needs input_ids or inputs_embeds")
@@ -195,12 +217,17 @@ def through_backbone(
         hidden = model.backbone(
             inputs_embeds=torch.cat([made, embeds], 1), attention_mask=attention_mask, cache=inner
         )
+        if aside is not None:
+            aside.append(hidden[:, :virtual])
         return hidden[:, virtual:]
     made = prompt(len(lengths), task_ids).to(embeds.dtype)
     parts = [part for pair in zip(made, embeds[0].split(lengths)) for part in pair]
     longer = tuple(n + virtual for n in lengths)
     hidden = model.backbone(inputs_embeds=torch.cat(parts)[None], lengths=longer)
-    return torch.cat([part[virtual:] for part in hidden[0].split(longer)])[None]
+    documents = hidden[0].split(longer)
+    if aside is not None:
+        aside.append(torch.stack([part[:virtual] for part in documents]))
+    return torch.cat([part[virtual:] for part in documents])[None]
 
 
 def _documents(

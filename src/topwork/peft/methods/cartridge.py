@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from topwork.errors import CheckpointError, ConfigError
+from topwork.errors import ConfigError
 from topwork.peft.methods.prefix_tuning import keyed
 from topwork.peft.prompts import Prompt, PromptLearningConfig, keys_values_of
 
@@ -74,13 +74,7 @@ class Cartridge(Prompt):
         self.trainable_embedding.copy_(tokens[at:])
 
     def load(self, given: dict[str, Tensor], source: str) -> None:
-        tokens, wanted = given.pop("prompt_embeddings", None), tuple(self.tokens.shape)
-        if tokens is None or tuple(tokens.shape) != wanted:
-            found = "no" if tokens is None else str(list(tokens.shape))
-            raise CheckpointError(
-                f"{source}: prompt_embeddings {list(wanted)} expected, {found} found"
-            )
-        self.fill(tokens)
+        self.fill(self.taken(given, source))
 
 
 @torch.no_grad()
