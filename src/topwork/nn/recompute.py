@@ -7,6 +7,8 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
+import torch
+
 _CARRIED: list[ContextVar[Any]] = []
 
 
@@ -18,6 +20,8 @@ def carried(variable: ContextVar[Any]) -> ContextVar[Any]:
 
 def remembered() -> dict[str, Any]:
     """Arguments for torch's `checkpoint`; none where no registered variable is set."""
+    if torch.compiler.is_compiling():
+        return {}  # what a graph computes again was traced within the same values
     held = [(v, v.get(None)) for v in _CARRIED]
     held = [(variable, value) for variable, value in held if value is not None]
     return {"context_fn": lambda: (nullcontext(), _again(held))} if held else {}

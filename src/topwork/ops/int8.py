@@ -75,25 +75,22 @@ class _Int8Linear(torch.autograd.Function):
         ctx: Any, x: Tensor, codes: Tensor, most: Tensor, bias: Tensor | None, threshold: float
     ) -> Tensor:
         ctx.save_for_backward(codes, most)
-        ctx.biased = bias is not None
         rows = x.reshape(-1, x.shape[-1])
         half = rows.to(torch.float16)
         large = half.abs() >= threshold if threshold > 0 else None
-        columns = None
-        if large is not None and bool(large.any()):
-            columns = large.any(0).nonzero().flatten()
+        if large is None:
+            highest = half.abs().amax(1).float()
+            taken = _codes(half, highest)
+        else:
             half = half.masked_fill(large, 0)
-        highest = half.abs().amax(1).float()
-        taken = _codes(half, highest)
-        if columns is not None:
-            taken[:, columns] = 0
+            highest = half.abs().amax(1).float()
+            taken = _codes(half, highest).masked_fill(large.any(0), 0)
         y = int8_product(taken, codes) * (highest[:, None] * most[None]) * BOTH
         if bias is not None:
             y += bias
         y = y.to(x.dtype)
-        if columns is not None:
-            part = (codes[:, columns] * most[:, None] * ONE).to(x.dtype)
-            y = y.addmm(rows[:, columns], part.t())
+        if large is not None:
+            y = _with_outliers(y, rows, large.any(0), codes, most)
         return y.view(*x.shape[:-1], len(codes))
 
     @staticmethod
@@ -104,3 +101,15 @@ class _Int8Linear(torch.autograd.Function):
         )
         db = dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[3] else None
         return dy @ weight, None, None, db, None
+
+
+def _with_outliers(
+    y: Tensor, rows: Tensor, outliers: Tensor, codes: Tensor, most: Tensor
+) -> Tensor:
+    """`y` and the products of the columns `outliers` [in] in the precision of `rows`."""
+    if torch.compiler.is_compiling():  # a graph does not know how many they are
+        rows = rows.masked_fill(~outliers, 0)
+    else:
+        columns = outliers.nonzero().flatten()
+        rows, codes = rows[:, columns], codes[:, columns]
+    return y.addmm(rows, (codes * most[:, None] * ONE).to(y.dtype).t())
