@@ -16,6 +16,7 @@ from topwork.models.base import Model
 from topwork.models.config import Config
 from topwork.models.packing import Padding, packed_positions
 from topwork.models.stack import DecoderCache, Memory, Stack, StackSpec
+from topwork.nn.layers import linears
 from topwork.nn.paths import part, place
 from topwork.weights import PLAIN, Table
 
@@ -237,7 +238,7 @@ class Seq2SeqModel(Model):
         """Logits [..., V] of the decoder's states [..., C]."""
         if self.spec.output_scale != 1:
             hidden = hidden * self.spec.output_scale
-        logits = getattr(self, self.spec.head_name)(hidden)
+        (logits,) = linears(hidden, (getattr(self, self.spec.head_name),))
         return logits + self.final_logits_bias[0] if self.spec.bias else logits
 
     def token_logprobs(self, hidden: Tensor, targets: Tensor) -> Tensor:
