@@ -114,6 +114,56 @@ def test_answers_equal_the_peer_token_by_token(pair):
         assert found.tolist() == wanted.tolist(), options
 
 
+@pytest.mark.parametrize(("family", "case"), [r for r in ROWS if r[0] in ("marian", "m2m_100")])
+def test_a_forced_language_without_repeats_equals_the_peer(pair):
+    theirs, ours = pair
+    data = {k: v for k, v in batch().items() if k != "labels"}
+    forced = {"forced_bos_token_id": 9, "max_new_tokens": 14, "suppress_tokens": [1]}
+    ways = [
+        {"num_beams": 5, "no_repeat_ngram_size": 2, "num_return_sequences": 2,
+         "early_stopping": "never", "length_penalty": 0.6, "repetition_penalty": 1.4},
+        {"num_beams": 2, "no_repeat_ngram_size": 1, "num_return_sequences": 2},
+        {"num_beams": 3, "no_repeat_ngram_size": 3, "min_new_tokens": 4, "early_stopping": True,
+         "bad_words_ids": [[7, 8], [9]], "forced_eos_token_id": 2},
+    ]  # fmt: skip
+    for options in ways:
+        wanted = theirs.generate(**data, do_sample=False, **forced, **options)
+        found = ours.generate(**data, do_sample=False, **forced, **options)
+        assert found.tolist() == wanted.tolist(), options
+
+
+@pytest.mark.parametrize(("family", "case"), [("m2m_100", 2)])
+@torch.no_grad()
+def test_a_pad_that_is_said_has_a_place_as_any_token(pair):
+    """The peer gives it none, and lets it count for what follows only without a cache, so that its
+    own answers differ between the two ways. fairseq's steps, and ours, count every token."""
+    theirs, ours = pair
+    data = {k: v for k, v in batch().items() if k != "labels"}
+
+    def both_ways(model, answer):
+        past, steps = None, []
+        for piece in answer.split(1, 1):
+            out = model(**data, decoder_input_ids=piece, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            steps.append(out.logits)
+        return torch.cat(steps, 1), model(**data, decoder_input_ids=answer).logits
+
+    plain = torch.tensor([[2, 9, 29, 6, 37, 34]] * 2)
+    padded = torch.tensor([[2, 9, 29, 1, 37, 34]] * 2)
+    for answer in (plain, padded):
+        torch.testing.assert_close(*both_ways(ours, answer))
+    torch.testing.assert_close(*both_ways(theirs, plain))
+    torch.testing.assert_close(both_ways(ours, plain), both_ways(theirs, plain))
+    steps, whole = both_ways(theirs, padded)
+    assert (steps - whole)[:, 4:].abs().amin(1).amax() > 1e-3
+    # By hand: with the place's sines in the pad's embedding, the peer says what we do.
+    table = theirs.model.decoder.embed_positions.weights  # from place pad + 1 = 2 on
+    embedded = theirs.model.decoder.embed_tokens(padded)
+    theirs.model.decoder.embed_positions.weights = torch.zeros_like(table)
+    by_hand = theirs(**data, decoder_inputs_embeds=embedded + table[2 : 2 + padded.shape[1]]).logits
+    torch.testing.assert_close(by_hand, both_ways(ours, padded)[1])
+
+
 @each_row
 def test_packed_padded_and_single_texts_agree_and_so_do_cached_steps(pair):
     _, ours = pair

@@ -26,7 +26,7 @@ SMALL_FILES = {
     ),
     "processor": ("preprocessor_config.json", "processor_config.json", "chat_template.json"),
     # Asked for only where there is no tokenizer.json.
-    "sentencepiece": ("tokenizer.model", "spiece.model", "spm.model"),
+    "sentencepiece": ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
 }
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +18,17 @@ from tokenizers import Tokenizer as Core
 
 from topwork.errors import CheckpointError
 from topwork.text.ctc import core_of
+from topwork.text.languages import MBART, MBART50
 from topwork.text.merges import merges_of
 
-SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model")
+SENTENCEPIECE = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 BERT_ROLES = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]",
               "cls_token": "[CLS]", "mask_token": "[MASK]"}  # fmt: skip
 ROBERTA_ROLES = {"bos_token": "<s>", "eos_token": "</s>", "sep_token": "</s>", "cls_token": "<s>",
                  "unk_token": "<unk>", "pad_token": "<pad>", "mask_token": "<mask>"}  # fmt: skip
 MPNET_ROLES = {**ROBERTA_ROLES, "unk_token": "[UNK]"}
 GPT2_ROLES: dict[str, str] = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
+CLIP_ROLES = {**GPT2_ROLES, "bos_token": "<|startoftext|>", "pad_token": "<|endoftext|>"}
 ROBERTA = ("Roberta", "Bart", "Longformer", "LED")
 WORDPIECE = ("", "Bert", "DistilBert", "Electra", "MobileBert", "ConvBert", "LayoutLM",
              "DPRContextEncoder", "DPRQuestionEncoder", "SqueezeBert", "Lxmert",
@@ -35,7 +37,14 @@ PIECES: dict[str, tuple[str, ...]] = {  # what stands around a text; () as the f
     "": (), "Llama": (), "Gemma": (), "T5": ("$A", "eos_token"),
     "Albert": ("cls_token", "$A", "sep_token"), "XLMRoberta": ("cls_token", "$A", "sep_token"),
     "DebertaV2": ("cls_token", "$A", "sep_token"),
+    "MBart": ("$A", "eos_token", "src_lang"), "MBart50": ("src_lang", "$A", "eos_token"),
 }  # fmt: skip
+FAIRSEQ: dict[str, Sequence[str]] = {
+    "XLMRoberta": (),
+    "MBart": MBART,
+    "MBart50": MBART50,
+}  # their languages
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def convert(files: Mapping[str, Path], config: dict[str, Any]) -> tuple[Core, dict[str, Any]]:
@@ -56,20 +65,26 @@ def convert(files: Mapping[str, Path], config: dict[str, Any]) -> tuple[Core, di
         there = ", ".join(files) or "no tokenizer file"
         raise CheckpointError(f"there is no tokenizer.json, only {there}")
     _add_tokens(core, files, config)
+    if kind == "Whisper":
+        from topwork.text.whisper import WhisperTokenizer
+
+        WhisperTokenizer(core, config).set_prefix_tokens()  # its parts are added tokens
     return core, config
 
 
 def _add_tokens(core: Core, files: Mapping[str, Path], config: dict[str, Any]) -> None:
     """What was added to the vocabulary later, and the roles, as whole tokens."""
     roles = {_text(config.get(role)) for role in (*ROBERTA_ROLES, *BERT_ROLES)} - {None}
+    special_ones = {_text(t) for name in ("additional_special_tokens", "extra_special_tokens")
+                    for t in config.get(name) or ()} | roles  # fmt: skip
     added = {int(i): token for i, token in (config.get("added_tokens_decoder") or {}).items()}
     if "added_tokens.json" in files:
         listed = json.loads(files["added_tokens.json"].read_text(encoding="utf-8"))
         for token, index in listed.items():
-            added.setdefault(index, {"content": token, "special": token in roles})
+            added.setdefault(index, {"content": token, "special": token in special_ones})
     for index in sorted(added):
         token: dict[str, Any] = {k: v for k, v in added[index].items() if k != "__type"}
-        special = token.pop("special", False) or token["content"] in roles
+        special = token.pop("special", False) or token["content"] in special_ones
         token.setdefault("normalized", False)
         core.add_tokens([AddedToken(**token, special=special)])
         if core.token_to_id(str(token["content"])) != index:
@@ -136,15 +151,17 @@ def _frame(path: Path, core: Core, single: tuple[str, ...], pair: tuple[str, ...
 def _byte_level(
     vocab_file: Path, merges_file: Path, kind: str, config: dict[str, Any]
 ) -> tuple[Core, dict[str, Any]]:
-    _known(vocab_file, kind, ("", "GPT2", "CodeGen", "Qwen2", *ROBERTA))
+    _known(vocab_file, kind, ("", "GPT2", "CodeGen", "Qwen2", "CLIP", "Whisper", *ROBERTA))
     roles: dict[str, str] = ROBERTA_ROLES if kind in ROBERTA else GPT2_ROLES
-    roles = {} if kind == "Qwen2" else roles
-    config = {**roles, **config}
+    config = {**{"Qwen2": {}, "CLIP": CLIP_ROLES}.get(kind, roles), **config}
     vocab = json.loads(vocab_file.read_text(encoding="utf-8"))
     lines = merges_file.read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.rstrip("\r").split(" ")) for line in lines if not line.startswith("#v")]
     merges = [(m[0], m[1]) for m in merges if len(m) == 2]
-    core = Core(models.BPE(vocab=vocab, merges=merges))
+    own: dict[str, Any] = {}
+    if kind == "CLIP":
+        own = {"end_of_word_suffix": "</w>", "unk_token": str(_text(config["unk_token"]))}
+    core = Core(models.BPE(vocab=vocab, merges=merges, **own))
     prefix = bool(config.get("add_prefix_space", False))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     core.decoder = decoders.ByteLevel()
@@ -162,6 +179,14 @@ def _byte_level(
         begin, end = str(_text(config["cls_token"])), str(_text(config["sep_token"]))
         core.add_special_tokens([AddedToken(str(_text(config["mask_token"])), lstrip=True)])
         _frame(vocab_file, core, (begin, "$A", end), (begin, "$A", end, end, "$B", end))
+    elif kind == "CLIP":
+        core.normalizer = normalizers.Sequence(
+            [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+        )
+        words = pre_tokenizers.Split(Regex(CLIP_WORDS), "removed", invert=True)
+        core.pre_tokenizer = pre_tokenizers.Sequence([words, core.pre_tokenizer])
+        begin, end = str(_text(config["bos_token"])), str(_text(config["eos_token"]))
+        _frame(vocab_file, core, (begin, "$A", end), (begin, "$A", end, end, "$B", end))
     elif config.get("add_bos_token"):
         bos = str(_text(config["bos_token"]))
         _frame(vocab_file, core, (bos, "$A"), (bos, "$A", f"{bos}:1", "$B:1"))
@@ -174,9 +199,11 @@ def _byte_level(
 def _sentencepiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core, dict[str, Any]]:
     _known(path, kind, tuple(PIECES))
     model = _Model(path)
-    if kind == "XLMRoberta":
-        model.as_fairseq()
+    if kind in FAIRSEQ:
+        model.as_fairseq(FAIRSEQ[kind])
         config = {**ROBERTA_ROLES, **config}
+        if FAIRSEQ[kind]:
+            config["src_lang"] = config.get("src_lang") or "en_XX"
     if kind == "DebertaV2":
         config = {**BERT_ROLES, **config}
         for option in ("do_lower_case", "split_by_punct"):
@@ -184,7 +211,9 @@ def _sentencepiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core,
                 raise CheckpointError(f"{path}: {option}=true of {kind}Tokenizer is not supported")
     core, unknown = _core_of(model), model.names[model.unknown]
     control = [n for n, k in zip(model.names, model.kinds) if k in (2, 3)]
-    core.add_special_tokens([AddedToken(name, normalized=False) for name in control])
+    core.add_special_tokens(
+        [AddedToken(name, normalized=False, lstrip=name == "<mask>") for name in control]
+    )
     core.add_tokens(
         [AddedToken(n, normalized=False) for n, k in zip(model.names, model.kinds) if k == 4]
     )
@@ -208,12 +237,14 @@ def _sentencepiece(path: Path, kind: str, config: dict[str, Any]) -> tuple[Core,
     single = tuple(p if p == "$A" else str(_text(config.get(p))) for p in frame)
     if len(single) > 1:
         at = single.index("$A")
-        second = ("$B:1", *(f"{p}:1" for p in single[at + 1 :]))
+        pair = (*single, "$B:1", *(f"{p}:1" for p in single[at + 1 :]))
         if kind == "XLMRoberta":
-            second = ("</s>", "$B", "</s>")
+            pair = (*single, "</s>", "$B", "</s>")
+        elif kind in FAIRSEQ:
+            pair = (*single[: at + 1], "$B", *single[at + 1 :])
         elif kind in ("Llama", "Gemma", ""):
-            second = (*(f"{p}:1" for p in single[:at]), *second)
-        _frame(path, core, single, (*single, *second))
+            pair = (*single, *(f"{p}:1" for p in single[:at]), *pair[len(single) :])
+        _frame(path, core, single, pair)
     return core, config
 
 
@@ -275,12 +306,13 @@ class _Model:
         self.prefix = bool(shape.get(3, 1))
         self.strips = bool(shape.get(4, 1))
 
-    def as_fairseq(self) -> None:
-        """In fairseq's order, which has four special pieces before the others and a mask behind
-        them: the file's first three (unknown, begin, end) count no more."""
-        self.names = ["<s>", "<pad>", "</s>", "<unk>", *self.names[3:], "<mask>"]
-        self.scores = [0.0] * 4 + self.scores[3:] + [0.0]
-        self.kinds = [3, 3, 3, 2, *self.kinds[3:], 3]
+    def as_fairseq(self, languages: Sequence[str]) -> None:
+        """In fairseq's order, which has four special pieces before the others, and languages and a
+        mask behind them: the file's first three (unknown, begin, end) count no more."""
+        behind = [*languages, "<mask>"]
+        self.names = ["<s>", "<pad>", "</s>", "<unk>", *self.names[3:], *behind]
+        self.scores = [0.0] * 4 + self.scores[3:] + [0.0] * len(behind)
+        self.kinds = [3, 3, 3, 2, *self.kinds[3:], *[3] * len(behind)]
         self.unknown = 3
 
 

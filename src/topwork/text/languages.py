@@ -1,4 +1,4 @@
-"""The languages that Whisper knows: code → English name, and other names that people use."""
+"""The languages of Whisper (code → English name, and other names that people use) and of mBART."""
 
 from __future__ import annotations
 
@@ -27,6 +27,16 @@ OTHER_NAMES = {
     "mandarin": "zh", "moldavian": "ro", "moldovan": "ro", "panjabi": "pa", "pushto": "ps",
     "sinhalese": "si", "valencian": "ca",
 }  # fmt: skip
+_MBART = """
+ar_AR cs_CZ de_DE en_XX es_XX et_EE fi_FI fr_XX gu_IN hi_IN it_IT ja_XX kk_KZ ko_KR lt_LT lv_LV
+my_MM ne_NP nl_XX ro_RO ru_RU si_LK tr_TR vi_VN zh_CN
+"""
+_MBART50 = """
+af_ZA az_AZ bn_IN fa_IR he_IL hr_HR id_ID ka_GE km_KH mk_MK ml_IN mn_MN mr_IN pl_PL ps_AF pt_XX
+sv_SE sw_KE ta_IN te_IN th_TH tl_XX uk_UA ur_PK xh_ZA gl_ES sl_SI
+"""
+MBART = _MBART.split()  # in the order of their ids
+MBART50 = MBART + _MBART50.split()
 
 
 def language_code(language: str) -> str:

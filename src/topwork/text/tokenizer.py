@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Regex, decoders
 from tokenizers import Tokenizer as Core
 from tokenizers.models import BPE
 
@@ -84,13 +84,14 @@ class Tokenizer:
             from topwork.text.convert import convert
 
             also = hub.resolve(name_or_path, want=("tokenizer", "sentencepiece"), **where)
-            return cls(*convert(also.files, config))
+            core, config = convert(also.files, config)
+            return cls(_with_word_ends(core), config)
         path = checkpoint.files["tokenizer.json"]
         try:
             core = Core.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
-        return cls(core, config)
+        return cls(_with_word_ends(core), config)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json into `folder`."""
@@ -419,6 +420,15 @@ def _kind(cls: type[Tokenizer], config: Mapping[str, Any]) -> type[Tokenizer]:
         return cls
     module, name = KINDS[named]
     return getattr(importlib.import_module(module), name)
+
+
+def _with_word_ends(core: Core) -> Core:
+    """`core` as it decodes with its mark of a word's end (CLIP's) read as a blank."""
+    mark = getattr(core.model, "end_of_word_suffix", None)
+    if mark and isinstance(core.decoder, decoders.ByteLevel):
+        blanks = [decoders.Replace(mark, " "), decoders.Replace(Regex(r"^\s+|\s+$"), "")]
+        core.decoder = decoders.Sequence([core.decoder, *blanks])
+    return core
 
 
 def _template(given: Any) -> str | None:
