@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+from topwork.data import illustrated
 from topwork.data.rows import Row
 from topwork.errors import DataError, nearest
 
@@ -16,12 +17,16 @@ Message = dict[str, Any]
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation. The assistant's messages from index `trained_from` on are trained."""
+    """A conversation. The assistant's messages from index `trained_from` on are trained.
+
+    `images` are those of its {"type": "image"} entries, in order, not read yet.
+    """
 
     messages: list[Message]
     trained_from: int = 0
     tools: list[Any] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,7 @@ class Completion:
 
     prompt: str
     completion: str
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class Text:
     """Plain text, trained whole."""
 
     text: str
+    images: tuple[Any, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +52,7 @@ class Tokens:
 
     input_ids: list[int]
     labels: list[int] | None = None
+    images: ClassVar[tuple[Any, ...]] = ()
 
 
 Example = Chat | Completion | Text | Tokens
@@ -119,7 +127,7 @@ def formats(text_field: str = "text") -> tuple[Format, ...]:
     """All formats of training rows, the most specific first."""
 
     def text_of(row: Row) -> Text:
-        return Text(row[text_field])
+        return Text(row[text_field], tuple(illustrated.beside(row)))
 
     return (
         Format("tokens", "input_ids (and labels)", lambda r: "input_ids" in r, _tokens),
@@ -211,20 +219,22 @@ def _chat(row: Row) -> Chat:
         chat = [{"role": "system", "content": system}, *chat]
     if not any(m["role"] == "assistant" for m in chat):
         raise DataError("the conversation has no assistant message, so nothing to train")
-    return Chat(chat, **extras_of(row))
+    chat, images = illustrated.within(chat, illustrated.beside(row))
+    return Chat(chat, images=images, **extras_of(row))
 
 
 def _prompt_completion(row: Row) -> Example:
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         if not is_chat(prompt, "role"):
-            return Completion(prompt, completion)
+            return Completion(prompt, completion, tuple(illustrated.beside(row)))
     elif isinstance(prompt, str) != isinstance(completion, str):
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if isinstance(completion, str):
             completion = [{"role": "assistant", "content": completion}]
     before, after = messages_of(prompt), messages_of(completion)
-    return Chat([*before, *after], len(before), **extras_of(row))
+    chat, images = illustrated.within([*before, *after], illustrated.beside(row))
+    return Chat(chat, len(before), images=images, **extras_of(row))
 
 
 def _alpaca(row: Row) -> Chat:
@@ -237,16 +247,38 @@ def _alpaca(row: Row) -> Chat:
     ]
     system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     chat = [*system, *history, {"role": "user", "content": asked}]
-    return Chat([*chat, {"role": "assistant", "content": row["output"]}], len(chat))
+    answer = {"role": "assistant", "content": row["output"]}
+    whole, images = illustrated.within([*chat, answer], illustrated.beside(row))
+    return Chat(whole, len(chat), images=images)
 
 
 def _tokens(row: Row) -> Tokens:
+    if illustrated.beside(row):
+        raise DataError("input_ids beside images: give messages, or a prompt and a completion")
     ids, labels = list(row["input_ids"]), row.get("labels")
     if labels is None and row.get("completion_mask") is not None:
         labels = [i if m else -100 for i, m in zip(ids, row["completion_mask"])]
     if labels is not None and len(labels) != len(ids):
         raise DataError(f"{len(ids)} input_ids, but {len(labels)} labels")
     return Tokens(ids, None if labels is None else list(labels))
+
+
+def as_prompt(chat: Chat, token: str) -> Completion:
+    """A single question and answer, for a family that reads prompts alone: its images first, each
+    as `token`."""
+    roles = [m["role"] for m in chat.messages]
+    if roles != ["user", "assistant"]:
+        raise DataError(
+            f"this family reads no chats, only one question and its answer; the roles are {roles}"
+        )
+    asked, answer = (_text_of(m["content"]) for m in chat.messages)
+    return Completion(token * len(chat.images) + asked, answer, chat.images)
+
+
+def _text_of(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(e["text"] for e in content if isinstance(e, Mapping) and "text" in e)
 
 
 def without_template(chat: Chat) -> Completion:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from topwork.data.prepare import Sample
 from topwork.errors import ConfigError, nearest
+from topwork.media.placed import Placer
 
 STRATEGIES = ("bfd", "wrapped")
 
@@ -23,7 +24,8 @@ class Batch:
     `input_ids` [1, T] with their `lengths`, in which (P, n, m …) is a prompt of P tokens shared by
     answers of n, m … tokens; hidden state `positions` [N] predicts `targets` [N]; `rows` are the
     numbers of the rows inside, and `owners` [N] says which document (answers count one by one)
-    each target belongs to.
+    each target belongs to. `images`: what the model takes besides for the images of all documents,
+    by name.
     """
 
     input_ids: Tensor
@@ -32,6 +34,7 @@ class Batch:
     targets: Tensor
     owners: Tensor
     rows: tuple[int, ...]
+    images: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -40,7 +43,8 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         moved = (t.to(device) for t in (self.input_ids, self.positions, self.targets, self.owners))
         ids, positions, targets, owners = moved
-        return Batch(ids, self.lengths, positions, targets, owners, self.rows)
+        images = {name: tensor.to(device) for name, tensor in self.images.items()}
+        return Batch(ids, self.lengths, positions, targets, owners, self.rows, images)
 
 
 Pack = tuple[Sample, ...]
@@ -55,6 +59,11 @@ def pack(samples: Sequence[Sample], length: int, strategy: str = "bfd") -> list[
     if strategy not in STRATEGIES:
         raise ConfigError(
             f"packing_strategy={strategy!r}{nearest(strategy, STRATEGIES)}; one of {STRATEGIES}"
+        )
+    if strategy == "wrapped" and any(s.images for s in samples):
+        raise ConfigError(
+            'packing_strategy="wrapped" cuts rows, and images with them: take "bfd" for rows with '
+            "images"
         )
     return _wrapped(samples, length) if strategy == "wrapped" else _best_fit(samples, length)
 
@@ -91,8 +100,11 @@ def _wrapped(samples: Sequence[Sample], length: int) -> list[Pack]:
     return [tuple(p) for p in packs if p]
 
 
-def collate(samples: Sequence[Sample]) -> Batch:
-    """One micro-batch. Samples of one length are made neighbours, which attention likes."""
+def collate(samples: Sequence[Sample], placer: Placer | None = None) -> Batch:
+    """One micro-batch. Samples of one length are made neighbours, which attention likes.
+
+    `placer` reads the samples' images. DataError, naming the row, for one that cannot be read.
+    """
     samples = sorted(samples, key=len, reverse=True)
     ids = torch.from_numpy(np.concatenate([s.ids for s in samples]).astype(np.int64))
     trained = np.concatenate([s.trained for s in samples])
@@ -108,4 +120,5 @@ def collate(samples: Sequence[Sample]) -> Batch:
         ids[torch.from_numpy(wanted)],
         torch.from_numpy(owners),
         tuple(dict.fromkeys(s.row for s in samples)),
+        {} if placer is None else placer.tensors(samples),
     )

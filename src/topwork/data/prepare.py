@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -17,14 +18,17 @@ from topwork.data.formats import (
     Format,
     Text,
     Tokens,
+    as_prompt,
     recognise,
     without_template,
 )
 from topwork.data.rows import Row
 from topwork.errors import DataError
+from topwork.media.image_text import listed
+from topwork.media.images import image_facts
+from topwork.media.placed import Placed, Placer
 from topwork.text import Tokenizer
-from topwork.text.spans import Rendered, render_spans_batch
-from topwork.text.template import TemplateError
+from topwork.text.spans import Rendered, apply, moved, render_spans_batch
 
 K = TypeVar("K")
 SHOWN = 5  # bad rows named in an error before "and N more"
@@ -32,11 +36,13 @@ SHOWN = 5  # bad rows named in an error before "and N more"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as tokens: `ids` and `trained` [T]; `row` is its number in the given data."""
+    """One row as tokens: `ids` and `trained` [T]; `row` is its number in the given data. Its
+    `images` are read when it is collated."""
 
     row: int
     ids: np.ndarray
     trained: np.ndarray
+    images: tuple[Placed, ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -48,7 +54,8 @@ class Sample:
 
     def facts(self) -> Iterable[bytes]:
         """All that trains, for a digest."""
-        return self.ids.tobytes(), self.trained.tobytes()
+        seen = (image_facts(image.source) for image in self.images)
+        return self.ids.tobytes(), self.trained.tobytes(), *seen
 
 
 @dataclass(frozen=True)
@@ -122,12 +129,14 @@ class Tokenized:
     ids: Sequence[int]
     trained: Sequence[bool]
     closed: bool
+    images: tuple[Placed, ...] = ()
 
 
 def prepare(
-    rows: Sequence[Row], tokenizer: Tokenizer, marking: Marking, format: Format | None = None
-) -> Prepared[Sample]:
-    """All `rows` as samples.
+    rows: Sequence[Row], tokenizer: Tokenizer, marking: Marking, format: Format | None = None,
+    placer: Placer | None = None,
+) -> Prepared[Sample]:  # fmt: skip
+    """All `rows` as samples. `placer` writes the images of rows that have some.
 
     Rows without a trained token are dropped and counted. DataError when rows cannot be read,
     naming the first of them, or when no supervised token is left, saying why.
@@ -138,13 +147,10 @@ def prepare(
     examples: dict[int, Example] = {}
     for number, row in enumerate(rows):
         try:
-            example = found.read(row)
-            if isinstance(example, Chat) and tokenizer.chat_template is None:
-                example = without_template(example)
-            examples[number] = example
+            examples[number] = _fitted(found.read(row), tokenizer, placer)
         except DataError as error:
             bad[number] = error
-    tokenized = tokenize(examples, tokenizer, marking, bad)
+    tokenized = tokenize(examples, tokenizer, marking, bad, placer)
     refuse(bad, len(rows))
     for number in sorted(tokenized):
         _add(prepared, number, tokenized[number], marking.max_length)
@@ -154,6 +160,24 @@ def prepare(
             + (", ".join(f"{n} {why}" for why, n in prepared.dropped.items()) or "all were empty")
         )
     return prepared
+
+
+def _fitted(example: Example, tokenizer: Tokenizer, placer: Placer | None) -> Example:
+    """`example` as the tokenizer, or the processor, can write it."""
+    if example.images and placer is None:
+        raise DataError(
+            f"it has {len(example.images)} images, which nothing reads here: they need a model of "
+            "images in texts, trained by SFTTrainer with its AutoProcessor as processing_class; a "
+            "model of texts alone needs rows without an image"
+        )
+    template = tokenizer.chat_template if placer is None else placer.template
+    if not isinstance(example, Chat) or template is not None:
+        return example
+    if placer is not None and not placer.processor.style.chats:
+        return as_prompt(example, placer.token)
+    if example.images:
+        raise DataError("the processor has no chat template to write messages with images: set one")
+    return without_template(example)
 
 
 def refuse(bad: Mapping[int, DataError], rows: int) -> None:
@@ -166,9 +190,11 @@ def refuse(bad: Mapping[int, DataError], rows: int) -> None:
 
 def _add(prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | None) -> None:
     cut = limit is not None and len(row.ids) > limit
-    sample = Sample(
-        number, np.asarray(row.ids[:limit], np.int32), np.asarray(row.trained[:limit], np.bool_)
-    )
+    if cut and row.images and row.images[-1].stop > limit:
+        prepared.dropped[f"whose images do not fit in max_length={limit}"] += 1
+        return
+    ids = np.asarray(row.ids[:limit], np.int32)
+    sample = Sample(number, ids, np.asarray(row.trained[:limit], np.bool_), row.images)
     if not sample.supervised:
         beyond = f"whose trained part lies beyond max_length={limit}"
         prepared.dropped[beyond if cut else "without a trained token"] += 1
@@ -179,54 +205,86 @@ def _add(prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | N
 
 
 def tokenize(
-    examples: Mapping[K, Example], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError]
-) -> dict[K, Tokenized]:
+    examples: Mapping[K, Example], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError],
+    placer: Placer | None = None,
+) -> dict[K, Tokenized]:  # fmt: skip
     """Every example as tokens, many at a time; what cannot be is noted in `bad`."""
     done = _chats({n: e for n, e in examples.items() if isinstance(e, Chat)}, tokenizer, marking,
-                  bad)  # fmt: skip
+                  bad, placer)  # fmt: skip
     for number, example in examples.items():
         if isinstance(example, Tokens):
             try:
                 done[number] = _given(example, len(tokenizer))
             except DataError as error:
                 bad[number] = error
-    texts = {
-        n: ("", e.text) if isinstance(e, Text) else (e.prompt, e.completion)
-        for n, e in examples.items()
-        if isinstance(e, (Text, Completion))
-    }
+    texts: dict[K, Parts] = {}
+    for number, example in examples.items():
+        if isinstance(example, (Text, Completion)):
+            try:
+                texts[number] = _parts(example, placer)
+            except DataError as error:
+                bad[number] = error
     return done | _texts(texts, tokenizer, marking)
 
 
 def _chats(
-    chats: Mapping[K, Chat], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError]
-) -> dict[K, Tokenized]:
+    chats: Mapping[K, Chat], tokenizer: Tokenizer, marking: Marking, bad: dict[K, DataError],
+    placer: Placer | None,
+) -> dict[K, Tokenized]:  # fmt: skip
     if not chats:
         return {}
     numbers = list(chats)
-    refused: dict[int, TemplateError] = {}
+    refused: dict[int, DataError] = {}
+    sizes: dict[int, list[tuple[int, int]]] = {}
+    messages: list[Sequence[Any]] = [c.messages for c in chats.values()]
+    if placer is not None:
+        messages = [[listed(message) for message in chat] for chat in messages]
+
+    def edit(row: int, text: str) -> list[tuple[int, int, str]]:
+        assert placer is not None
+        sizes[row] = placer.sizes(chats[numbers[row]].images)
+        return placer.edits(text, sizes[row], chat=True)
+
     rendered = render_spans_batch(
         tokenizer,
-        [c.messages for c in chats.values()],
+        messages,
+        chat_template=None if placer is None else placer.template,
         variables=[{**c.variables, "tools": c.tools} for c in chats.values()],
         refused=refused,
+        edit=None if placer is None else edit,
     )
     bad.update({numbers[i]: error for i, error in refused.items()})
-    kept = [n for i, n in enumerate(numbers) if i not in refused]
-    return {n: _marked(chats[n], one, marking) for n, one in zip(kept, rendered)}
+    kept = [i for i in range(len(numbers)) if i not in refused]
+    return {
+        numbers[i]: _marked(chats[numbers[i]], one, marking, sizes.get(i, []))
+        for i, one in zip(kept, rendered)
+    }
 
 
-def _marked(chat: Chat, rendered: Rendered, marking: Marking) -> Tokenized:
+def _marked(
+    chat: Chat, rendered: Rendered, marking: Marking, sizes: Sequence[tuple[int, int]]
+) -> Tokenized:
     turns = [
         t for t in rendered.turns if t.message >= chat.trained_from or not marking.completion_only
     ]
     closed = bool(turns) and turns[-1].closed
-    if not marking.assistant_only:
-        return Tokenized(rendered.input_ids, [True] * len(rendered.input_ids), closed)
-    marks = [False] * len(rendered.input_ids)
+    marks = [not marking.assistant_only] * len(rendered.input_ids)
     for turn in turns:
         marks[turn.start : turn.stop] = [True] * (turn.stop - turn.start)
-    return Tokenized(rendered.input_ids, marks, closed)
+    images = _placed(chat.images, sizes, rendered.edited, marks)
+    return Tokenized(rendered.input_ids, marks, closed, images)
+
+
+def _placed(
+    sources: Sequence[Any],
+    sizes: Sequence[tuple[int, int]],
+    spans: Sequence[tuple[int, int]],
+    marks: list[bool],
+) -> tuple[Placed, ...]:
+    """The images at their tokens, none of which is trained."""
+    for start, stop in spans:
+        marks[start:stop] = [False] * (stop - start)
+    return tuple(Placed(image, size, *span) for image, size, span in zip(sources, sizes, spans))
 
 
 def _given(example: Tokens, size: int) -> Tokenized:
@@ -241,29 +299,80 @@ def _given(example: Tokens, size: int) -> Tokenized:
     return Tokenized(ids, marks, bool(marks) and marks[-1])
 
 
-def _texts(
-    texts: Mapping[K, tuple[str, str]], tokenizer: Tokenizer, marking: Marking
-) -> dict[K, Tokenized]:
+@dataclass(frozen=True)
+class Parts:
+    """A prompt and what follows it, the images written out at characters `spans` of both together.
+
+    `apart`: they are made tokens one by one.
+    """
+
+    prompt: str
+    completion: str
+    sources: tuple[Any, ...] = ()
+    sizes: Sequence[tuple[int, int]] = ()
+    spans: Sequence[tuple[int, int]] = ()
+    apart: bool = False
+
+
+def _parts(example: Text | Completion, placer: Placer | None) -> Parts:
+    prompt, completion = "", ""
+    if isinstance(example, Completion):
+        prompt, completion = example.prompt, example.completion
+    else:
+        completion = example.text
+    if placer is None:
+        return Parts(prompt, completion)
+    apart = not placer.processor.style.chats
+    if apart and not prompt:
+        raise DataError("this family reads a prompt and its answer: give prompt and completion")
+    prompt = placer.prompt(prompt) if prompt else prompt
+    sizes = placer.sizes(example.images)
+    edits = placer.edits(prompt + completion, sizes)
+    whole, spans = apply(edits, prompt + completion)
+    border = moved(edits, len(prompt))
+    return Parts(whole[:border], whole[border:], example.images, sizes, spans, apart)
+
+
+def _texts(texts: Mapping[K, Parts], tokenizer: Tokenizer, marking: Marking) -> dict[K, Tokenized]:
     """Prompt and completion as one text, ended by the end token.
 
     A token across their border belongs to the completion.
     """
     if not texts:
         return {}
-    encoded = tokenizer([a + b for a, b in texts.values()], return_offsets_mapping=True)
+    encoded = _encoded(texts.values(), tokenizer)
     done = {}
-    for (number, (prompt, _)), ids, offsets in zip(
-        texts.items(), encoded["input_ids"], encoded["offset_mapping"]
-    ):
-        border = len(prompt) if marking.completion_only else 0
+    for (number, parts), (ids, offsets) in zip(texts.items(), encoded):
+        border = len(parts.prompt) if marking.completion_only else 0
         marks = [stop > border for _, stop in offsets] if border else [True] * len(ids)
+        begins, ends = [a for a, _ in offsets], [b for _, b in offsets]
+        spans = [(bisect_right(ends, a), bisect_left(begins, b)) for a, b in parts.spans]
         ended = marking.end_token is not None and ids[-1:] == [marking.end_token]
         if ended:
             marks[-1] = True
         elif marking.end_token is not None:
             ids, marks = [*ids, marking.end_token], [*marks, True]
-        done[number] = Tokenized(ids, marks, marking.end_token is not None)
+        images = _placed(parts.sources, parts.sizes, spans, marks)
+        done[number] = Tokenized(ids, marks, marking.end_token is not None, images)
     return done
+
+
+def _encoded(
+    texts: Collection[Parts], tokenizer: Tokenizer
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """The ids of each, and the characters [start, stop) of each id."""
+    first = [p.prompt if p.apart else p.prompt + p.completion for p in texts]
+    found = tokenizer(first, return_offsets_mapping=True)
+    made = [(list(i), list(o)) for i, o in zip(found["input_ids"], found["offset_mapping"])]
+    for (ids, offsets), parts in zip(made, texts):
+        if parts.apart:
+            rest = tokenizer(
+                parts.completion, add_special_tokens=False, return_offsets_mapping=True
+            )
+            ids += rest["input_ids"]
+            size = len(parts.prompt)
+            offsets += [(a + size, b + size) for a, b in rest["offset_mapping"]]
+    return made
 
 
 def describe_losses(prepared: Any) -> list[str]:
@@ -275,11 +384,16 @@ def describe_losses(prepared: Any) -> list[str]:
 
 
 def marked_text(sample: Sample, tokenizer: Any) -> Iterable[tuple[str, bool]]:
-    """The sample's text in runs, each with whether it is trained."""
+    """The sample's text in runs, each with whether it is trained; images as short marks."""
     at, ids, trained = 0, sample.ids.tolist(), sample.trained.tolist()
+    images = {image.start: image for image in sample.images}
     while at < len(ids):
+        if at in images:
+            yield str(images[at]), False
+            at = max(at + 1, images[at].stop)
+            continue
         stop = at
-        while stop < len(ids) and trained[stop] == trained[at]:
+        while stop < len(ids) and trained[stop] == trained[at] and stop not in images:
             stop += 1
         yield tokenizer.decode(ids[at:stop], skip_special_tokens=False), trained[at]
         at = stop

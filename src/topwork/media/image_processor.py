@@ -256,9 +256,16 @@ class ImageProcessor:
         """
         return as_tensors(self.read(images, **overrides)[0], return_tensors)
 
-    def read(self, images: Any, **overrides: Any) -> tuple[dict[str, Any], list[Prepared]]:
+    def shaped(self, width: int, height: int) -> Prepared:
+        """What an image of this size becomes, without its pixels."""
+        blank = np.broadcast_to(np.zeros((1, 1, 3), np.uint8), (height, width, 3))
+        return self.kind.prepare(blank, Options(**self.options), "the image")
+
+    def read(
+        self, images: Any, names: Sequence[str] | None = None, **overrides: Any
+    ) -> tuple[dict[str, Any], list[Prepared]]:
         """The columns of a call, and what is known of each image. Lists within the list of
-        `images` are those of one text each."""
+        `images` are those of one text each; `names` are what errors call the images."""
         options = Options(**(self._merged(overrides) if overrides else self.options))
         several = images if not is_one(images) else [images]
         rows = [image for one in several for image in (one if not is_one(one) else [one])]
@@ -267,7 +274,8 @@ class ImageProcessor:
         nested = not all(is_one(one) for one in several)
         counts = [1 if is_one(one) else len(one) for one in several]
         options.groups = counts if nested else [len(rows)]
-        names = [f"image {i}" for i in range(len(rows))] if len(rows) > 1 else ["the image"]
+        if names is None:
+            names = [f"image {i}" for i in range(len(rows))] if len(rows) > 1 else ["the image"]
         prepared = [
             self.kind.prepare(self.pixels(image, options, name), options, name)
             for image, name in zip(rows, names)

@@ -76,6 +76,8 @@ def resized(pixels: Pixels, height: int, width: int, resample: int | None, name:
             f"{name}: {pixels.shape[1]} x {pixels.shape[0]} pixels would be resized to {width} x "
             f"{height}: crop it first"
         )
+    if pixels.strides[:2] == (0, 0):  # one colour, which `ImageProcessor.shaped` measures with
+        return np.broadcast_to(pixels[:1, :1], (height, width, pixels.shape[2]))
     image, _ = pillow()
     whole = as_uint8(pixels, name)
     shared = pixels.dtype.kind == "f" and not np.allclose(pixels, np.trunc(pixels))

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -38,8 +38,8 @@ class Style(Protocol):
         """The token that an image's features stand for."""
         ...
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
-        """The placeholder of image `index`, written out."""
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
+        """The placeholder of `image`, written out."""
         ...
 
     def text(self, of: ImageTextProcessor, text: str) -> str:
@@ -49,13 +49,24 @@ class Style(Protocol):
     def finish(self, of: ImageTextProcessor, columns: dict[str, Any]) -> None:
         """Add what the family's models read besides."""
 
+    @property
+    def chats(self) -> bool:
+        """Whether texts may be chats; if not, they are a prompt and an answer."""
+        ...
+
+    def types(self, trained: np.ndarray) -> np.ndarray | None:
+        """What the family's models read besides for a text [T] of which these tokens are trained,
+        as `token_type_ids`; None: nothing."""
+        ...
+
 
 @dataclass(frozen=True)
 class Beside:
     """Images stand beside the text (BLIP, ViLT, CLIP)."""
 
     class_name: str
-    types: bool = True
+    typed: bool = True
+    chats: ClassVar[bool] = True
 
     def placeholder(self, of: ImageTextProcessor) -> str | None:
         return None
@@ -63,15 +74,18 @@ class Beside:
     def inside(self, of: ImageTextProcessor) -> str | None:
         return self.placeholder(of)
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
         return ""
 
     def text(self, of: ImageTextProcessor, text: str) -> str:
         return text
 
     def finish(self, of: ImageTextProcessor, columns: dict[str, Any]) -> None:
-        if not self.types:
+        if not self.typed:
             columns.pop("token_type_ids", None)
+
+    def types(self, trained: np.ndarray) -> np.ndarray | None:
+        return None
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,7 @@ class Repeated(Beside):
     def placeholder(self, of: ImageTextProcessor) -> str | None:
         return of.token("image_token", "<image>")
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
         patch = of.options.get("patch_size")
         if not patch:
             raise ConfigError(f"{FILE} lacks patch_size, the pixels along a patch's side")
@@ -103,8 +117,8 @@ class Patches(Beside):
     def placeholder(self, of: ImageTextProcessor) -> str | None:
         return of.token("image_token", "<|image_pad|>")
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
-        patches = int(np.prod(found["image_grid_thw"][index]))
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
+        patches = image.facts["rows"] * image.facts["cols"]
         return str(self.placeholder(of)) * (patches // of.image_processor.merge_size**2)
 
     def finish(self, of: ImageTextProcessor, columns: dict[str, Any]) -> None:
@@ -123,7 +137,7 @@ class Squares(Beside):
     def inside(self, of: ImageTextProcessor) -> str | None:
         return of.token("image_token", "<image_soft_token>")
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
         tokens = str(self.inside(of)) * of.length(256)
         end = of.token("eoi_token", "<end_of_image>")
         return f"\n\n{self.placeholder(of)}{tokens}{end}\n\n"
@@ -138,11 +152,12 @@ class Before(Beside):
     (PaliGemma)."""
 
     class_name: str = "PaliGemmaProcessor"
+    chats: ClassVar[bool] = False
 
     def placeholder(self, of: ImageTextProcessor) -> str | None:
         return of.token("image_token", "<image>")
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
         return str(self.placeholder(of)) * of.length(256)
 
     def text(self, of: ImageTextProcessor, text: str) -> str:
@@ -156,6 +171,9 @@ class Before(Beside):
         pairs = zip(columns["input_ids"], columns["token_type_ids"])
         columns["labels"] = [[i if t else -100 for i, t in zip(*row)] for row in pairs]
 
+    def types(self, trained: np.ndarray) -> np.ndarray | None:
+        return np.maximum.accumulate(trained).astype(np.int64)
+
 
 @dataclass(frozen=True)
 class Tiles(Beside):
@@ -166,7 +184,7 @@ class Tiles(Beside):
     def placeholder(self, of: ImageTextProcessor) -> str | None:
         return of.token("image_token", "<image>")
 
-    def written(self, of: ImageTextProcessor, image: Prepared, found: Any, index: int) -> str:
+    def written(self, of: ImageTextProcessor, image: Prepared) -> str:
         around = of.token("fake_image_token", "<fake_token_around_image>")
         tokens = str(self.placeholder(of)) * of.length(169)
         whole = of.token("global_image_token", "<global-img>")
@@ -182,7 +200,7 @@ class Tiles(Beside):
 
 
 STYLES: dict[str, Style] = {
-    "BlipProcessor": Beside("BlipProcessor", types=False),
+    "BlipProcessor": Beside("BlipProcessor", typed=False),
     "CLIPProcessor": Beside("CLIPProcessor"),
     "Gemma3Processor": Squares(),
     "Idefics3Processor": Tiles(),
@@ -264,7 +282,7 @@ class ImageTextProcessor:
         columns: dict[str, Any] = {}
         if text is not None:
             single = isinstance(text, str)
-            texts = self._written([text] if single else list(text), prepared, found, images)
+            texts = self._written([text] if single else list(text), prepared, images)
             pair = [suffix] if isinstance(suffix, str) else suffix
             if pair is not None:
                 pair = [f"{one}{self.tokenizer.eos_token}" for one in pair]
@@ -293,9 +311,7 @@ class ImageTextProcessor:
         rest = list(images)
         return [[rest.pop(0) for _ in range(count)] for count in counts]
 
-    def _written(
-        self, texts: list[str], prepared: list[Prepared], found: dict[str, Any], images: Any
-    ) -> list[str]:
+    def _written(self, texts: list[str], prepared: list[Prepared], images: Any) -> list[str]:
         token = self.style.placeholder(self)
         if token is None:
             return texts
@@ -317,7 +333,7 @@ class ImageTextProcessor:
             first, *rest = self.style.text(self, text).split(token)
             pieces = [first]
             for piece in rest:
-                pieces += [self.style.written(self, prepared[at], found, at), piece]
+                pieces += [self.style.written(self, prepared[at]), piece]
                 at += 1
             made.append("".join(pieces))
         return made
@@ -358,7 +374,7 @@ class ImageTextProcessor:
         chats = [conversation] if single else list(conversation)
         template = options.pop("chat_template", None) or self.chat_template
         texts = self.tokenizer.apply_chat_template(
-            [[_listed(message) for message in chat] for chat in chats],
+            [[listed(message) for message in chat] for chat in chats],
             tokenize=False, chat_template=template, **options,
         )  # fmt: skip
         if not tokenize:
@@ -435,7 +451,7 @@ def _of_paligemma(tokenizer: Tokenizer) -> Tokenizer:
     return tokenizer
 
 
-def _listed(message: Mapping[str, Any]) -> dict[str, Any]:
+def listed(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message whose content is a list of entries, as the templates of these models read it."""
     content = message.get("content")
     if isinstance(content, str):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 Pixels = np.ndarray  # [H, W, channels], uint8 from 0 to 255, or floats
 
+ORIENTATION, SIDEWAYS = 0x0112, (5, 6, 7, 8)  # EXIF: turned by a quarter
 LARGEST = 150_000_000  # pixels of one image; a header may claim anything
 # What is opened: no format that is a program (EPS) or a stub of another one.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF",
@@ -50,6 +52,59 @@ def load_image(source: Any, name: str = "the image") -> Image:
         raise DataError(f"{name}: damaged image: {error}") from error
 
 
+def image_size(source: Any, name: str, channels: str | None = None) -> tuple[int, int]:
+    """Width and height of what `load_image` takes, by its header: no pixel is decoded.
+
+    DataError as there; damage behind the header is not seen. `channels` as in `pixels_of`.
+    """
+    if is_array(source):
+        shape = pixels_of(source, name, channels).shape
+        return shape[1], shape[0]
+    if is_pillow(source):
+        _check_size(source.size, name)
+        return source.size
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path") or source
+    if isinstance(source, (str, Path)) and not str(source).startswith("data:"):
+        path = Path(source).expanduser()
+        try:
+            with path.open("rb") as file:
+                return _turned(_decoded(file, f"{name} ({path})", decode=False), name)
+        except OSError:
+            pass  # `_read` has the words for it
+    return _turned(_opened(source, name, decode=False), name)
+
+
+def _turned(opened: Image, name: str) -> tuple[int, int]:
+    """Width and height once the image is turned as its EXIF data says."""
+    image, _ = pillow()
+    try:
+        # The class's own: that of PNG files would decode the pixels.
+        turned = image.Image.getexif(opened).get(ORIENTATION) in SIDEWAYS
+    except (OSError, ValueError, SyntaxError) as error:
+        raise DataError(f"{name}: damaged image: {error}") from error
+    return opened.size[::-1] if turned else opened.size
+
+
+def image_facts(source: Any) -> bytes:
+    """What tells an image from others, without reading files: a file's name and length, or a digest
+    of what is held in memory."""
+    if isinstance(source, Mapping):
+        source = source.get("bytes") or source.get("path")
+    if isinstance(source, (str, Path)) and not str(source).startswith("data:"):
+        path = Path(source).expanduser()
+        return f"{path.name} {path.stat().st_size}".encode()
+    if isinstance(source, (str, Path)):
+        source = str(source).encode()
+    if is_pillow(source) and getattr(source, "filename", ""):
+        return f"{Path(source.filename).name} {source.size}".encode()
+    if is_pillow(source):
+        source = source.tobytes()
+    elif is_array(source):
+        source = np.ascontiguousarray(pixels_of(source, "the image")).tobytes()
+    return hashlib.sha256(source).digest() if isinstance(source, (bytes, bytearray)) else b""
+
+
 def is_pillow(source: Any) -> bool:
     """Whether `source` is an image of Pillow's, told without loading it."""
     return any(kind.__module__ == "PIL.Image" for kind in type(source).__mro__)
@@ -67,7 +122,7 @@ def is_one(source: Any) -> bool:
     return not isinstance(source, (list, tuple))
 
 
-def _opened(source: Any, name: str) -> Image:
+def _opened(source: Any, name: str, decode: bool = True) -> Image:
     if is_pillow(source):
         _check_size(source.size, name)
         return source
@@ -79,13 +134,17 @@ def _opened(source: Any, name: str) -> Image:
         found = source.get("bytes") or source.get("path")
         if not found:
             raise DataError(f'{name}: a mapping needs "bytes" or "path", got {sorted(source)}')
-        return _opened(found, name)
+        return _opened(found, name, decode)
     if isinstance(source, (bytes, bytearray)):
-        return _decoded(bytes(source), name)
+        return _decoded(bytes(source), name, decode)
     if hasattr(source, "read"):
-        return _decoded(source.read(), name)
+        begin = source.tell() if not decode else 0
+        found = _decoded(source.read(), name, decode)
+        if not decode:
+            source.seek(begin)
+        return found
     if isinstance(source, (str, Path)):
-        return _decoded(*_read(source, name))
+        return _decoded(*_read(source, name), decode)
     raise DataError(
         f"{name} is {type(source).__name__}; an image is a path, bytes, a data: address, an image "
         "of Pillow's or an array"
@@ -113,8 +172,8 @@ def _read(source: str | Path, name: str) -> tuple[bytes, str]:
         raise DataError(f"{name}: cannot read {shown}: {error.strerror}") from error
 
 
-def _decoded(data: bytes, name: str) -> Image:
-    """The image in `data`, decoded whole."""
+def _decoded(data: bytes | BinaryIO, name: str, decode: bool = True) -> Image:
+    """The image in `data`, decoded whole unless its header is enough."""
     image, _ = pillow()
     if not data:
         raise DataError(f"{name} is empty: zero bytes")
@@ -123,9 +182,11 @@ def _decoded(data: bytes, name: str) -> Image:
             warnings.simplefilter("ignore", image.DecompressionBombWarning)
             image.init()
             kinds = [kind for kind in FORMATS if kind in image.OPEN]
-            opened = image.open(io.BytesIO(data), formats=kinds)
+            file = io.BytesIO(data) if isinstance(data, bytes) else data
+            opened = image.open(file, formats=kinds)
         _check_size(opened.size, name)
-        opened.load()
+        if decode:
+            opened.load()
     except image.DecompressionBombError as error:
         raise DataError(f"{name}: {error}; at most {LARGEST:,} are read") from error
     except image.UnidentifiedImageError as error:

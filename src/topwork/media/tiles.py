@@ -41,7 +41,8 @@ def smart_size(height: int, width: int, step: int, least: int, most: int) -> tup
 
 
 def prepare_grid(pixels: Pixels, options: Options, name: str) -> Prepared:
-    """One image whose sides are multiples of a merged square of patches."""
+    """One image whose sides are multiples of a merged square of patches; `rows` and `cols` of
+    those."""
     high, wide = pixels.shape[:2]
     if max(high, wide) > 200 * min(high, wide):
         raise DataError(f"{name}: {wide} x {high} pixels are more than 200 times as long as wide")
@@ -56,7 +57,8 @@ def prepare_grid(pixels: Pixels, options: Options, name: str) -> Prepared:
         pixels = steps.resized(pixels, height, width, options.resample, name)
     elif high % step or wide % step:
         raise DataError(f"{name}: {wide} x {high} pixels are no multiples of {step}; resize it")
-    return Prepared([pixels])
+    down, across = pixels.shape[0] // options.patch_size, pixels.shape[1] // options.patch_size
+    return Prepared([pixels], {"rows": down, "cols": across})
 
 
 def collect_patches(

@@ -104,7 +104,9 @@ class Labelled:
     def size(self, sample: tuple[int, Any]) -> int:
         row = sample[1]
         ids = row.get("input_ids") if isinstance(row, Mapping) else None
-        return 1 if ids is None else int(np.size(ids))
+        if ids is None:
+            return 1
+        return ids.numel() if isinstance(ids, Tensor) else int(np.size(ids))
 
     def weight(self, batch: LabelledBatch) -> float:
         return batch.units

@@ -47,7 +47,9 @@ def score(
     """
     any_model: Any = model
     if _has_contract(model):
-        given = {"input_ids": batch.input_ids}
+        given = {"input_ids": batch.input_ids, **batch.images}
+        if noise and batch.images:
+            raise ConfigError("neftune_noise_alpha does not go with images: leave it out")
         if noise:
             given = {"inputs_embeds": noisy_embeddings(any_model, batch, noise)}
         hidden = any_model.backbone(**given, lengths=batch.lengths)
@@ -59,6 +61,8 @@ def score(
         else:
             found = any_model.token_logprobs(seen, batch.targets)
         return Scored(found, seen, batch.targets, model)
+    if batch.images:
+        raise ConfigError("rows with images need a model of topwork's")
     if noise or smoothing:
         raise ConfigError(
             "neftune_noise_alpha and label_smoothing_factor need a model of topwork's"

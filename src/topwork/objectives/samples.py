@@ -7,8 +7,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from topwork.data.prepare import Sample, marked_text
+from topwork.media.placed import Placer
 from topwork.training import TrainerCallback
 from topwork.training.report import COMPLETIONS
 
@@ -25,13 +28,26 @@ def prompt_of(sample: Any) -> Sequence[int]:
     return first.ids[: int(trained[0])].tolist() if len(trained) else []
 
 
-class SampleAnswers(TrainerCallback):
-    """Answers the first `count` of `samples` greedily, and keeps them in completions.jsonl."""
+def beginning(sample: Any) -> Sample:
+    """The prompt of `sample`, with its images."""
+    first = sample[0] if isinstance(sample, tuple) else sample
+    ids = np.asarray(prompt_of(first), np.int32)
+    images = tuple(i for i in getattr(first, "images", ()) if i.stop <= len(ids))
+    return Sample(first.row, ids, np.zeros(len(ids), np.bool_), images)
 
-    def __init__(self, samples: Iterable[Any], tokenizer: Any, count: int) -> None:
-        prompts = (prompt_of(sample) for sample in samples)
-        self.prompts = [p for _, p in zip(range(count), (p for p in prompts if len(p) > 1))]
-        self.tokenizer = tokenizer
+
+class SampleAnswers(TrainerCallback):
+    """Answers the first `count` of `samples` greedily, and keeps them in completions.jsonl.
+
+    `placer` reads the images of their prompts.
+    """
+
+    def __init__(
+        self, samples: Iterable[Any], tokenizer: Any, count: int, placer: Placer | None = None
+    ) -> None:
+        prompts = (p for p in map(beginning, samples) if len(p) > 1)
+        self.prompts = [p for _, p in zip(range(count), prompts)]
+        self.tokenizer, self.placer = tokenizer, placer
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         model, trainer = more["model"], more["trainer"]
@@ -46,14 +62,18 @@ class SampleAnswers(TrainerCallback):
         with (Path(args.output_dir) / COMPLETIONS).open("a", encoding="utf-8") as file:
             file.write("".join(lines))
 
-    def _line(self, model: Any, prompt: Sequence[int], step: int) -> str:
-        ids = torch.tensor([list(prompt)], device=next(model.parameters()).device)
+    def _line(self, model: Any, prompt: Sample, step: int) -> str:
+        device = next(model.parameters()).device
+        ids = torch.tensor([prompt.ids.tolist()], device=device)
+        images = {} if self.placer is None else self.placer.tensors([prompt])
         out = model.generate(
-            ids, max_new_tokens=LONGEST, do_sample=False, eos_token_id=self.tokenizer.eos_token_id
-        )
+            ids, max_new_tokens=LONGEST, do_sample=False,
+            eos_token_id=self.tokenizer.eos_token_id,
+            **{name: tensor.to(device) for name, tensor in images.items()},
+        )  # fmt: skip
         entry = {
             "step": step,
-            "prompt": self.tokenizer.decode(prompt),
+            "prompt": "".join(text for text, _ in marked_text(prompt, self.tokenizer)),
             "completions": [self.tokenizer.decode(out[0, len(prompt) :].tolist())],
         }
         return json.dumps(entry, ensure_ascii=False) + "\n"

@@ -14,11 +14,14 @@ from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
 from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
 from topwork.data.rows import LazyRows, read_rows
 from topwork.data.stream import Stream
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.media import ImageTextProcessor
+from topwork.media.placed import Placer
 from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.objectives.logprobs import score
 from topwork.objectives.samples import SampleAnswers
-from topwork.objectives.setup import adapted, at_least, end_token, load_pair, named_sets, one_of
+from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
+from topwork.objectives.sighted import Reader, described, load_reader
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments, distributed
@@ -96,12 +99,17 @@ class SFT:
     noise: float = 0.0
     token_metrics: bool = False
     router: float | None = None
+    placer: Placer | None = None
+    """Reads the images of rows, for a model that takes some."""
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
     ) -> list[Batch]:
         device = next(model.parameters()).device
-        return [collate(_flat(group)).to(device) for group in groups]
+        try:
+            return [collate(_flat(group), self.placer).to(device) for group in groups]
+        except DataError as error:  # an image that cannot be read
+            raise TrainingError(str(error)) from error
 
     def size(self, sample: Sample | Pack) -> int:
         return sum(len(s) for s in _flat([sample]))
@@ -161,7 +169,9 @@ class SFTTrainer(Trainer):
     """The trainer with the SFT objective, from rows as people have them.
 
     `model`: a model, or the name of one to load. Rows are messages, prompt and completion, text,
-    alpaca or sharegpt, in lists, files or a `datasets.Dataset`; their format is recognised.
+    alpaca or sharegpt, in lists, files or a `datasets.Dataset`; their format is recognised. With a
+    model of images in texts and its `AutoProcessor` as `processing_class` messages may have
+    {"type": "image"} entries, filled by themselves or by the column `images`.
     """
 
     def __init__(
@@ -170,32 +180,34 @@ class SFTTrainer(Trainer):
         args: SFTConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         formatting_func: Callable[[Any], str] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         args = args or SFTConfig()
-        model, tokenizer = load_pair(model, processing_class, args)
+        reader = load_reader(model, processing_class, args)
+        model, tokenizer = reader.model, reader.tokenizer
         marking = marking_of(args, tokenizer)
         if train_dataset is None:
             raise ConfigError("SFTTrainer needs train_dataset")
-        data, train = _training_data(train_dataset, tokenizer, marking, formatting_func, args)
+        data, train = _training_data(train_dataset, reader, marking, formatting_func, args)
         evals = {
-            name: _read(rows, tokenizer, marking, formatting_func)
+            name: _read(rows, reader, marking, formatting_func)
             for name, rows in named_sets(eval_dataset).items()
         }
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         self.prepared, self.prepared_eval = train, evals
         held_out = (s for prepared in evals.values() for s in prepared.samples)
-        shown = SampleAnswers(held_out, tokenizer, args.sample_answers)
+        shown = SampleAnswers(held_out, tokenizer, args.sample_answers, reader.placer)
         objective = SFT(
             args.loss_type,
             args.label_smoothing_factor,
             args.neftune_noise_alpha or 0.0,
             args.token_metrics,
             args.router_aux_loss_coef,
+            reader.placer,
         )
         objective.router_weight(model)
         super().__init__(
@@ -204,7 +216,7 @@ class SFTTrainer(Trainer):
             objective,
             data,
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
-            tokenizer=tokenizer,
+            tokenizer=reader.processing,
             callbacks=[*callbacks, shown, *([Told(data)] if isinstance(data, Stream) else [])],
             optimizer=optimizer,
             data_fingerprint=train.fingerprint,
@@ -224,16 +236,16 @@ def marking_of(args: SFTConfig, tokenizer: Tokenizer) -> Marking:
 
 
 def _read(
-    rows: Any, tokenizer: Tokenizer, marking: Marking, formatting: Callable[[Any], str] | None
+    rows: Any, reader: Reader, marking: Marking, formatting: Callable[[Any], str] | None
 ) -> Prepared:
     found = read_rows(rows)
     if formatting is not None:
         found = [{marking.text_field: formatting(row)} for row in found]
-    return prepare(found, tokenizer, marking)
+    return prepare(found, reader.tokenizer, marking, placer=reader.placer)
 
 
 def _training_data(
-    rows: Any, tokenizer: Tokenizer, marking: Marking,
+    rows: Any, reader: Reader, marking: Marking,
     formatting: Callable[[Any], str] | None, args: SFTConfig,
 ) -> tuple[Sequence[Any], Prepared]:  # fmt: skip
     """The samples, and the prepared rows (of a stream: its first) that the report shows."""
@@ -242,7 +254,7 @@ def _training_data(
         endless = not isinstance(rows, (str, Path)) and not hasattr(rows, "__len__")
         streams = endless and args.max_steps > 0
     if not streams:
-        prepared = _read(rows, tokenizer, marking, formatting)
+        prepared = _read(rows, reader, marking, formatting)
         return samples_of(prepared, args, args.packing), prepared
     if args.max_steps <= 0:
         raise ConfigError("streaming needs max_steps: the rows' number is not known")
@@ -250,7 +262,7 @@ def _training_data(
     stream = Stream(
         LazyRows(rows),
         args.max_steps * batch * distributed.join().size,
-        lambda chunk: _read(chunk, tokenizer, marking, formatting),
+        lambda chunk: _read(chunk, reader, marking, formatting),
         lambda prepared: samples_of(prepared, args, args.packing),
         (args.seed if args.data_seed is None else args.data_seed) if args.shuffle else None,
     )
@@ -291,6 +303,7 @@ def report(
         f"{train.rows:,} rows kept, {train.tokens:,} "
         f"tokens, {train.supervised:,} of them trained "
         f"({100 * train.supervised / max(1, train.tokens):.0f} %)",
+        *described(train.samples),
         *describe_losses(train),
     ]
     for name, prepared in (evals or {}).items():

@@ -15,19 +15,21 @@ with certainty is refused with TemplateError.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime
+from functools import partial
 from threading import Lock
 from typing import Any
 
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, DataError
 from topwork.text.marks import WAYS, Marked, mark_end, mark_start, trailing_blanks
 from topwork.text.template import TemplateError, render
 from topwork.text.tokenizer import SPECIAL, Tokenizer
 from topwork.text.tools import as_tools
 
 Message = Mapping[str, Any]
+Edit = tuple[int, int, str]  # what stands in place of characters [start, stop)
 MARKS = ("x1", "y2")  # no blanks, no markup, and nowhere the same character
 _ENCODING = Lock()
 
@@ -49,11 +51,15 @@ class Turn:
 
 @dataclass(frozen=True)
 class Rendered:
-    """A whole chat as the model reads it, and the turns that it has to write."""
+    """A whole chat as the model reads it, and the turns that it has to write.
+
+    `edited`: the tokens [start, stop) of each text that was put in another's place.
+    """
 
     text: str
     input_ids: list[int]
     turns: tuple[Turn, ...]
+    edited: tuple[tuple[int, int], ...] = ()
 
     def mask(self) -> list[int]:
         """1 for each token of an assistant turn, else 0."""
@@ -88,13 +94,16 @@ def render_spans_batch(
     *,
     chat_template: str | None = None,
     variables: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    refused: dict[int, TemplateError] | None = None,
+    refused: dict[int, DataError] | None = None,
+    edit: Callable[[int, str], Sequence[Edit]] | None = None,
 ) -> list[Rendered]:
     """`render_spans` for many chats, tokenized together on all cores.
 
     `variables` (tools and whatever else the template reads) are one mapping for all chats, or one
     per chat. A row that is refused raises; with a dictionary in `refused`, its error is put there
     under the row's number and the row is left out of the result.
+
+    `edit`: (chat, its rendered text) → what is to stand in the text in other words, in order.
     """
     source = chat_template or tokenizer.chat_template
     if source is None:
@@ -111,8 +120,11 @@ def render_spans_batch(
         try:
             own = {**own, "tools": as_tools(own.get("tools"))}
             chat = _Chat(source, messages, {"strftime_now": now, **special, **own})
-            found.append((row, chat, chat.places()))
-        except TemplateError as error:
+            places = chat.places()
+            if edit is not None:
+                places = chat.edit(edit(row, chat.text), places)
+            found.append((row, chat, places))
+        except DataError as error:
             _refuse(row, error, len(chats), refused)
     result = []
     encoded = _encode(tokenizer, [chat.text for _, chat, _ in found])
@@ -124,9 +136,7 @@ def render_spans_batch(
     return result
 
 
-def _refuse(
-    row: int, error: TemplateError, rows: int, refused: dict[int, TemplateError] | None
-) -> None:
+def _refuse(row: int, error: DataError, rows: int, refused: dict[int, DataError] | None) -> None:
     if refused is not None:
         refused[row] = error
     elif rows == 1:
@@ -176,9 +186,18 @@ class _Chat:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise TemplateError(f"message {i} is not an object with a role: {message!r:.80}")
         self.text = self.draw(self.messages)
+        self.edited: list[tuple[int, int]] = []
 
     def draw(self, messages: Sequence[Message], prompt: bool = False) -> str:
         return render(self.source, messages, add_generation_prompt=prompt, **self.variables)
+
+    def edit(self, edits: Sequence[Edit], places: list[_Place]) -> list[_Place]:
+        """`places` once the text is edited."""
+        move = partial(moved, edits)
+        self.text, self.edited = apply(edits, self.text)
+        return [
+            replace(p, start=move(p.start), said=move(p.said), limit=move(p.limit)) for p in places
+        ]
 
     def places(self) -> list[_Place]:
         own = [i for i, m in enumerate(self.messages) if m.get("role") == "assistant"]
@@ -327,6 +346,23 @@ class _Chat:
                 yield head
 
 
+def apply(edits: Sequence[Edit], text: str) -> tuple[str, list[tuple[int, int]]]:
+    """`text` after `edits`, and where what stands in place of something is in it."""
+    pieces, at, places = [], 0, []
+    for start, stop, new in edits:
+        pieces += [text[at:start], new]
+        at = stop
+        if start < stop:
+            begin = moved(edits, start)
+            places.append((begin, begin + len(new)))
+    return "".join([*pieces, text[at:]]), places
+
+
+def moved(edits: Sequence[Edit], at: int) -> int:
+    """Where character `at`, between `edits`, is after them."""
+    return at + sum(len(new) - (stop - start) for start, stop, new in edits if stop <= at)
+
+
 def _agree(a: str, b: str, at: int = 0) -> int:
     """The first position from `at` on where `a` and `b` differ."""
     size, step = min(len(a), len(b)), 64
@@ -406,7 +442,8 @@ def _rendered(
             said += len(blanks)
         stop = max(start, bisect_left(begins, said))
         turns.append(Turn(place.message, start, stop, False, None))
-    return Rendered(chat.text, ids, tuple(turns))
+    edited = ((bisect_right(ends, a), bisect_left(begins, b)) for a, b in chat.edited)
+    return Rendered(chat.text, ids, tuple(turns), tuple(edited))
 
 
 def _terminator(

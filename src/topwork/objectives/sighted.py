@@ -1,0 +1,95 @@
+"""Models that read images in their texts, with the processors that write them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from topwork import hub
+from topwork.errors import ConfigError
+from topwork.media import AutoProcessor, ImageTextProcessor
+from topwork.media.placed import Placer
+from topwork.models import AutoModelForImageTextToText
+from topwork.models.auto import tasks_of
+from topwork.models.families import NAMES
+from topwork.models.multimodal import ImageTextModel
+from topwork.objectives.labelled import base
+from topwork.objectives.setup import load_model, load_pair
+from topwork.text import Tokenizer
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads a run's rows. `processing` is saved with the model: the tokenizer, or the processor
+    around it, whose images `placer` writes."""
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    processing: Any
+    placer: Placer | None = None
+
+
+def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Reader:
+    """The model, loaded if it is a name, and its tokenizer or processor as `args` say.
+
+    ConfigError for a processor of images with a model that reads none, and the other way round for
+    one that does not write them as the model reads them.
+    """
+    if isinstance(model, (str, Path)) and _reads_images(model):
+        processing = processing or AutoProcessor.from_pretrained(model)
+        model = load_model(model, args.bf16, AutoModelForImageTextToText)
+    if processing is None or isinstance(processing, Tokenizer):
+        model, tokenizer = load_pair(model, processing, args)
+        return Reader(model, tokenizer, tokenizer)
+    if not isinstance(processing, ImageTextProcessor):
+        raise ConfigError(
+            f"processing_class is a {type(processing).__name__}, which reads no images and no "
+            "texts for training: pass a tokenizer, or the AutoProcessor of a model of images in "
+            "texts"
+        )
+    if isinstance(model, (str, Path)):
+        model, _ = load_pair(model, processing.tokenizer, args)
+    inner: Any = base(model)
+    if not isinstance(inner, ImageTextModel):
+        raise ConfigError(
+            f"{type(inner).__name__} reads no images in its texts: pass the processor's tokenizer "
+            "as processing_class, and rows without images"
+        )
+    placer = Placer(processing)
+    if placer.inside() != inner.spec.image_token:
+        raise ConfigError(
+            f"the processor writes images as token {placer.inside()}, but the model reads them at "
+            f"token {inner.spec.image_token}: take the processor that belongs to the model"
+        )
+    if args.chat_template is not None:
+        processing.chat_template = args.chat_template
+    if not processing.style.chats and args.completion_only_loss not in (None, True):
+        raise ConfigError(
+            f"completion_only_loss=False: the prompts of {inner.config.model_type} see all of "
+            "themselves, so there is nothing to predict in them"
+        )
+    if getattr(args, "neftune_noise_alpha", None):
+        raise ConfigError("neftune_noise_alpha does not go with images: leave it out")
+    return Reader(model, processing.tokenizer, processing, placer)
+
+
+def _reads_images(name: str | Path) -> bool:
+    """Whether the checkpoint of this name is of a family that reads images in texts."""
+    kind = hub.resolve(name, want=("config",)).json("config.json").get("model_type")
+    return kind in NAMES and set(tasks_of(kind)) == {"image-text-to-text"}
+
+
+def described(samples: Sequence[Any]) -> list[str]:
+    """How many images the samples have, in words; nothing where they have none."""
+    rows = [len(s.images) for s in samples if s.images]
+    if not rows:
+        return []
+    tokens = sum(i.stop - i.start for s in samples for i in s.images)
+    return [
+        f"images: {sum(rows):,} in {len(rows):,} rows, written as {tokens:,} tokens that are not "
+        "trained; their pixels are read as batches need them"
+    ]
