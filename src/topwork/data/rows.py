@@ -30,7 +30,7 @@ def read_rows(source: Any) -> list[Row]:
     elif isinstance(source, Sequence) and source and all(_is_file(s) for s in source):
         rows = [row for file in source for row in read_rows(file)]
     elif isinstance(source, Iterable):
-        rows = list(source)
+        rows = list(undecoded(source))
     else:
         raise DataError(
             f"rows come from a file, a list of dicts or a datasets.Dataset, not from "
@@ -67,10 +67,32 @@ class LazyRows:
 
     def __iter__(self) -> Iterator[Row]:
         if not isinstance(self.source, list) or not all(isinstance(p, Path) for p in self.source):
-            yield from self.source
+            yield from undecoded(self.source)
             return
         for path in self.source:
             yield from _lazy_file(path)
+
+
+def undecoded(source: Any) -> Any:
+    """`source` itself; a `datasets.Dataset` with its images as they lie in its files, which are
+    decoded when a batch needs them."""
+    features = getattr(source, "features", None)
+    for name, feature in features.items() if isinstance(features, Mapping) else ():
+        plain = _undecoded(feature)
+        if plain is not feature:
+            source = source.cast_column(name, plain)
+    return source
+
+
+def _undecoded(feature: Any) -> Any:
+    if type(feature).__name__ == "Image" and getattr(feature, "decode", False):
+        return type(feature)(decode=False)
+    if isinstance(feature, list) and len(feature) == 1:
+        inner = _undecoded(feature[0])
+        return feature if inner is feature[0] else [inner]
+    inside = getattr(feature, "feature", None)
+    inner = None if inside is None else _undecoded(inside)
+    return feature if inner is inside else type(feature)(inner)
 
 
 def _is_mixture(source: Any) -> bool:

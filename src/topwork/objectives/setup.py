@@ -21,8 +21,8 @@ def load_pair(
     """The model, loaded by `auto` if it is a name, and its tokenizer as `args` say."""
     if tokenizer is not None and not hasattr(tokenizer, "eos_token_id"):
         raise ConfigError(
-            f"processing_class is a {type(tokenizer).__name__}, but this trainer takes texts alone: "
-            "pass its .tokenizer"
+            f"processing_class is a {type(tokenizer).__name__}, but this trainer takes texts "
+            "alone: pass its .tokenizer"
         )
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)

@@ -24,8 +24,8 @@ from topwork.text import Tokenizer
 
 @dataclass(frozen=True)
 class Reader:
-    """What reads a run's rows. `processing` is saved with the model: the tokenizer, or the processor
-    around it, whose images `placer` writes."""
+    """What reads a run's rows. `processing`, which is saved with the model, is the tokenizer or the
+    processor around it, whose images `placer` writes."""
 
     model: nn.Module
     tokenizer: Tokenizer
@@ -79,17 +79,20 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
 
 def _reads_images(name: str | Path) -> bool:
     """Whether the checkpoint of this name is of a family that reads images in texts."""
-    kind = hub.resolve(name, want=("config",)).json("config.json").get("model_type")
+    files = hub.resolve(name, want=("config",))
+    if "config.json" not in files.files:
+        return False
+    kind = files.json("config.json").get("model_type")
     return kind in NAMES and set(tasks_of(kind)) == {"image-text-to-text"}
 
 
 def described(samples: Sequence[Any]) -> list[str]:
     """How many images the samples have, in words; nothing where they have none."""
-    rows = [len(s.images) for s in samples if s.images]
-    if not rows:
+    lists = [images for images in (getattr(s, "images", ()) for s in samples) if images]
+    if not lists:
         return []
-    tokens = sum(i.stop - i.start for s in samples for i in s.images)
+    tokens = sum(image.stop - image.start for images in lists for image in images)
     return [
-        f"images: {sum(rows):,} in {len(rows):,} rows, written as {tokens:,} tokens that are not "
-        "trained; their pixels are read as batches need them"
+        f"images: {sum(map(len, lists)):,} in {len(lists):,} rows, written as {tokens:,} tokens "
+        "that are not trained; their pixels are read as batches need them"
     ]
