@@ -42,7 +42,7 @@ class Sample:
     row: int
     ids: np.ndarray
     trained: np.ndarray
-    images: tuple[Placed, ...] = ()
+    images: tuple[Placed, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -190,11 +190,11 @@ def refuse(bad: Mapping[int, DataError], rows: int) -> None:
 
 def _add(prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | None) -> None:
     cut = limit is not None and len(row.ids) > limit
-    if cut and row.images and row.images[-1].stop > limit:
+    if limit is not None and row.images and row.images[-1].stop > limit:
         prepared.dropped[f"whose images do not fit in max_length={limit}"] += 1
         return
     ids = np.asarray(row.ids[:limit], np.int32)
-    sample = Sample(number, ids, np.asarray(row.trained[:limit], np.bool_), row.images)
+    sample = Sample(number, ids, np.asarray(row.trained[:limit], np.bool_), images=row.images)
     if not sample.supervised:
         beyond = f"whose trained part lies beyond max_length={limit}"
         prepared.dropped[beyond if cut else "without a trained token"] += 1

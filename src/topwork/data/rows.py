@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,10 @@ class LazyRows:
             yield from _lazy_file(path)
 
 
-def undecoded(source: Any) -> Any:
+def undecoded(source: Any) -> Iterable[Any]:
     """`source` itself; a `datasets.Dataset` with its images as they lie in its files, which are
     decoded when a batch needs them."""
-    features = getattr(source, "features", None)
+    features: Any = getattr(source, "features", None)
     for name, feature in features.items() if isinstance(features, Mapping) else ():
         plain = _undecoded(feature)
         if plain is not feature:
@@ -85,14 +86,16 @@ def undecoded(source: Any) -> Any:
 
 
 def _undecoded(feature: Any) -> Any:
+    """A column's kind, or the one that leaves its images undecoded."""
     if type(feature).__name__ == "Image" and getattr(feature, "decode", False):
         return type(feature)(decode=False)
     if isinstance(feature, list) and len(feature) == 1:
         inner = _undecoded(feature[0])
         return feature if inner is feature[0] else [inner]
-    inside = getattr(feature, "feature", None)
+    inside: Any = getattr(feature, "feature", None)
     inner = None if inside is None else _undecoded(inside)
-    return feature if inner is inside else type(feature)(inner)
+    listed: Any = feature
+    return feature if inner is inside else replace(listed, feature=inner)
 
 
 def _is_mixture(source: Any) -> bool:

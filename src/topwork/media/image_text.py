@@ -25,7 +25,10 @@ TOKENS = ("image_token", "boi_token", "eoi_token", "fake_image_token", "global_i
 
 
 class Style(Protocol):
-    """How a family writes images into texts."""
+    """How a family writes images into texts. `chats`: whether these may be chats; if not, they are
+    a prompt and an answer."""
+
+    chats: ClassVar[bool]
 
     @property
     def class_name(self) -> str: ...
@@ -48,11 +51,6 @@ class Style(Protocol):
 
     def finish(self, of: ImageTextProcessor, columns: dict[str, Any]) -> None:
         """Add what the family's models read besides."""
-
-    @property
-    def chats(self) -> bool:
-        """Whether texts may be chats; if not, they are a prompt and an answer."""
-        ...
 
     def types(self, trained: np.ndarray) -> np.ndarray | None:
         """What the family's models read besides for a text [T] of which these tokens are trained,

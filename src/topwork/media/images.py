@@ -59,7 +59,7 @@ def image_size(source: Any, name: str, channels: str | None = None) -> tuple[int
     """
     if is_array(source):
         shape = pixels_of(source, name, channels).shape
-        return shape[1], shape[0]
+        return int(shape[1]), int(shape[0])
     if is_pillow(source):
         _check_size(source.size, name)
         return source.size
@@ -83,7 +83,8 @@ def _turned(opened: Image, name: str) -> tuple[int, int]:
         turned = image.Image.getexif(opened).get(ORIENTATION) in SIDEWAYS
     except (OSError, ValueError, SyntaxError) as error:
         raise DataError(f"{name}: damaged image: {error}") from error
-    return opened.size[::-1] if turned else opened.size
+    wide, high = opened.size
+    return (high, wide) if turned else (wide, high)
 
 
 def image_facts(source: Any) -> bytes:

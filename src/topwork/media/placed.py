@@ -30,10 +30,14 @@ class Placed:
 class Illustrated(Protocol):
     """A row of tokens with its images in their order."""
 
-    row: int
-    ids: np.ndarray
-    trained: np.ndarray
-    images: tuple[Placed, ...]
+    @property
+    def row(self) -> int: ...
+
+    @property
+    def trained(self) -> np.ndarray: ...
+
+    @property
+    def images(self) -> tuple[Placed, ...]: ...
 
 
 @dataclass

@@ -33,7 +33,7 @@ def beginning(sample: Any) -> Sample:
     first = sample[0] if isinstance(sample, tuple) else sample
     ids = np.asarray(prompt_of(first), np.int32)
     images = tuple(i for i in getattr(first, "images", ()) if i.stop <= len(ids))
-    return Sample(first.row, ids, np.zeros(len(ids), np.bool_), images)
+    return Sample(first.row, ids, np.zeros(len(ids), np.bool_), images=images)
 
 
 class SampleAnswers(TrainerCallback):
