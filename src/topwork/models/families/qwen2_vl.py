@@ -36,7 +36,7 @@ ADAPTERS = Table(
 USUAL_TEXT = {
     "hidden_size": 8192, "intermediate_size": 29568, "num_hidden_layers": 80,
     "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 152064,
-    "max_position_embeddings": 32768,
+    "max_position_embeddings": 32768, "rms_norm_eps": 1e-5,
 }  # fmt: skip
 
 
