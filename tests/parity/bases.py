@@ -62,6 +62,10 @@ def base(kind):
                 "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2,
             },
+            "mistral": {
+                "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
+                "num_attention_heads": 4, "num_key_value_heads": 2,
+            },
             "qwen2": {
                 "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2,
                 "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -44,6 +44,7 @@ CONVS = ["one", "two", "three", "head"]
 def row(config, base="qwen2", merges=True, same_count=True, wrong=False, **options):
     targets = {
         "qwen2": MIX, "gpt2": ["c_attn", "c_fc"], "convs": CONVS, "moe": None, "llama": MIX,
+        "mistral": MIX,
         "heads": ["attn", "out"],
     }[base]  # fmt: skip
     return Row(config, {"target_modules": targets, **options}, base, merges, same_count, wrong)
@@ -149,6 +150,12 @@ ROWS = [
     row("WaveFTConfig", n_frequency=40, n_frequency_pattern={"q_proj": 30}),
     row("WaveFTConfig", n_frequency=40, proportional_parameters=True),
     row("WaveFTConfig", "gpt2", n_frequency=40, use_idwt=False, fan_in_fan_out=True),
+    row("AdaptionPromptConfig", "llama", adapter_len=3, adapter_layers=2, merges=False,
+        target_modules=None),
+    row("AdaptionPromptConfig", "mistral", adapter_len=4, adapter_layers=1, merges=False,
+        target_modules="self_attn"),
+    row("AdaptionPromptConfig", "gpt2", adapter_len=3, adapter_layers=1, merges=False,
+        target_modules=None),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip
@@ -181,8 +188,10 @@ def our_config(row):
 
 
 def shared(name, peers=False):
-    """The peer shows what layers share below its first layer, and nests two stacked parameters."""
+    """The peer shows what layers share below its first layer, nests two stacked parameters, and
+    has LLaMA-Adapter's around attention."""
     name = re.sub(r"^.*\.(vblora_vector_bank|unilora_theta_d)", r"\1", name)
+    name = re.sub(r"\w+\.(adaption_(?:prompt|gate))\.default$", r"\1", name)
     name = name.replace("token_adapter.", "").replace("base_layer.out_proj.lora_", "lora_out_")
     if peers and "experts" in name:
         if ".base_layer." not in name:

@@ -45,6 +45,7 @@ from topwork.peft.methods._lora_options import (
     VeloraConfig,
 )
 from topwork.peft.methods.adalora import AdaLoraConfig
+from topwork.peft.methods.adaption_prompt import AdaptionPromptConfig
 from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.bn import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
 from topwork.peft.methods.boft import BOFTConfig
@@ -90,6 +91,7 @@ from topwork.peft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
+    "AdaptionPromptConfig",
     "ArrowConfig",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",

@@ -16,7 +16,7 @@ from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
 from topwork.peft.layer import AdaptedLayer, Graft, SavedModule, Shared, Tensors
 from topwork.peft.sites import site_of
-from topwork.peft.targets import base_of, ends, is_wrapper, sharing, target_names, walk
+from topwork.peft.targets import base_of, ends, is_wrapper, sharing, walk
 
 
 def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
@@ -40,7 +40,7 @@ def inject(
     config = graft.settle(config, model)
     parts = graft.besides(config, model)
     taken = [path for path, _, _ in parts]
-    paths = target_names(model, config, graft.KINDS) if config.target_modules or not parts else []
+    paths = graft.paths(config, model) if config.target_modules or not parts else []
     both = sorted(set(paths) & set(taken))
     if both:
         raise ConfigError(f"{', '.join(both)} would carry two parts of one adapter")
@@ -80,6 +80,7 @@ def place(
     made = graft.of(config, layer.site)(layer, name, config, path, shared)
     made.owner = owner
     layer.add(name, made)
+    made.enter(model)
     return made
 
 
@@ -220,6 +221,8 @@ def cast_to_base(model: nn.Module, name: str) -> None:
 def strip(model: nn.Module) -> nn.Module:
     """`model` without any wrapper: bases as they are, saved modules as they compute."""
     for path, module in wrappers(model):
+        for graft in module.grafts.values() if isinstance(module, AdaptedLayer) else ():
+            graft.leave()
         put(model, path, module.base_layer if isinstance(module, AdaptedLayer) else module.chosen)
     return model
 

@@ -107,6 +107,17 @@ class Graft:
         self.owner: Graft | None = None
         """The graft whose parameters this one uses: that of the layer that owns a tied weight."""
 
+    @classmethod
+    def paths(cls, config: Any, model: nn.Module) -> list[str]:
+        """The layers that the adapter goes to."""
+        return targets.target_names(model, config, cls.KINDS)
+
+    def enter(self, model: nn.Module) -> None:
+        """It stands in `model` now."""
+
+    def leave(self) -> None:
+        """It is taken out of the model."""
+
     # -- what a method says ----------------------------------------------------------------------
 
     def create(self) -> dict[str, Tensor | nn.Module]:
@@ -278,7 +289,9 @@ class AdaptedLayer(nn.Module):
         for home in self._homes():
             if name in home:
                 del home[name]
-        self.grafts.pop(name, None)
+        graft = self.grafts.pop(name, None)
+        if graft is not None:
+            graft.leave()
         self.active = tuple(n for n in self.active if n != name)
 
     def _homes(self) -> list[Any]:

@@ -118,7 +118,8 @@ class Prompt(nn.Module):
         tokens = self.taken(given, source)
         device = self.embedding.weight.device
         trained = self.embedding.weight.requires_grad
-        self.embedding = nn.Embedding(*tokens.shape, device=device).requires_grad_(trained)
+        rows, width = tokens.shape
+        self.embedding = nn.Embedding(rows, width, device=device).requires_grad_(trained)
         self.embedding.weight.copy_(tokens)
         for name in [n for n, _ in self.named_children() if n != "embedding"]:
             delattr(self, name)
