@@ -74,3 +74,17 @@ def test_it_runs_where_there_are_few_rows_large_weights_and_no_gradient():
     untiled = ops.LinearParts(torch.randn(301, 333).bfloat16(), None)
     assert ran(torch.randn(4, 333).bfloat16(), untiled) == "few rows"
     assert ran(torch.randn(5, 333).bfloat16(), untiled) is None
+
+
+def test_a_few_rows_are_normed_in_one_pass():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 1, 333), torch.randn(333)
+    for dtype, allowed in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        given = x.to(dtype), weight.to(dtype), 1e-6
+        chosen = next(v for v in ops.rms_norm.variants if v.when(*given))
+        assert chosen.name == "few rows"
+        wanted = ops.rms_norm.reference(*given)
+        torch.testing.assert_close(chosen.run(*given), wanted, rtol=allowed, atol=allowed)
+    learned = nn.Parameter(weight)
+    assert not any(v.when(x, learned, 1e-6) for v in ops.rms_norm.variants)
+    assert not any(v.when(torch.randn(200, 333), weight, 1e-6) for v in ops.rms_norm.variants)

@@ -16,6 +16,7 @@ from topwork.models.base import Model
 from topwork.models.config import Config
 from topwork.models.packing import Padding, packed_positions
 from topwork.models.stack import DecoderCache, Memory, Stack, StackSpec
+from topwork.models.step import StackStep
 from topwork.nn.layers import linears
 from topwork.nn.paths import part, place
 from topwork.weights import PLAIN, Table
@@ -346,6 +347,9 @@ class DecoderView:
         self.windows = [None] * model.layer_count
         self.head = model.head
         self.training = False
+        self._step: StackStep | None = None
+        if type(model).decode is Seq2SeqModel.decode and not model.training:
+            self._step = StackStep.of(model.decoder_stack)
 
     def new_cache(self, batch_size: int | None = None) -> DecoderCache:
         return self.model.cache_of(self.memory)
@@ -353,7 +357,12 @@ class DecoderView:
     def backbone(
         self, ids: Tensor, *, attention_mask: Tensor | None = None, cache: DecoderCache
     ) -> Tensor:
-        return self.model.decode(None, ids, cache=cache)
+        past = cache.length + cache.virtual
+        if self._step is None or ids.shape[1] != 1 or not past:
+            return self.model.decode(None, ids, cache=cache)
+        _fits(past + 1, self.model.spec.decoder, self.model.config.model_type)
+        cache.spread(len(ids))
+        return self._step(ids, past, cache)
 
     def eval(self) -> DecoderView:
         return self

@@ -293,7 +293,8 @@ class Stack(nn.Module):
         """Each layer's keys and values [..., H, D] of a memory [..., C]."""
         return [part(block, self.spec.names.cross).project(memory, "kv") for block in self.blocks]
 
-    def _terms(self, longest: int, cache: DecoderCache | None) -> ops.ScoreTerms:
+    def terms(self, longest: int, cache: DecoderCache | None) -> ops.ScoreTerms:
+        """The bias by distance of up to `longest` tokens, where there is one."""
         if self.spec.relative is None:
             return ops.ScoreTerms()
         table, far = part(self, self.spec.relative_path).weight, self.spec.relative[1]
@@ -330,7 +331,7 @@ class Stack(nn.Module):
         if spec.names.embedding_norm is not None:
             x = part(self, spec.names.embedding_norm)(x)
         x = F.dropout(x, spec.dropout, self.training)
-        terms = self._terms(longest, cache)
+        terms = self.terms(longest, cache)
         skip = spec.layer_drop if self.training else 0.0
         for block in self.blocks:
             if states is not None:

@@ -46,3 +46,13 @@ def cross_attention(
         outputs.append(attention(rows, theirs, values, Layout(), rule).flatten(0, 1))
         at, key = at + queries * count, key + keys * count
     return torch.cat(outputs)[None]
+
+
+def one_query(q: Tensor, k: Tensor, v: Tensor, scale: float, added: Tensor | None = None) -> Tensor:
+    """softmax(scale · q kᵀ + added) v of one query per row, which sees all keys.
+
+    q [B, 1, H, D], k, v [B, S, H, D], `added` [B or 1, H or 1, 1, S] → [B, 1, H · D].
+    """
+    a, b, c = (t.transpose(1, 2) for t in (q, k, v))
+    y = F.scaled_dot_product_attention(a, b, c, added, scale=scale)
+    return y.transpose(1, 2).flatten(2)

@@ -50,7 +50,7 @@ void NAME(swiglu_backward)(const T *dy, const T *gate, const T *up, T *dgate, T 
 // y = round(x inverse) weight, inverse [N] = 1/√(mean(x²) + eps)
 void NAME(rms_norm)(const T *x, const T *weight, T *y, float *inverse, int64_t N, int64_t C,
                     float eps) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (N * C > 1 << 15)
   for (int64_t n = 0; n < N; n++) {
     const T *from = x + n * C;
     T *to = y + n * C;

@@ -51,22 +51,32 @@ def serves(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+class Linears:
+    """Weights [O, C] and biases [O] or None that read one x, written down for the kernel."""
+
+    def __init__(self, parts: Sequence[tuple[Tensor, Tensor | None]]) -> None:
+        self.parts = parts
+        self._made = (_Part * len(parts))()
+        for one, (weight, bias) in zip(self._made, parts):
+            one.weight, one.out = weight.data_ptr(), weight.shape[0]
+            one.bias = None if bias is None else bias.data_ptr()
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """x wᵀ + b, [..., C] → [..., O], for each."""
+        x = x.contiguous()
+        *rows, width = x.shape
+        found = tuple(x.new_empty(*rows, one.out) for one in self._made)
+        for one, y in zip(self._made, found):
+            one.y = y.data_ptr()
+        run = _kernel()
+        assert run is not None
+        run(
+            ctypes.addressof(self._made), len(found), x.data_ptr(), x.numel() // width, width,
+            x.dtype is torch.bfloat16, has_amx(), torch.get_num_threads(),
+        )  # fmt: skip
+        return found
+
+
 def linears(x: Tensor, parts: Sequence[tuple[Tensor, Tensor | None]]) -> tuple[Tensor, ...]:
     """x wᵀ + b, [..., C] → [..., O], for each (w, b)."""
-    x = x.contiguous()
-    width = x.shape[-1]
-    made = (_Part * len(parts))()
-    found = []
-    for one, (weight, bias) in zip(made, parts):
-        out = weight.shape[0]
-        y = x.new_empty(*x.shape[:-1], out)
-        one.weight, one.y, one.out = weight.data_ptr(), y.data_ptr(), out
-        one.bias = None if bias is None else bias.data_ptr()
-        found.append(y)
-    run = _kernel()
-    assert run is not None
-    run(
-        ctypes.addressof(made), len(parts), x.data_ptr(), x.numel() // width, width,
-        x.dtype is torch.bfloat16, has_amx(), torch.get_num_threads(),
-    )  # fmt: skip
-    return tuple(found)
+    return Linears(parts)(x)
