@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from pydoc_data.topics import topics
 from random import Random
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from sides import Clock, peak_mib
 
 SIDES = ("ours", "trl", "trl-best")
 # case → prompts of a batch, and the steps of (ours, trl) in a whole and a quick run.
-CASES = {"dpo": (4, (6, 3), (4, 2)), "reward": (4, (6, 3), (4, 2)), "grpo": (16, (4, 3), (3, 2))}
+CASES = {"dpo": (4, (8, 4), (6, 3)), "reward": (4, (8, 4), (6, 4)), "grpo": (16, (5, 3), (4, 2))}
 GENERATIONS, NEW_TOKENS = 8, 64
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": "all-linear"}
 COMMON = {
@@ -193,7 +194,8 @@ def measure(case: str, side: str, folder: Path, quick: bool) -> dict[str, Any]:
     found = json.loads(done.stdout.strip().splitlines()[-1])
     rows = json.loads((folder / f"{case}.json").read_text())
     tokens = step_tokens(case, rows, steps, AutoTokenizer.from_pretrained(folder / "base"))
-    rate = sum(tokens[1:]) / sum(found["seconds"][1:])  # the first step warms up
+    rates = [n / s for n, s in zip(tokens, found["seconds"])]
+    rate = median(rates[1:])  # the first step warms up
     return {"case": case, "side": side, "tokens_per_second": rate, **found}
 
 
