@@ -22,14 +22,19 @@ from torch.utils.checkpoint import checkpoint
 from topwork import ops
 from topwork.models.base import CausalLMOutput, CausalModel, Model
 from topwork.models.config import Config
-from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
+from topwork.models.heads import (
+    BareModel,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from topwork.nn.cache import KVCache
 from topwork.nn.layers import ScaledEmbedding
 from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
 from topwork.nn.recompute import remembered
-from topwork.weights import PLAIN, Table
+from topwork.weights import PLAIN, Rename, Table
 
 
 class Mixer(Protocol):
@@ -110,6 +115,7 @@ class DecoderSpec:
     `embedding_scale` belongs to the embedding (rounded to its dtype), `input_scale` multiplies
     whatever enters, given embeddings too; `embedding_dropout` acts on it in training.
     `router_loss`: the routers' load-balancing loss, in families with experts that have one.
+    `answers`: the trunk's name in files of the family's question answerer.
     """
 
     vocab: int
@@ -123,6 +129,7 @@ class DecoderSpec:
     embedding_dropout: float = 0.0
     head: HeadSpec = HeadSpec()
     router_loss: RouterLoss | None = None
+    answers: str = "model"
     table: Table = PLAIN
 
 
@@ -292,12 +299,12 @@ def table_of(spec: DecoderSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ..
     )
 
 
-LM_HEAD, SCORE = r"^lm_head\.", r"^score\."
+LM_HEAD, SCORE, ANSWERS = r"^lm_head\.", r"^score\.", r"^qa_outputs\."
 
 
 def bare(config: Config, spec: DecoderSpec) -> BareModel:
     """The decoder without a head."""
-    return BareModel(config, Decoder(spec), table=table_of(spec, drop=(LM_HEAD, SCORE)))
+    return BareModel(config, Decoder(spec), table=table_of(spec, drop=(LM_HEAD, SCORE, ANSWERS)))
 
 
 def sequence_classifier(config: Config, spec: DecoderSpec) -> SequenceClassifier:
@@ -312,10 +319,20 @@ def token_classifier(config: Config, spec: DecoderSpec) -> TokenClassifier:
     return TokenClassifier(config, Decoder(spec), table=table, bias=True)
 
 
+def question_answerer(config: Config, spec: DecoderSpec) -> QuestionAnswerer:
+    """The decoder, under the family's name for it here, with `qa_outputs` over each token."""
+    table = table_of(spec, drop=(LM_HEAD, SCORE), fresh=(ANSWERS,))
+    if spec.answers != "model":  # files of the causal model are read too
+        old = (*table.old, Rename("^model", spec.answers))
+        table = replace(table, prefix=f"{spec.answers}.", old=old)
+    return QuestionAnswerer(config, Decoder(spec), table=table, home=spec.answers)
+
+
 # Task name → the model of a Llama-shaped family, made of its configuration and spec.
 DECODER_MODELS: dict[str, Callable[[Config, DecoderSpec], Model]] = {
     "base": bare,
     "causal-lm": CausalDecoder,
     "sequence-classification": sequence_classifier,
     "token-classification": token_classifier,
+    "question-answering": question_answerer,
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
 from topwork.models.encoder import Encoder, EncoderSpec, unpadded
-from topwork.models.heads import classification_loss, label_count
+from topwork.models.heads import HeadOutput, answer_loss, classification_loss, label_count
 from topwork.models.pooling import first_tokens, mean_tokens
 from topwork.nn.layers import ACTIVATIONS
 from topwork.nn.paths import part, place
@@ -60,23 +60,6 @@ class FamilySpec:
     heads: dict[str, HeadSpec] = field(hash=False)
     tied: bool = True
     drop: tuple[str, ...] = ()
-
-
-@dataclass
-class HeadOutput:
-    """`logits`: [B, labels] of texts, [B, T, labels] of tokens; `loss` when labels were given."""
-
-    loss: Tensor | None
-    logits: Tensor
-
-    @property
-    def start_logits(self) -> Tensor:
-        """Question answering: where the answer starts [B, T]."""
-        return self.logits[..., 0]
-
-    @property
-    def end_logits(self) -> Tensor:
-        return self.logits[..., 1]
 
 
 # TensorFlow's names for a norm's weight and bias, as in the first BERT files.
@@ -207,23 +190,6 @@ class EncoderWithHead(Model):
         if rows is not None and pool is None:
             logits = rows.unpack(logits)
         return HeadOutput(loss, logits)
-
-
-def answer_loss(
-    logits: Tensor, where: tuple[Tensor, Tensor], lengths: tuple[int, ...] | None
-) -> Tensor:
-    """Mean cross-entropy of start and end; an answer outside of its text does not count."""
-    if lengths is None:
-        lengths = (logits.shape[1],) * logits.shape[0]
-    texts = torch.split(logits.flatten(0, 1).float(), list(lengths))
-    table = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=float("-inf"))
-    sizes = torch.tensor(lengths, device=logits.device)
-    losses = []
-    for side, at in enumerate(where):
-        at = at.flatten()
-        target = torch.where((at >= 0) & (at < sizes), at, -100)
-        losses.append(F.cross_entropy(table[..., side], target, ignore_index=-100))
-    return (losses[0] + losses[1]) / 2
 
 
 def encoder_models(family: Callable[[ConfigReader], FamilySpec]) -> dict[str, Any]:

@@ -24,7 +24,12 @@ from topwork import ops
 from topwork.errors import ConfigError, nearest
 from topwork.models.base import CausalModel, Model
 from topwork.models.config import Config
-from topwork.models.heads import BareModel, SequenceClassifier, TokenClassifier
+from topwork.models.heads import (
+    BareModel,
+    QuestionAnswerer,
+    SequenceClassifier,
+    TokenClassifier,
+)
 from topwork.nn.alibi import AlibiSpec
 from topwork.nn.cache import KVCache
 from topwork.nn.conv1d import Conv1D
@@ -417,6 +422,7 @@ class CausalGpt(CausalModel):
 
 
 LM_HEAD, LABELS = r"^(lm_head|embed_out)\.", r"^(score|classifier)\."
+ANSWERS = r"^qa_outputs\."
 # Masks and angles that old files carry along.
 BUFFERS = r"\.(attn|attention)\.(masked_)?bias$|rotary_emb\.inv_freq$"
 
@@ -429,7 +435,7 @@ def table_of(spec: GptSpec, drop: tuple[str, ...] = (), fresh: tuple[str, ...] =
 
 def bare(config: Config, spec: GptSpec) -> BareModel:
     """The trunk without a head."""
-    return BareModel(config, Gpt(spec), table=table_of(spec, drop=(LM_HEAD, LABELS)))
+    return BareModel(config, Gpt(spec), table=table_of(spec, drop=(LM_HEAD, LABELS, ANSWERS)))
 
 
 def sequence_classifier(config: Config, spec: GptSpec) -> SequenceClassifier:
@@ -446,10 +452,17 @@ def token_classifier(config: Config, spec: GptSpec) -> TokenClassifier:
     )
 
 
+def question_answerer(config: Config, spec: GptSpec) -> QuestionAnswerer:
+    """The trunk with `qa_outputs` over each token."""
+    table = table_of(spec, drop=(LM_HEAD, LABELS), fresh=(ANSWERS,))
+    return QuestionAnswerer(config, Gpt(spec), table=table, home=spec.names.trunk)
+
+
 # Task name → the model, made of its configuration and spec.
 GPT_MODELS: dict[str, Callable[[Config, GptSpec], Model]] = {
     "base": bare,
     "causal-lm": CausalGpt,
     "sequence-classification": sequence_classifier,
     "token-classification": token_classifier,
+    "question-answering": question_answerer,
 }

@@ -39,6 +39,19 @@ class ClassifierOutput:
     logits: Tensor
 
 
+@dataclass
+class HeadOutput(ClassifierOutput):
+    """The same, which of a question answerer also tells start and end [B, T] apart."""
+
+    @property
+    def start_logits(self) -> Tensor:
+        return self.logits[..., 0]
+
+    @property
+    def end_logits(self) -> Tensor:
+        return self.logits[..., 1]
+
+
 def label_count(config: Config) -> int:
     """How many labels a classifier of this configuration has (two when it names none)."""
     named = config.get("id2label")
@@ -64,6 +77,34 @@ def classification_loss(logits: Tensor, labels: Tensor, problem: str | None) -> 
     if problem == "single_label_classification":
         return F.cross_entropy(logits.flatten(0, -2), labels.flatten())
     return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
+
+
+def answer_loss(
+    logits: Tensor,
+    where: tuple[Tensor, Tensor],
+    lengths: tuple[int, ...] | None,
+    real: Tensor | None = None,
+) -> Tensor:
+    """Mean cross-entropy of start and end; an answer outside of its text does not count.
+
+    `logits` [B, T, 2], whose padding is not `real` [B, T], or of packed texts of `lengths`.
+    """
+    if lengths is None:
+        lengths = (logits.shape[1],) * logits.shape[0]
+    texts = torch.split(logits.flatten(0, 1).float(), list(lengths))
+    table = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=float("-inf"))
+    if real is not None:
+        table = table.masked_fill(~real[..., None], float("-inf"))
+    sizes = torch.tensor(lengths, device=logits.device)
+    losses = []
+    for side, at in enumerate(where):
+        at = at.flatten()
+        inside = (at >= 0) & (at < sizes)
+        if real is not None:
+            inside &= real.gather(1, at.clamp(0, real.shape[1] - 1)[:, None])[:, 0]
+        target = torch.where(inside, at, -100)
+        losses.append(F.cross_entropy(table[..., side], target, ignore_index=-100))
+    return (losses[0] + losses[1]) / 2
 
 
 def last_tokens(
@@ -107,12 +148,13 @@ class _OneTrunk(Model):
         home: str = "model",
         head: str = "score",
         bias: bool = False,
+        count: int | None = None,
     ) -> None:
         super().__init__(config)
         self.home, self.head_name, self.table = home, head, table
         self.add_module(home, trunk)
         width = trunk.spec.hidden if hasattr(trunk, "spec") else config.hidden_size
-        self.add_module(head, nn.Linear(width, label_count(config), bias=bias))
+        self.add_module(head, nn.Linear(width, count or label_count(config), bias=bias))
 
     backbone = backbone
 
@@ -188,6 +230,41 @@ class TokenClassifier(_OneTrunk):
         if labels is not None:
             loss = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
         return ClassifierOutput(loss, logits)
+
+
+class QuestionAnswerer(_OneTrunk):
+    """Where in each text the answer to a question starts and ends."""
+
+    task = "question-answering"
+
+    def __init__(self, config: Config, trunk: Any, *, table: Table, home: str) -> None:
+        super().__init__(
+            config, trunk, table=table, home=home, head="qa_outputs", bias=True, count=2
+        )
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+        lengths: tuple[int, ...] | None = None,
+    ) -> HeadOutput:
+        """`start_positions`, `end_positions` [B]: where the answer's first and last token stand."""
+        hidden = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            positions=position_ids,
+            lengths=lengths,
+            attention_mask=attention_mask,
+        )
+        logits, loss = self.head(hidden), None
+        if start_positions is not None and end_positions is not None:
+            real = None if attention_mask is None else attention_mask.bool()
+            loss = answer_loss(logits, (start_positions, end_positions), lengths, real)
+        return HeadOutput(loss, logits)
 
 
 class BareModel(Model):

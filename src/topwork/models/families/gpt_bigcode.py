@@ -49,4 +49,4 @@ def gpt_spec(read: ConfigReader) -> GptSpec:
     )
 
 
-MODELS = models(gpt_spec)
+MODELS = models(gpt_spec, without=("question-answering",))

@@ -38,5 +38,9 @@ CASES = [
 def spec(read: ConfigReader) -> DecoderSpec:
     bias = read("attention_bias", False)
     return llama_like(
-        read, qkv_bias=bias, out_bias=bias, mlp=gated(read, bias=read("mlp_bias", False))
+        read,
+        qkv_bias=bias,
+        out_bias=bias,
+        mlp=gated(read, bias=read("mlp_bias", False)),
+        answers="transformer",
     )

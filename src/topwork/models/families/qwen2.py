@@ -12,4 +12,4 @@ CASES = [
 
 
 def spec(read: ConfigReader) -> DecoderSpec:
-    return llama_like(read, windows=windows_by_layer(read), qkv_bias=True)
+    return llama_like(read, windows=windows_by_layer(read), qkv_bias=True, answers="transformer")

@@ -22,4 +22,5 @@ def spec(read: ConfigReader) -> DecoderSpec:
         out_bias=bias,
         qk_norm=QkNorm(rms(read)),
         head_dim=128,
+        answers="transformer",
     )

@@ -31,4 +31,5 @@ def spec(read: ConfigReader) -> DecoderSpec:
         mlp=mixed(read, moe, gated(read)),
         router_loss=router_loss(read),
         table=TABLE,
+        answers="transformer",
     )

@@ -39,4 +39,5 @@ def spec(read: ConfigReader) -> DecoderSpec:
         out_bias=bias,
         mlp=gated(read, bias=read("mlp_bias", False)),
         tied=True,
+        answers="transformer",
     )
