@@ -120,6 +120,7 @@ HOMES = {
     "TextIteratorStreamer": "topwork.generation",
     "TextStreamer": "topwork.generation",
     "Tokenizer": "topwork.text",
+    "TinyLoraConfig": "topwork.peft",
     "TrainableTokensConfig": "topwork.peft",
     "TrainerCallback": "topwork.training",
     "TrainingArguments": "topwork.training",

@@ -156,6 +156,10 @@ ROWS = [
         target_modules="self_attn"),
     row("AdaptionPromptConfig", "gpt2", adapter_len=3, adapter_layers=1, merges=False,
         target_modules=None),
+    row("TinyLoraConfig", r=4, u=60),
+    row("TinyLoraConfig", r=3, u=7, weight_tying=0.6, init_weights="uniform"),
+    row("TinyLoraConfig", "gpt2", u=7, weight_tying=1.0, save_projection=False,
+        fan_in_fan_out=True),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip
@@ -192,6 +196,8 @@ def shared(name, peers=False):
     has LLaMA-Adapter's around attention."""
     name = re.sub(r"^.*\.(vblora_vector_bank|unilora_theta_d)", r"\1", name)
     name = re.sub(r"\w+\.(adaption_(?:prompt|gate))\.default$", r"\1", name)
+    name = re.sub(r"tinylora_v(\d+)\.default", r"tinylora_v.default.\1", name)
+    name = re.sub(r"(?<=base_model\.).*\.(tinylora_v\.)", r"\1", name)
     name = name.replace("token_adapter.", "").replace("base_layer.out_proj.lora_", "lora_out_")
     if peers and "experts" in name:
         if ".base_layer." not in name:

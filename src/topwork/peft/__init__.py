@@ -79,6 +79,7 @@ from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
 from topwork.peft.methods.road import RoadConfig
 from topwork.peft.methods.shira import ShiraConfig
+from topwork.peft.methods.tinylora import TinyLoraConfig
 from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
 from topwork.peft.methods.unilora import UniLoraConfig
 from topwork.peft.methods.vblora import VBLoRAConfig
@@ -151,6 +152,7 @@ __all__ = [
     "SeqBnConfig",
     "ShiraConfig",
     "TaskType",
+    "TinyLoraConfig",
     "TrainableTokensConfig",
     "UniLoraConfig",
     "VBLoRAConfig",

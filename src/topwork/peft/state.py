@@ -57,11 +57,11 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
         return {
             f"{ROUTER}.{key}": tensor for key, tensor in router.state_dict(keep_vars=True).items()
         }
-    state: dict[str, Tensor] = {}
-    if getattr(config, "save_projection", True):
-        # What follows from a seed is not written.
-        banks = ((key, bank) for key, bank in banks_of(home) if not key.startswith("_"))
-        state = {key: bank[name] for key, bank in banks if name in bank}
+    # What follows from a seed is not written, and projections only where they are asked for.
+    every = getattr(config, "save_projection", True)
+    banks = ((key, bank) for key, bank in banks_of(home) if not key.startswith("_"))
+    state = {key: bank[name] for key, bank in banks if name in bank}
+    state = {k: t for k, t in state.items() if every or isinstance(t, nn.Parameter)}
     for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
             if name in module.grafts:
