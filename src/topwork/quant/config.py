@@ -44,7 +44,7 @@ class BitsAndBytesConfig:
         if self.load_in_8bit == self.load_in_4bit:
             raise ConfigError("set one of load_in_4bit=True and load_in_8bit=True")
         Blocks(self.bnb_4bit_quant_type)
-        self.compute, self.format  # noqa: B018
+        _ = self.compute, self.format  # both refuse what is not known
 
     @classmethod
     def of(cls, given: Any) -> BitsAndBytesConfig:
