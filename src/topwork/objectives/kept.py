@@ -38,7 +38,9 @@ def unpacked(found: dict[str, Tensor], kind: type) -> tuple[int, list[Any]]:
         start = f"{FACTS}.{i}."
         own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
         lengths = tuple(tuple(n) if isinstance(n, list) else n for n in fact["lengths"])
-        inner: dict[str, Any] = {k.removeprefix("batch."): v for k, v in own.items() if k.startswith("batch.")}
+        inner: dict[str, Any] = {
+            k.removeprefix("batch."): v for k, v in own.items() if k.startswith("batch.")
+        }
         batch = Batch(lengths=lengths, rows=tuple(fact["rows"]), **inner)
         metrics = {name: (total, count) for name, (total, count) in fact["metrics"].items()}
         rest = {f.name: own[f.name] for f in fields(kind) if f.name in own}
