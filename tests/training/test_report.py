@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from html.parser import HTMLParser
 
-from topwork.training.report import Facts, sorted_curves, write_report
+from topwork.training.report import Facts, keep_until, sorted_curves, write_report
 
 HISTORY = [
     {"loss": 2.0, "learning_rate": 1e-3, "memory": 5, "epoch": 0.5, "step": 10},
@@ -72,6 +72,15 @@ def test_answers_are_shown_evenly_over_the_run_and_escaped(tmp_path):
     assert {"b", "i"}.isdisjoint(page.tags)
     assert any("step 0:" in w for w in page.words)
     assert any("step 99:" in w for w in page.words)
+
+
+def test_ends_of_lines_within_an_answer_are_its_own(tmp_path):
+    line = {"step": 1, "prompt": "p", "completions": ["a\x85b\u2028c\x1cd"]}
+    text = json.dumps(line, ensure_ascii=False) + "\n"
+    (tmp_path / "completions.jsonl").write_text(text)
+    write_report(tmp_path, HISTORY, facts())
+    keep_until(1, tmp_path)
+    assert (tmp_path / "completions.jsonl").read_text() == text
 
 
 def test_a_run_without_any_log_still_has_a_page(tmp_path):

@@ -105,9 +105,8 @@ def keep_until(step: int, home: Path) -> None:
     """Take out of completions.jsonl what an earlier run, or this one beyond `step`, has left."""
     path = home / COMPLETIONS
     if path.is_file():
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if step and json.loads(line)["step"] <= step]
-        path.write_text("".join(kept), encoding="utf-8")
+        kept = [line for line in _lines(path) if step and json.loads(line)["step"] <= step]
+        path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def add_run(folder: Path, state: TrainerState, facts: Facts) -> None:
@@ -150,11 +149,16 @@ def _lengths(sizes: Sequence[int]) -> str:
 def _completions(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _lines(path)
     if not lines:
         return []
     chosen = sorted({round(i) for i in np.linspace(0, len(lines) - 1, SHOWN)})
     return [json.loads(lines[i]) for i in chosen]
+
+
+def _lines(path: Path) -> list[str]:
+    """The file's lines; other ends of lines may stand within JSON's strings."""
+    return [line for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def _answers(entry: Mapping[str, Any]) -> str:
