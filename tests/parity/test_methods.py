@@ -68,7 +68,7 @@ ROWS = [
     row("LoraConfig", r=3, target_modules=None, target_parameters=["mlp.down_proj.weight"]),
     row("LoraConfig", r=4, lora_alpha=4, init_lora_weights="pissa", target_modules=QV),
     row("LoraConfig", r=4, init_lora_weights="olora", target_modules=QV),
-    row("LoraConfig", "heads", r=3, rank_pattern={"out": 2}),
+    row("LoraConfig", "heads", wrong=True, r=3, rank_pattern={"out": 2}),
     row("LoraConfig", r=4, init_lora_weights="mica"),
     row("LoraConfig", r=4, kasa_config={"beta": 0.1}),
     row("LoraConfig", r=4, velora_config={"num_groups": 5}),
