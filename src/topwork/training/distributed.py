@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -67,7 +68,14 @@ def join() -> World:
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        atexit.register(_leave)
     return World(dist.get_rank(), dist.get_world_size())
+
+
+def _leave() -> None:
+    """Close the group at the end of the process: else its threads may abort on a closed peer."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def choose_device(named: str | None, use_cpu: bool) -> torch.device:
