@@ -124,3 +124,12 @@ def test_files_are_read_line_by_line(tmp_path):
         LazyRows(tmp_path / "b.jsonl")
     with pytest.raises(DataError, match="weights are not streamed"):
         LazyRows([{"path": str(path), "weight": 2}])
+
+
+def test_saving_amid_a_stream_does_not_read_it_from_the_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("topwork.data.stream.Stream.__init__.__defaults__", (None, 4))
+    rows = Endless()
+    run = train(tmp_path, rows, max_steps=12, save_strategy="steps", save_steps=4)
+    run.train()
+    run.save_model()
+    assert run.train_data.rows == rows.given <= 12 * 2 + 4

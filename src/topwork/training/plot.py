@@ -23,11 +23,7 @@ def curves_svg(curves: Mapping[str, Sequence[Point]], title: str) -> str:
         across = MARGIN + x / right * (WIDTH - 2 * MARGIN)
         return across, HEIGHT - MARGIN - (y - low) / (high - low) * (HEIGHT - 2 * MARGIN)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11">',
-        f'<text x="{WIDTH / 2}" y="18" text-anchor="middle" font-size="13">{escape(title)}</text>',
-    ]
+    parts = [_head(title)]
     for i in range(5):
         y = low + (high - low) * i / 4
         _, down = place(0, y)
@@ -46,6 +42,15 @@ def curves_svg(curves: Mapping[str, Sequence[Point]], title: str) -> str:
     return "\n".join(parts)
 
 
+def _head(title: str) -> str:
+    """How a chart begins."""
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11">\n'
+        f'<text x="{WIDTH / 2}" y="18" text-anchor="middle" font-size="13">{escape(title)}</text>'
+    )
+
+
 def _line(places: Sequence[Point], name: str, colour: str, row: int) -> str:
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2"/>' for x, y in places[:60])
@@ -60,11 +65,7 @@ def _line(places: Sequence[Point], name: str, colour: str, row: int) -> str:
 def bars_svg(counts: Sequence[int], edges: Sequence[float], title: str) -> str:
     """A histogram: `counts` between neighbouring `edges`."""
     top, step = max(max(counts), 1), (WIDTH - 2 * MARGIN) / len(counts)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
-        f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11">',
-        f'<text x="{WIDTH / 2}" y="18" text-anchor="middle" font-size="13">{escape(title)}</text>',
-    ]
+    parts = [_head(title)]
     for i, count in enumerate(counts):
         tall = (HEIGHT - 2 * MARGIN) * count / top
         left = MARGIN + i * step

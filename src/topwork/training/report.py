@@ -93,12 +93,12 @@ def sorted_curves(history: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, l
     return dict(sorted(charts.items(), key=lambda c: (order.get(c[0], len(order)), c[0])))
 
 
-def facts_of(trainer: Any) -> Facts:
-    """Of a trainer's run."""
+def facts_of(trainer: Any, plan: Sequence[str]) -> Facts:
+    """Of a trainer's run, before its first step: a stream forgets what it has read."""
     args, data, size = trainer.args, trainer.train_data, trainer.objective.size
     title = args.run_name or f"{type(trainer.objective).__name__} · {Path(args.output_dir).name}"
     sizes = [size(data[i]) for i in looked_at(data, 20_000)]
-    return Facts(title, trainer.notes, trainer.planned, sizes, args.chosen())
+    return Facts(title, trainer.notes, plan, sizes, args.chosen())
 
 
 def keep_until(step: int, home: Path) -> None:

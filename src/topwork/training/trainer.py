@@ -30,7 +30,7 @@ from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, main_dtype, plan_of, resident_memory
 from topwork.training.precision import cast
 from topwork.training.progress import Show
-from topwork.training.report import add_run, facts_of, keep_until, write_report
+from topwork.training.report import Facts, add_run, facts_of, keep_until, write_report
 from topwork.training.sampler import Sampler
 from topwork.training.schedule import Given, Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
@@ -93,7 +93,7 @@ class Trainer:
             raise ConfigError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
         self._home = Path(args.output_dir)
         self._tokens, self._since = 0, 0.0
-        self.planned: list[str] = []
+        self._facts: Facts | None = None
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -112,8 +112,9 @@ class Trainer:
         with Show(state.max_steps, state.global_step, self._quiet) as self.show, \
                 StopRequest() as stop:  # fmt: skip
             if self.world.is_main:
-                self.planned = [*self.plan().lines(), *self._steps_lines()]
-                self.show.lines([*self.notes, *self.planned])
+                planned = [*self.plan().lines(), *self._steps_lines()]
+                self._facts = facts_of(self, planned)
+                self.show.lines([*self.notes, *planned])
             self._write_log()
             self._fire("on_train_begin")
             if args.eval_on_start and state.global_step == 0:
@@ -251,10 +252,11 @@ class Trainer:
         newest = checkpoints.checkpoints(self._home)
         if args.save_strategy != "no" and (not newest or newest[-1][0] != state.global_step):
             self.save_checkpoint()
+        else:
+            self._report()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             checkpoints.verify(Path(state.best_model_checkpoint))
             files.load_trained(self.model, Path(state.best_model_checkpoint))
-        self._report()
         self.model.eval()
         self._fire("on_train_end")
 
@@ -370,8 +372,8 @@ class Trainer:
             keep_until(self.state.global_step, self._home)
 
     def _report(self) -> None:
-        if self.world.is_main and self.state.log_history:
-            write_report(self._home, self.state.log_history, facts_of(self))
+        if self._facts is not None and self.state.log_history:
+            write_report(self._home, self.state.log_history, self._facts)
 
     @property
     def _quiet(self) -> bool:
@@ -471,8 +473,8 @@ class Trainer:
         if self.world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             files.save_model(self.model, folder, self.tokenizer)
-            if self.state.log_history:
-                add_run(folder, self.state, facts_of(self))
+            if self._facts is not None and self.state.log_history:
+                add_run(folder, self.state, self._facts)
         self.world.wait()
 
     # -- small things ----------------------------------------------------------------------------
