@@ -198,7 +198,7 @@ def extract(tuned: str, base: str, output: Path, rank: float, dtype: str, save_r
     config = replace(config, base_model_name_or_path=base, task_type="CAUSAL_LM")
     state.write(tensors, config, output)
     card.write(output, config, sum(t.numel() for t in tensors.values()))
-    kept = _kept(AdapterFile.open(output).pairs(), after, before)
+    kept = _kept(AdapterFile(output, config, tensors).pairs(), after, before)
     return (
         f"{output}: {len(kept)} linears, rank up to {config.r}; of their changes' energy the "
         f"adapter keeps {100 * fmean(kept.values()):.1f} % on average, "

@@ -57,21 +57,19 @@ class LazyRows:
         if _is_mixture(source):
             raise DataError("sources with weights are not streamed; leave streaming out")
         files = [source] if _is_file(source) else source
+        self._source, self._files = source, list[Path]()
         if isinstance(files, Sequence) and files and all(_is_file(f) for f in files):
-            self.source: Any = [Path(file).expanduser() for file in files]
-            for path in self.source:
+            self._files = [Path(file).expanduser() for file in files]
+            for path in self._files:
                 _found(path)
-        elif isinstance(source, Iterable):
-            self.source = source
-        else:
+        elif not isinstance(source, Iterable):
             raise DataError(f"rows are not streamed from a {type(source).__name__}")
 
     def __iter__(self) -> Iterator[Row]:
-        if not isinstance(self.source, list) or not all(isinstance(p, Path) for p in self.source):
-            yield from undecoded(self.source)
-            return
-        for path in self.source:
+        for path in self._files:
             yield from _lazy_file(path)
+        if not self._files:
+            yield from undecoded(self._source)
 
 
 def undecoded(source: Any) -> Iterable[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
 from topwork.peft.layer import Graft
+from topwork.peft.methods.vera import projections
 from topwork.peft.sites import Site
 
 
@@ -55,14 +55,8 @@ class Pvera(Graft):
 
     @classmethod
     def share(cls, config: PveraConfig, layers: list[tuple[str, Site]]) -> dict[str, Tensor]:
-        inputs, outputs = max(s.inputs for _, s in layers), max(s.outputs for _, s in layers)
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-
-        def draw(rows: int, columns: int) -> Tensor:
-            bound = math.sqrt(6 / columns)  # He's uniform distribution
-            return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
-        return {"pvera_A": draw(2 * config.r, inputs), "pvera_B": draw(outputs, config.r)}
+        a, b = projections(config.projection_prng_key, 2 * config.r, config.r, layers)
+        return {"pvera_A": a, "pvera_B": b}
 
     def create(self) -> dict[str, Tensor | nn.Module]:
         b, d = self.empty(self.site.outputs).fill_(1.0), self.empty(2 * self.config.r).normal_()

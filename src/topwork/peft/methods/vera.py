@@ -44,14 +44,8 @@ class Vera(Graft):
 
     @classmethod
     def share(cls, config: VeraConfig, layers: list[tuple[str, Site]]) -> dict[str, Tensor]:
-        inputs, outputs = max(s.inputs for _, s in layers), max(s.outputs for _, s in layers)
-        generator = torch.Generator().manual_seed(config.projection_prng_key)
-
-        def draw(rows: int, columns: int) -> Tensor:
-            bound = math.sqrt(6 / columns)  # He's uniform distribution
-            return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
-
-        return {"vera_A": draw(config.r, inputs), "vera_B": draw(outputs, config.r)}
+        a, b = projections(config.projection_prng_key, config.r, config.r, layers)
+        return {"vera_A": a, "vera_B": b}
 
     def create(self) -> dict[str, Tensor | nn.Module]:
         if self.config.init_weights:
@@ -72,6 +66,20 @@ class Vera(Graft):
     def delta(self) -> Tensor:
         a, b = self._matrices()
         return b @ a
+
+
+def projections(
+    seed: int, inner: int, rank: int, layers: list[tuple[str, Site]]
+) -> tuple[Tensor, Tensor]:
+    """A [inner, in] and B [out, rank] for the widest of `layers`, drawn from `seed`."""
+    inputs, outputs = max(s.inputs for _, s in layers), max(s.outputs for _, s in layers)
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(rows: int, columns: int) -> Tensor:
+        bound = math.sqrt(6 / columns)  # He's uniform distribution
+        return torch.empty(rows, columns).uniform_(-bound, bound, generator=generator)
+
+    return draw(inner, inputs), draw(outputs, rank)
 
 
 CONFIG = VeraConfig
