@@ -69,6 +69,7 @@ HOMES = {
     "LoraConfig": "topwork.peft",
     "LoraGAConfig": "topwork.peft",
     "MissConfig": "topwork.peft",
+    "MontecloraConfig": "topwork.peft",
     "MultitaskPromptTuningConfig": "topwork.peft",
     "OFTConfig": "topwork.peft",
     "ORPOConfig": "topwork.objectives",

@@ -72,6 +72,7 @@ ROWS = [
     row("LoraConfig", r=4, init_lora_weights="mica"),
     row("LoraConfig", r=4, kasa_config={"beta": 0.1}),
     row("LoraConfig", r=4, velora_config={"num_groups": 5}),
+    row("LoraConfig", r=4, monteclora_config={"num_samples": 3}),
     row("LoraConfig", r=4, use_rslora=True,
         use_bdlora={"nblocks": 2, "target_modules_bd_a": ["q_proj", "down"],
                     "target_modules_bd_b": ["k_proj"]}),
@@ -231,6 +232,9 @@ def test_peers_adapter_gives_equal_outputs_gradients_and_counts(row, tmp_path):
         check_slope(ours, row.base, weight)
         return
     for name, grad in own.items():
+        if grads[name] is None:  # MonteCLoRA's spread, which acts in training only
+            assert grad is None
+            continue
         scale = 1 + grads[name].abs().max().item()
         close(grad, grads[name], atol=1e-5 * scale, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 

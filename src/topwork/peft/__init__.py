@@ -42,6 +42,7 @@ from topwork.peft.methods._lora_options import (
     KasaConfig,
     LoftQConfig,
     LoraGAConfig,
+    MontecloraConfig,
     VeloraConfig,
 )
 from topwork.peft.methods.adalora import AdaLoraConfig
@@ -126,6 +127,7 @@ __all__ = [
     "LoraConfig",
     "LoraGAConfig",
     "MissConfig",
+    "MontecloraConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
     "ParBnConfig",

@@ -117,6 +117,30 @@ class KasaConfig:
 
 
 @dataclass
+class MontecloraConfig:
+    """MonteCLoRA (arXiv:2411.04358): in training A is a weighted mean of draws around it."""
+
+    num_samples: int = 8
+    """How many draws."""
+    use_entropy: bool = False
+    """Add the sum of the squared weights to the loss, which keeps them even."""
+    dirichlet_prior: float = 0.1
+    """The counts of the weights' prior: the larger, the more even."""
+    sample_scaler: float = 1e-4
+    """By what the draws count."""
+    kl_loss_weight: float = 1e-5
+    """How much the distance from the priors counts in the loss."""
+    buffer_size: int = 150
+    """No effect: nothing is drawn ahead."""
+
+    def __post_init__(self) -> None:
+        at_least("num_samples", self.num_samples, 1)
+        at_least("buffer_size", self.buffer_size, 1)
+        if self.dirichlet_prior <= 0:
+            raise ConfigError(f"dirichlet_prior={self.dirichlet_prior} must be positive")
+
+
+@dataclass
 class BdLoraConfig:
     """BD-LoRA: A or B block-diagonal, so that serving in shards needs no exchange."""
 

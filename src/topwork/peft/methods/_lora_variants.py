@@ -204,10 +204,12 @@ class ALora(Lora):
 def chosen(config: Any) -> type[Lora]:
     """The variant that `config` asks for."""
     from topwork.peft.methods._lora_arrow import ArrowLora
+    from topwork.peft.methods._lora_monteclora import MonteClora
 
     by_option = {
         "use_qalora": QaLora, "use_bdlora": BdLora, "kasa_config": Kasa, "velora_config": VeLora,
         "alora_invocation_tokens": ALora, "arrow_config": ArrowLora,
+        "monteclora_config": MonteClora,
     }  # fmt: skip
     for name, kind in by_option.items():
         if getattr(config, name):

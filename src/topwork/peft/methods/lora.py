@@ -26,6 +26,7 @@ from topwork.peft.methods._lora_options import (
     KasaConfig,
     LoftQConfig,
     LoraGAConfig,
+    MontecloraConfig,
     VeloraConfig,
 )
 from topwork.peft.targets import base_of, by_pattern, sharing
@@ -43,6 +44,7 @@ class LoraConfig(LayerConfig):
         "eva_config": EvaConfig,
         "kasa_config": KasaConfig,
         "lora_ga_config": LoraGAConfig,
+        "monteclora_config": MontecloraConfig,
         "use_bdlora": BdLoraConfig,
         "velora_config": VeloraConfig,
     }
@@ -59,6 +61,7 @@ class LoraConfig(LayerConfig):
         "use_bdlora",
         "kasa_config",
         "velora_config",
+        "monteclora_config",
         "alora_invocation_tokens",
         "arrow_config",
     )
@@ -91,6 +94,7 @@ class LoraConfig(LayerConfig):
     use_bdlora: BdLoraConfig | None = None
     kasa_config: KasaConfig | None = None
     velora_config: VeloraConfig | None = None
+    monteclora_config: MontecloraConfig | None = None
     alora_invocation_tokens: list[int] | None = None
     """Act from the last place of these tokens in a row on (arXiv:2504.12397)."""
     arrow_config: ArrowConfig | None = None
