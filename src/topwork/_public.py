@@ -63,6 +63,7 @@ HOMES = {
     "KTOTrainer": "topwork.objectives",
     "KasaConfig": "topwork.peft",
     "LNTuningConfig": "topwork.peft",
+    "LilyConfig": "topwork.peft",
     "LoHaConfig": "topwork.peft",
     "LoKrConfig": "topwork.peft",
     "LoftQConfig": "topwork.peft",

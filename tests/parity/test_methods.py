@@ -161,6 +161,10 @@ ROWS = [
     row("TinyLoraConfig", r=3, u=7, weight_tying=0.6, init_weights="uniform"),
     row("TinyLoraConfig", "gpt2", u=7, weight_tying=1.0, save_projection=False,
         fan_in_fan_out=True),
+    row("LilyConfig", r=3, scaling=0.7, merges=False),
+    row("LilyConfig", r=3, stride_A=2, num_B=3, init_weights=False, merges=False),
+    row("LilyConfig", r=2, stride_A=2, target_modules=r".*self_attn\.(q|k)_proj", merges=False),
+    row("LilyConfig", r=2, target_modules="all-linear", merges=False),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip

@@ -63,6 +63,7 @@ from topwork.peft.methods.gralora import GraloraConfig
 from topwork.peft.methods.hira import HiraConfig
 from topwork.peft.methods.hra import HRAConfig
 from topwork.peft.methods.ia3 import IA3Config
+from topwork.peft.methods.lily import LilyConfig
 from topwork.peft.methods.ln_tuning import LNTuningConfig
 from topwork.peft.methods.loha import LoHaConfig
 from topwork.peft.methods.lokr import LoKrConfig
@@ -121,6 +122,7 @@ __all__ = [
     "IA3Config",
     "KasaConfig",
     "LNTuningConfig",
+    "LilyConfig",
     "LoHaConfig",
     "LoKrConfig",
     "LoftQConfig",

@@ -67,6 +67,8 @@ class Shared:
         self.name = name
         self.layers = layers
         """The layers that the adapter goes to, in the model's order."""
+        self.made: dict[tuple[str, str], nn.Module] = {}
+        """What a layer made for others too: (its path, the name in files) → the leaf."""
 
     def __getitem__(self, key: str) -> Tensor:
         return getattr(self.home, key)[self.name]
