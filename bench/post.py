@@ -1,10 +1,12 @@
 """Post-training side by side with trl: DPO, a reward model, and GRPO with its rollouts.
 
-    python bench/post.py [--quick] [--case dpo|reward|grpo] [--side ours|trl|trl-best]
+    python bench/post.py [--quick] [--case dpo|reward|grpo]
+                         [--side ours|ours-checkpointing|trl|trl-best]
 
 SmolLM2-135M in bf16, LoRA r=16 on all linears, the same rows, each side in its own process, one
 after the other. Tokens are those of every prompt with its answer, counted alike for both sides
-(ours computes a prompt that answers share once). `trl-best` is trl without checkpointing.
+(ours computes a prompt that answers share once). `trl` checkpoints its activations, `trl-best` does
+not; `ours-checkpointing` and `ours` are set beside both.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ import torch
 from rows import smollm2_gguf
 from sides import Clock, peak_mib
 
-SIDES = ("ours", "trl", "trl-best")
+SIDES = ("ours", "ours-checkpointing", "trl", "trl-best")
 # case → prompts of a batch, and the steps of (ours, trl) in a whole and a quick run.
 CASES = {"dpo": (4, (8, 4), (6, 3)), "reward": (4, (8, 4), (6, 4)), "grpo": (16, (5, 3), (4, 2))}
 GENERATIONS, NEW_TOKENS = 8, 64
@@ -77,7 +79,9 @@ def settings(case: str, batch: int, steps: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def ours(case: str, folder: Path, rows: list[dict[str, str]], steps: int, batch: int) -> Any:
+def ours(
+    case: str, folder: Path, rows: list[dict[str, str]], steps: int, batch: int, side: str
+) -> Any:
     from topwork import (
         AutoTokenizer,
         DPOConfig,
@@ -99,6 +103,7 @@ def ours(case: str, folder: Path, rows: list[dict[str, str]], steps: int, batch:
         "peft_config": LoraConfig(**LORA), "callbacks": [clock],
     }  # fmt: skip
     given = settings(case, batch, steps, folder) | {"shuffle": False}
+    given["gradient_checkpointing"] = side == "ours-checkpointing"
     name = str(folder / "base")
     if case == "dpo":
         trainer: Any = DPOTrainer(name, args=DPOConfig(**given), **shared)
@@ -154,8 +159,8 @@ def child(side: str, case: str, folder: Path, steps: int) -> None:
     torch.manual_seed(0)
     batch = CASES[case][0]
     rows = json.loads((folder / f"{case}.json").read_text())
-    if side == "ours":
-        clock, history = ours(case, folder, rows, steps, batch)
+    if side.startswith("ours"):
+        clock, history = ours(case, folder, rows, steps, batch, side)
     else:
         clock, history = trl(case, folder, rows, steps, batch, side)
     losses = [entry["loss"] for entry in history if "loss" in entry]
@@ -186,7 +191,7 @@ def measure(case: str, side: str, folder: Path, quick: bool) -> dict[str, Any]:
     from topwork import AutoTokenizer
 
     _, *counts = CASES[case]
-    steps = counts[1 if quick else 0][0 if side == "ours" else 1]
+    steps = counts[1 if quick else 0][0 if side.startswith("ours") else 1]
     command = [sys.executable, __file__, "--child", side, case, str(folder), str(steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -229,11 +234,13 @@ def main() -> None:
                 losses = " ".join(f"{x:.4f}" for x in found["losses"])
                 line = f"{case:7} {side:9} {found['tokens_per_second']:7.0f} tok/s"
                 line += f" {found['peak_mib']:6.0f} MiB  losses {losses}"
-                own = results.get("ours", {})
-                if side != "ours" and "tokens_per_second" in own:
-                    times = own["tokens_per_second"] / found["tokens_per_second"]
-                    share = own["peak_mib"] / found["peak_mib"]
-                    line += f"  | ours: {times:.1f} x tokens/s, {share:.2f} of the memory"
+                for name, own in results.items():
+                    if side.startswith("ours") or "tokens_per_second" not in own:
+                        continue
+                    if name.startswith("ours"):
+                        times = own["tokens_per_second"] / found["tokens_per_second"]
+                        share = own["peak_mib"] / found["peak_mib"]
+                        line += f"  | {name}: {times:.1f} x tokens/s, {share:.2f} of the memory"
                 print(line, flush=True)
     print(f"{time.perf_counter() - started:.0f} s")
 

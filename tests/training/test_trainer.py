@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from topwork import (
 )
 from topwork.errors import CheckpointError, ConfigError, TrainingError
 from topwork.training.checkpoint import checkpoints
+from topwork.training.files import read_trained
 
 ROWS = tiny.chats(10)
 LORA = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear")
@@ -144,6 +146,17 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, stop, bf16, lo
     assert [json.loads(line)["loss"] for line in log] == losses(whole)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("lora", [LORA, None], ids=["lora", "full"])
+def test_a_checkpoint_holds_each_trained_tensor_once(tmp_path, bf16, lora):
+    run = trainer(tmp_path, save_strategy="epoch", bf16=bf16, lora=lora)
+    run.train()
+    folder = checkpoints(tmp_path)[-1][1]
+    assert not set(load_file(folder / "trained.safetensors")) & set(weights(run))
+    found = read_trained(folder)
+    assert all(torch.equal(value, found[name]) for name, value in weights(run).items())
+
+
 def test_other_data_or_another_adapter_is_not_resumed(tmp_path):
     trainer(tmp_path, save_strategy="epoch").train()
     with pytest.raises(CheckpointError, match="other data"):
@@ -240,7 +253,7 @@ def test_evaluation_best_model_and_early_stopping(tmp_path):
     evals = [e["eval_a_loss"] for e in run.state.log_history if "eval_a_loss" in e]
     assert len(evals) < 20
     assert run.state.best_metric == min(evals)
-    best = load_file(f"{run.state.best_model_checkpoint}/trained.safetensors")
+    best = read_trained(Path(run.state.best_model_checkpoint))
     assert all(torch.equal(value, best[name]) for name, value in weights(run).items())
     assert len(checkpoints(tmp_path)) <= 3
     assert run.evaluate()["eval_a_loss"] == pytest.approx(min(evals), rel=1e-6)
