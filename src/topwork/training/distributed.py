@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -65,6 +66,9 @@ def join() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not dist.is_initialized():
+        # Optimizers import it anyway; imported after the group is made, it keeps the group (and
+        # so its threads) alive beyond `_leave`, and one that frees a tensor then aborts.
+        importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -73,7 +77,7 @@ def join() -> World:
 
 
 def _leave() -> None:
-    """Close the group at the end of the process: else its threads may abort on a closed peer."""
+    """Close the group, and join its threads, before Python ends: they may free tensors."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
