@@ -54,6 +54,7 @@ HOMES = {
     "EvaConfig": "topwork.peft",
     "FourierFTConfig": "topwork.peft",
     "GenerationConfig": "topwork.generation",
+    "FrodConfig": "topwork.peft",
     "GloraConfig": "topwork.peft",
     "GraloraConfig": "topwork.peft",
     "HRAConfig": "topwork.peft",

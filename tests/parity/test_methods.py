@@ -165,6 +165,9 @@ ROWS = [
     row("LilyConfig", r=3, stride_A=2, num_B=3, init_weights=False, merges=False),
     row("LilyConfig", r=2, stride_A=2, target_modules=r".*self_attn\.(q|k)_proj", merges=False),
     row("LilyConfig", r=2, target_modules="all-linear", merges=False),
+    row("FrodConfig", sparse_rate=0.05, progressbar=False),
+    row("FrodConfig", save_projection=False, projection_prng_key=3, progressbar=False),
+    row("FrodConfig", "gpt2", fan_in_fan_out=True, progressbar=False),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip

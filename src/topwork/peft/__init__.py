@@ -58,6 +58,7 @@ from topwork.peft.methods.cpt import CPTConfig
 from topwork.peft.methods.deft import DeftConfig
 from topwork.peft.methods.delora import DeloraConfig
 from topwork.peft.methods.fourierft import FourierFTConfig
+from topwork.peft.methods.frod import FrodConfig
 from topwork.peft.methods.glora import GloraConfig
 from topwork.peft.methods.gralora import GraloraConfig
 from topwork.peft.methods.hira import HiraConfig
@@ -115,6 +116,7 @@ __all__ = [
     "DoubleSeqBnConfig",
     "EvaConfig",
     "FourierFTConfig",
+    "FrodConfig",
     "GloraConfig",
     "GraloraConfig",
     "HRAConfig",

@@ -46,7 +46,7 @@ def inject(
         raise ConfigError(f"{', '.join(both)} would carry two parts of one adapter")
     save_whole(model, config, name)
     found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
-    for key, tensor in graft.share(config, found).items():
+    for key, tensor in graft.share_from(config, found, model).items():
         if not hasattr(home, key):
             home.add_module(key, Tensors())
         getattr(home, key)[name] = tensor

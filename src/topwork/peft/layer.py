@@ -67,8 +67,7 @@ class Shared:
         self.name = name
         self.layers = layers
         """The layers that the adapter goes to, in the model's order."""
-        self.made: dict[tuple[str, str], nn.Module] = {}
-        """What a layer made for others too: (its path, the name in files) → the leaf."""
+        self.made: dict[tuple[str, str], nn.Module] = {}  # what a layer made for others too
 
     def __getitem__(self, key: str) -> Tensor:
         return getattr(self.home, key)[self.name]
@@ -154,6 +153,11 @@ class Graft:
     def share(cls, config: Any, layers: list[tuple[str, sites.Site]]) -> dict[str, Tensor]:
         """What the method keeps once for all layers of an adapter, by the names in files."""
         return {}
+
+    @classmethod
+    def share_from(cls, config: Any, layers: list[Any], model: nn.Module) -> dict[str, Tensor]:
+        """The same, where it follows from the weights of `model`."""
+        return cls.share(config, layers)
 
     def whole(self, x: Tensor) -> Tensor | None:
         """The layer's output at once, where no other adapter computes on it; None: step by step."""
@@ -337,10 +341,8 @@ class AdaptedLayer(nn.Module):
         if parts is not None:
             return ops.lora_linears(x, (parts,), self.training)[0]
         using = self._using()
-        if len(using) == 1:
-            y = using[0].whole(x)
-            if y is not None:
-                return y
+        if len(using) == 1 and (y := using[0].whole(x)) is not None:
+            return y
         changes = [graft.changes() for graft in using]
         if any(changes):
             return self._changed(changes, (x, *args), kwargs)
