@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from topwork.data.formats import Chat, Completion, Format, recognise, without_template
-from topwork.data.groups import Group
+from topwork.data.formats import Example, Format, recognise
+from topwork.data.groups import Group, shifted
 from topwork.data.preferences import Answered
-from topwork.data.prepare import Marking, Prepared, Sample, Tokenized, refuse, tokenize
+from topwork.data.prepare import Marking, Prepared, Sample, Tokenized, fitted, refuse, tokenize
 from topwork.data.rows import Row
 from topwork.errors import DataError
+from topwork.media.images import image_facts
+from topwork.media.placed import Placed, Placer
 from topwork.text import Tokenizer
 
 
@@ -36,6 +38,7 @@ class Rated(Group):
         yield self.prompt.tobytes() + repr(self.value).encode()
         for answer in self.answers:
             yield answer.ids.tobytes() + b"|" + answer.trained.tobytes()
+        yield from (image_facts(image.source) for image in self.images)
 
 
 class PreparedAnswers(Prepared[Rated]):
@@ -57,29 +60,29 @@ def prepare_answers(
     marking: Marking,
     known: Sequence[Format],
     whole: bool = False,
+    placer: Placer | None = None,
 ) -> PreparedAnswers:
     """All `rows`, in one of the `known` formats, as groups of a prompt and its answers.
 
     An answer ends with its last trained token, and is cut at `marking.max_length`; with `whole`
-    (for what reads an answer's end) it keeps everything, and longer rows are dropped. DataError
-    names the rows that cannot be used, or says why none is left.
+    (for what reads an answer's end) it keeps everything, and longer rows are dropped. `placer`
+    writes the images of rows that have some. DataError names the rows that cannot be used, or says
+    why none is left.
     """
     found = recognise(rows, known=known)
     bad: dict[int, DataError] = {}
-    parts: dict[tuple[int, int], Chat | Completion] = {}
+    parts: dict[tuple[int, int], Example] = {}
     values: dict[int, float | None] = {}
     for number, row in enumerate(rows):
         try:
             answered: Answered = found.read(row)
             for k, example in enumerate(answered.examples()):
-                if isinstance(example, Chat) and tokenizer.chat_template is None:
-                    example = without_template(example)
-                parts[number, k] = example
+                parts[number, k] = fitted(example, tokenizer, placer)
             values[number] = answered.value
         except DataError as error:
             bad[number] = error
     refused: dict[tuple[int, int], DataError] = {}
-    tokenized = tokenize(parts, tokenizer, marking, refused)
+    tokenized = tokenize(parts, tokenizer, marking, refused, placer)
     bad |= {number: error for (number, _), error in refused.items()}
     refuse(bad, len(rows))
     prepared = PreparedAnswers([], found.name, len(rows))
@@ -101,6 +104,9 @@ def _add(
     if whole and limit is not None and longest > limit:
         prepared.dropped[f"longer than max_length={limit}"] += 1
         return
+    if limit is not None and any(a.images and a.images[-1].stop > limit for a in answers):
+        prepared.dropped[f"whose images do not fit in max_length={limit}"] += 1
+        return
     ids = [np.asarray(a.ids, np.int32) for a in answers]
     marks = [np.asarray(a.trained, np.bool_) for a in answers]
     if not whole:
@@ -117,20 +123,45 @@ def _add(
             return
     else:
         cut = [False] * len(ids)
-    if len(ids) > 1 and all(np.array_equal(i, ids[0]) for i in ids):
+    sources = [[id(p.source) for p in answer.images] for answer in answers]
+    alike = all(np.array_equal(i, ids[0]) for i in ids) and all(s == sources[0] for s in sources)
+    if len(ids) > 1 and alike:
         prepared.dropped["whose answers are the same tokens"] += 1
         return
-    shared = _shared(ids, marks, whole)
+    images = [[p for p in a.images if p.stop <= len(i)] for a, i in zip(answers, ids)]
+    shared = _outside(_shared(ids, marks, whole), images)
     prepared.cut += any(cut)
     prepared.unterminated += sum(c or not a.closed for c, a in zip(cut, answers))
     prepared.samples.append(
         Rated(
             number,
             ids[0][:shared],
-            tuple(Sample(number, i[shared:], m[shared:]) for i, m in zip(ids, marks)),
+            tuple(
+                Sample(number, i[shared:], m[shared:], images=_beyond(own, shared))
+                for i, m, own in zip(ids, marks, images)
+            ),
             value,
+            prompt_images=tuple(p for p in images[0] if p.stop <= shared),
         )
     )
+
+
+def _outside(shared: int, images: Sequence[Sequence[Placed]]) -> int:
+    """At most `shared`: no image is cut there, and all before it are everyone's."""
+    for k, image in enumerate(images[0]):
+        same = all(
+            k < len(own) and own[k].start == image.start and own[k].source is image.source
+            for own in images
+        )
+        if image.start < shared and not (same and image.stop <= shared):
+            return image.start
+    firsts = [own[len(images[0])].start for own in images if len(own) > len(images[0])]
+    return min([shared, *firsts])
+
+
+def _beyond(images: Sequence[Placed], shared: int) -> tuple[Placed, ...]:
+    """The images behind the first `shared` tokens, counted from there."""
+    return tuple(shifted(p, -shared) for p in images if p.start >= shared)
 
 
 def _shared(ids: Sequence[np.ndarray], marks: Sequence[np.ndarray], whole: bool) -> int:
@@ -146,7 +177,7 @@ def _shared(ids: Sequence[np.ndarray], marks: Sequence[np.ndarray], whole: bool)
 def unpaired(prepared: PreparedAnswers) -> PreparedAnswers:
     """Each answer as a sample of its own: of a pair the first is good (1), the second bad (0)."""
     singles = [
-        Rated(s.row, s.prompt, (answer,), s.value if len(s.answers) == 1 else 1.0 - k)
+        replace(s, answers=(answer,), value=s.value if len(s.answers) == 1 else 1.0 - k)
         for s in prepared.samples
         for k, answer in enumerate(s.answers)
     ]

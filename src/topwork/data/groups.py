@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 
 from topwork.data.packing import Batch
 from topwork.data.prepare import Sample
+from topwork.media.placed import Placed, Placer
 
 
 @dataclass(frozen=True)
 class Group:
-    """`answers` (their `ids` without the prompt, `trained` marks) to the `prompt` of row `row`."""
+    """`answers` (their `ids` without the prompt, `trained` marks) to the `prompt` of row `row`, in
+    which `prompt_images` stand."""
 
     row: int
     prompt: np.ndarray
     answers: tuple[Sample, ...]
+    prompt_images: tuple[Placed, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.prompt) + sum(len(a) for a in self.answers)
@@ -28,9 +31,32 @@ class Group:
         """Tokens if every answer carried the prompt of its own."""
         return sum(len(self.prompt) + len(a) for a in self.answers)
 
+    @property
+    def trained(self) -> np.ndarray:
+        """The marks of all its tokens, the prompt's and the answers' one after the other."""
+        none = np.zeros(len(self.prompt), np.bool_)
+        return np.concatenate([none, *(a.trained for a in self.answers)])
 
-def collate_groups(groups: Sequence[Group]) -> Batch:
-    """One micro-batch; `owners` counts the answers of all groups in order."""
+    @property
+    def images(self) -> tuple[Placed, ...]:
+        """All its images, at their places among these tokens."""
+        found, at = list(self.prompt_images), len(self.prompt)
+        for answer in self.answers:
+            found += [shifted(image, at) for image in answer.images]
+            at += len(answer)
+        return tuple(found)
+
+
+def shifted(image: Placed, by: int) -> Placed:
+    """`image`, so many tokens further on."""
+    return replace(image, start=image.start + by, stop=image.stop + by)
+
+
+def collate_groups(groups: Sequence[Group], placer: Placer | None = None) -> Batch:
+    """One micro-batch; `owners` counts the answers of all groups in order.
+
+    `placer` reads the images. DataError, naming the row, for one that cannot be read.
+    """
     pieces, lengths, positions, places, owners = [], [], [], [], []
     at = answer = 0
     for group in groups:
@@ -60,4 +86,5 @@ def collate_groups(groups: Sequence[Group]) -> Batch:
         ids[where],
         torch.from_numpy(np.concatenate(owners).astype(np.int64)),
         tuple(dict.fromkeys(g.row for g in groups)),
+        {} if placer is None else placer.tensors(groups),
     )

@@ -24,6 +24,13 @@ def beside(row: Row) -> list[Any]:
     return []
 
 
+def any_in(row: Row, messages: Any) -> bool:
+    """Whether the row has images, beside its `messages` (or text) or within them."""
+    listed = [] if isinstance(messages, str) else messages or []
+    chat = [m for m in listed if isinstance(m, Mapping)]
+    return bool(beside(row)) or any(_is_image(e) for m in chat for e in _entries(m))
+
+
 def within(
     messages: Sequence[Mapping[str, Any]], given: Sequence[Any]
 ) -> tuple[list[dict[str, Any]], tuple[Any, ...]]:

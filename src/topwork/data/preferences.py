@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from topwork.data import illustrated
 from topwork.data.formats import (
     Chat,
     Completion,
@@ -27,6 +28,7 @@ class Answered:
     """A prompt and its answers, all of them texts or all of them messages.
 
     `value`: what the row says of them: the margin of a pair, 1 or 0 for a good or bad answer.
+    `images`: those of the row's column, not read yet.
     """
 
     prompt: str | list[Message]
@@ -34,16 +36,18 @@ class Answered:
     value: float | None = None
     tools: list[Any] | None = None
     variables: dict[str, Any] = field(default_factory=dict)
+    images: tuple[Any, ...] = ()
 
     def examples(self) -> list[Chat | Completion]:
-        """Each answer with the prompt before it, as fine-tuning knows them."""
+        """Each answer with the prompt before it, as fine-tuning knows them. DataError for images
+        that do not go with the messages."""
         if isinstance(self.prompt, str):
-            return [Completion(self.prompt, answer) for answer in self.answers]
-        begin = len(self.prompt)
-        return [
-            Chat([*self.prompt, *answer], begin, self.tools, self.variables)
-            for answer in self.answers
-        ]
+            return [Completion(self.prompt, answer, self.images) for answer in self.answers]
+        begin, made = len(self.prompt), []
+        for answer in self.answers:
+            chat, images = illustrated.within([*self.prompt, *answer], self.images)
+            made.append(Chat(chat, begin, self.tools, self.variables, images))
+        return made
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def _prompted(row: Row) -> Answered:
 
 
 def _more(row: Row, prompt: str | list[Message]) -> dict[str, Any]:
-    return {} if isinstance(prompt, str) else extras_of(row)
+    images = tuple(illustrated.beside(row))
+    return {"images": images, **({} if isinstance(prompt, str) else extras_of(row))}
 
 
 def truth(label: Any) -> float:
@@ -99,6 +104,8 @@ def truth(label: Any) -> float:
 
 
 def _steps(row: Row) -> Stepwise:
+    if illustrated.beside(row):
+        raise DataError("it has images, which models of process rewards do not read")
     steps, labels = list(row["completions"]), [truth(x) for x in row["labels"]]
     if len(steps) != len(labels):
         raise DataError(f"{len(steps)} completions, but {len(labels)} labels")

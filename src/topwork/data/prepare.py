@@ -147,7 +147,7 @@ def prepare(
     examples: dict[int, Example] = {}
     for number, row in enumerate(rows):
         try:
-            examples[number] = _fitted(found.read(row), tokenizer, placer)
+            examples[number] = fitted(found.read(row), tokenizer, placer)
         except DataError as error:
             bad[number] = error
     tokenized = tokenize(examples, tokenizer, marking, bad, placer)
@@ -162,13 +162,14 @@ def prepare(
     return prepared
 
 
-def _fitted(example: Example, tokenizer: Tokenizer, placer: Placer | None) -> Example:
+def fitted(example: Example, tokenizer: Tokenizer, placer: Placer | None) -> Example:
     """`example` as the tokenizer, or the processor, can write it."""
     if example.images and placer is None:
         raise DataError(
             f"it has {len(example.images)} images, which nothing reads here: they need a model of "
-            "images in texts, trained by SFTTrainer with its AutoProcessor as processing_class; a "
-            "model of texts alone needs rows without an image"
+            "images in texts with its AutoProcessor as processing_class, and a trainer that reads "
+            "them (SFTTrainer, DPOTrainer, KTOTrainer, CPOTrainer); else leave out the column "
+            "`images`"
         )
     template = tokenizer.chat_template if placer is None else placer.template
     if not isinstance(example, Chat) or template is not None:

@@ -22,7 +22,6 @@ from topwork.errors import ConfigError, nearest
 from topwork.models.base import CausalLMOutput, backbone
 from topwork.models.config import Config
 from topwork.models.decoder import CausalDecoder, DecoderSpec
-from topwork.models.packing import document_ends
 from topwork.nn.cache import KVCache
 from topwork.weights import Table
 
@@ -249,11 +248,16 @@ class ImageTextModel(CausalDecoder):
         assert self.spec.places is not None
         places, image = self.spec.places, self.spec.image_token
         if lengths is not None:
-            if ops.is_branched(lengths):
-                raise ConfigError("texts with images cannot share a beginning: give plain lengths")
-            ends = (document_ends(lengths, torch.device("cpu")) + 1).tolist()
-            texts = [ids[0, a:b] for a, b in zip([0, *ends], ends)]
-            made = [places.places(text, image, grids)[0] for text in texts]
+            made, at = [], 0
+            for entry in lengths:
+                first, *branches = entry if isinstance(entry, tuple) else (entry,)
+                found, beyond = places.places(ids[0, at : at + first], image, grids)
+                made.append(found)
+                at += first
+                for size in branches:  # each goes on where the beginning ends
+                    found, _ = places.places(ids[0, at : at + size], image, grids)
+                    made.append(found + first + beyond)
+                    at += size
             return torch.cat(made)[None], ids.new_zeros(1)
         positions, ahead = ids.new_zeros(*ids.shape, 3), []
         for i, row in enumerate(ids):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,10 +14,12 @@ from topwork.data.answers import PreparedAnswers, Rated, prepare_answers, unpair
 from topwork.data.formats import Format
 from topwork.data.groups import collate_groups
 from topwork.data.packing import Batch
-from topwork.data.prepare import Marking, describe_losses, marked_text
+from topwork.data.prepare import Marking, Sample, describe_losses, marked_text
 from topwork.data.rows import read_rows
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.media.placed import Placer
 from topwork.objectives.setup import end_token, named_sets
+from topwork.objectives.sighted import described
 from topwork.text import Tokenizer
 from topwork.training import TrainingArguments
 
@@ -69,15 +72,24 @@ class AnswerBatch:
         return torch.bincount(self.owners, minlength=self.answers).to(torch.float32)
 
 
-def collect(model: nn.Module, samples: Sequence[Rated]) -> AnswerBatch:
-    """The micro-batch of these samples, on the model's device."""
+def collect(
+    model: nn.Module, samples: Sequence[Rated], placer: Placer | None = None
+) -> AnswerBatch:
+    """The micro-batch of these samples, on the model's device; `placer` reads their images.
+
+    TrainingError for an image that cannot be read.
+    """
     device = next(model.parameters()).device
     values = torch.tensor([0.0 if s.value is None else s.value for s in samples], device=device)
     known = [s.reference for s in samples]
     reference = None
     if all(r is not None for r in known):
         reference = torch.tensor([x for r in known for x in r or ()], device=device)
-    return AnswerBatch(collate_groups(samples).to(device), values, reference)
+    try:
+        batch = collate_groups(samples, placer)
+    except DataError as error:
+        raise TrainingError(str(error)) from error
+    return AnswerBatch(batch.to(device), values, reference)
 
 
 def halves(values: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +98,15 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
+@dataclass(frozen=True)
 class OverAnswers:
-    """The part of an objective that does not depend on its loss."""
+    """The part of an objective that does not depend on its loss. `placer` reads the images of rows,
+    for a model that takes some."""
+
+    placer: Placer | None = field(default=None, kw_only=True)
+
+    def collect(self, model: nn.Module, samples: Sequence[Rated]) -> AnswerBatch:
+        return collect(model, samples, self.placer)
 
     def size(self, sample: Rated) -> int:
         return len(sample)
@@ -134,7 +153,7 @@ class Data:
 
 def read_answers(
     train: Any, evals: Any, tokenizer: Tokenizer, args: Any, known: Sequence[Format],
-    whole: bool = False, single: bool = False,
+    whole: bool = False, single: bool = False, placer: Placer | None = None,
 ) -> Data:  # fmt: skip
     """The rows of a run as groups; `whole` as in `prepare_answers`, `single`: each answer apart."""
     if train is None:
@@ -142,7 +161,7 @@ def read_answers(
     marking = Marking(max_length=args.max_length, end_token=end_token(tokenizer, args.eos_token))
 
     def read(rows: Any) -> PreparedAnswers:
-        prepared = prepare_answers(read_rows(rows), tokenizer, marking, known, whole)
+        prepared = prepare_answers(read_rows(rows), tokenizer, marking, known, whole, placer)
         return unpaired(prepared) if single else prepared
 
     return Data(read(train), {name: read(rows) for name, rows in named_sets(evals).items()})
@@ -156,6 +175,7 @@ def report(data: Data, tokenizer: Tokenizer, whole: bool = False) -> list[str]:
     lines = [
         f"data: {train.format} format; {len({s.row for s in train.samples}):,} of {train.rows:,} "
         f"rows kept, {train.answers:,} answers, {train.apart:,} tokens{trained}",
+        *described(train.samples),
         f"shared prompts are computed once: {train.tokens:,} tokens ({100 * saved:.0f} % fewer)",
         *describe_losses(train),
     ]
@@ -174,13 +194,19 @@ def report(data: Data, tokenizer: Tokenizer, whole: bool = False) -> list[str]:
 
 def shown(sample: Rated, tokenizer: Tokenizer, limit: int = 700) -> list[str]:
     """The prompt and each answer of `sample` as text, trained tokens in ⟦ ⟧."""
-    lines = [_short(tokenizer.decode(sample.prompt.tolist()), limit)]
+    lines = [_short("".join(text for text, _ in marked_text(prompt_of(sample), tokenizer)), limit)]
     for number, answer in enumerate(sample.answers):
         text = "".join(
             f"⟦{part}⟧" if trained else part for part, trained in marked_text(answer, tokenizer)
         )
         lines.append(f"{title(sample, number)}: {_short(text, limit)}")
     return [line.replace("\n", "\n  ") for line in lines]
+
+
+def prompt_of(sample: Rated) -> Sample:
+    """The prompt of `sample` with its images, as a row without a trained token."""
+    marks = np.zeros(len(sample.prompt), np.bool_)
+    return Sample(sample.row, sample.prompt, marks, images=sample.prompt_images)
 
 
 def title(sample: Rated, number: int) -> str:

@@ -18,7 +18,6 @@ from topwork.objectives.answers import (
     AnswerBatch,
     Metrics,
     OverAnswers,
-    collect,
     halves,
     means,
     pair_metrics,
@@ -143,7 +142,7 @@ class DPO(OverAnswers):
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[StepBatch]:
-        batches = [StepBatch(**vars(collect(model, group))) for group in groups]
+        batches = [StepBatch(**vars(self.collect(model, group))) for group in groups]
         world = world or World()
         if self._compares_pairs and (len(batches) > 1 or world.size > 1):
             self._look_ahead(model, batches, world)
@@ -183,7 +182,7 @@ class DPO(OverAnswers):
 
     def reference_of(self, model: nn.Module, samples: Sequence[Rated]) -> Tensor:
         """What `precompute` keeps of these samples [A]."""
-        return self._know_reference(model, StepBatch(**vars(collect(model, samples))))
+        return self._know_reference(model, StepBatch(**vars(self.collect(model, samples))))
 
     # -- the loss --------------------------------------------------------------------------------
 

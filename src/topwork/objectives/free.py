@@ -14,12 +14,12 @@ from topwork.data.answers import Rated
 from topwork.data.packing import Batch
 from topwork.data.preferences import PAIRS
 from topwork.errors import ConfigError
+from topwork.media import ImageTextProcessor
 from topwork.objectives import formulas
 from topwork.objectives.answers import (
     AnswerBatch,
     AnswersConfig,
     OverAnswers,
-    collect,
     halves,
     means,
     pair_metrics,
@@ -27,7 +27,8 @@ from topwork.objectives.answers import (
     report,
 )
 from topwork.objectives.logprobs import token_logprobs
-from topwork.objectives.setup import adapted, at_least, load_pair, one_of
+from topwork.objectives.setup import adapted, at_least, one_of
+from topwork.objectives.sighted import described, load_reader
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -88,7 +89,7 @@ class ORPO(OverAnswers):
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[AnswerBatch]:
-        batches = [collect(model, group) for group in groups]
+        batches = [self.collect(model, group) for group in groups]
         if self.prompt_nll:
             for batch in batches:
                 batch.batch = with_prompts(batch.batch)
@@ -143,7 +144,7 @@ class CPO(OverAnswers):
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[AnswerBatch]:
-        return [collect(model, group) for group in groups]
+        return [self.collect(model, group) for group in groups]
 
     def weight(self, batch: AnswerBatch) -> tuple[float, float]:
         chosen, _ = halves(batch.counts())
@@ -181,26 +182,33 @@ class _WithoutReference(Trainer):
         args: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         args = args or self.CONFIG()
-        model, tokenizer = load_pair(model, processing_class, args)
-        data = read_answers(train_dataset, eval_dataset, tokenizer, args, PAIRS)
+        reader = load_reader(model, processing_class, args)
+        data = read_answers(
+            train_dataset, eval_dataset, reader.tokenizer, args, PAIRS, placer=reader.placer
+        )
+        if getattr(args, "prompt_nll", False) and described(data.train.samples):
+            raise ConfigError(
+                "prompt_nll=True trains prompts, but images in them cannot be predicted: set it to "
+                "False for rows with images"
+            )
         self.prepared, self.prepared_eval = data.train, data.evals
         super().__init__(
-            adapted(model, peft_config),
+            adapted(reader.model, peft_config),
             args,
-            self.objective_of(args),
+            replace(self.objective_of(args), placer=reader.placer),
             data.train.samples,
             data.eval_samples,
-            tokenizer=tokenizer,
+            tokenizer=reader.processing,
             callbacks=callbacks,
             optimizer=optimizer,
             data_fingerprint=data.train.fingerprint,
-            notes=report(data, tokenizer),
+            notes=report(data, reader.tokenizer),
         )
 
 

@@ -17,7 +17,6 @@ from topwork.objectives import formulas
 from topwork.objectives.answers import (
     AnswerBatch,
     OverAnswers,
-    collect,
     means,
 )
 from topwork.objectives.logprobs import token_logprobs
@@ -74,7 +73,7 @@ class KTO(OverAnswers):
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[JudgedBatch]:
         own = [[_only(s, 0) for s in group] for group in groups]
-        batches = [JudgedBatch(**vars(collect(model, group))) for group in own]
+        batches = [JudgedBatch(**vars(self.collect(model, group))) for group in own]
         if self.args.loss_type == "kto":
             total, count = (world or World()).total(*self._mismatched(model, groups))
             for batch in batches:
@@ -87,7 +86,7 @@ class KTO(OverAnswers):
         """The log-ratios of this process's mismatched answers, summed, and their number."""
         total = 0.0
         for group in groups:
-            batch = collect(model, [_only(s, 1) for s in group])
+            batch = self.collect(model, [_only(s, 1) for s in group])
             with torch.no_grad():
                 total += float(token_logprobs(model, batch.batch).sum())
             total -= float(self._know_reference(model, batch).sum())
@@ -95,7 +94,7 @@ class KTO(OverAnswers):
 
     def reference_of(self, model: nn.Module, samples: Sequence[Rated]) -> Tensor:
         """What `precompute` keeps of these samples [A]."""
-        return self._know_reference(model, collect(model, samples))
+        return self._know_reference(model, self.collect(model, samples))
 
     def _know_reference(self, model: nn.Module, batch: AnswerBatch) -> Tensor:
         if batch.reference is None:
@@ -136,7 +135,10 @@ def with_mismatched(samples: Sequence[Rated], limit: int | None) -> list[Rated]:
     for own, other in zip(samples, (samples[-1], *samples)):
         room = None if limit is None else limit - len(own.prompt)
         (answer,) = other.answers
-        cut = Sample(own.row, answer.ids[:room], answer.trained[:room])
+        beyond = [p.start for p in answer.images if room is not None and p.stop > room]
+        stop = min([len(answer) if room is None else room, *beyond])
+        images = tuple(p for p in answer.images if p.stop <= stop)
+        cut = Sample(own.row, answer.ids[:stop], answer.trained[:stop], images=images)
         mixed.append(replace(own, answers=(*own.answers, cut)))
     return mixed
 

@@ -17,8 +17,11 @@ from torch import Tensor, nn
 from topwork.data.answers import PreparedAnswers, Rated
 from topwork.data.formats import Format
 from topwork.errors import ConfigError
+from topwork.media import ImageTextProcessor
+from topwork.models import AutoModelForCausalLM
 from topwork.objectives.answers import AnswersConfig, read_answers, report
-from topwork.objectives.setup import adapted, at_least, load_model, load_pair
+from topwork.objectives.setup import adapted, at_least, load_model
+from topwork.objectives.sighted import load_reader, model_class
 from topwork.peft import PeftConfig, PeftModel
 from topwork.peft.state import fill
 from topwork.text import Tokenizer
@@ -195,10 +198,10 @@ def fingerprint(model: nn.Module, *facts: object) -> str:
 
 def with_reference(
     model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
-    args: ReferenceConfig,
+    args: ReferenceConfig, auto: Any = AutoModelForCausalLM,
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
     """The policy with its adapter, and its reference."""
-    ref_model = None if given is None else load_model(given, args.bf16)
+    ref_model = None if given is None else load_model(given, args.bf16, auto)
     policy = adapted(model, config)
     reference = choose_reference(
         policy,
@@ -236,29 +239,32 @@ class ReferenceTrainer(Trainer):
         args: ReferenceConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         args = args or self.config_class()
-        model, tokenizer = load_pair(model, processing_class, args)
+        reader = load_reader(model, processing_class, args)
         data = read_answers(
-            train_dataset, eval_dataset, tokenizer, args, self.formats, single=self.single
-        )
+            train_dataset, eval_dataset, reader.tokenizer, args, self.formats,
+            single=self.single, placer=reader.placer,
+        )  # fmt: skip
         self.prepared, self.prepared_eval = data.train, data.evals
-        model, reference = with_reference(model, ref_model, peft_config, args)
+        auto = model_class(reader)
+        policy, reference = with_reference(reader.model, ref_model, peft_config, args, auto)
+        objective = replace(self.objective_of(args, reference, policy), placer=reader.placer)
         super().__init__(
-            model,
+            policy,
             args,
-            self.objective_of(args, reference, model),
+            objective,
             self.samples_of(data.train, args),
             {name: self.samples_of(prepared, args) for name, prepared in data.evals.items()},
-            tokenizer=tokenizer,
+            tokenizer=reader.processing,
             callbacks=[*callbacks, *followers(reference, args)],
             optimizer=optimizer,
             data_fingerprint=data.train.fingerprint,
-            notes=[*report(data, tokenizer), *self.notes_of(data.train, args)],
+            notes=[*report(data, reader.tokenizer), *self.notes_of(data.train, args)],
         )
         self._settle(reference, args)
 

@@ -21,7 +21,6 @@ from topwork.objectives.answers import (
     AnswerBatch,
     AnswersConfig,
     OverAnswers,
-    collect,
     halves,
     means,
     read_answers,
@@ -54,7 +53,7 @@ class Reward(OverAnswers):
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Rated]], world: World | None = None
     ) -> list[AnswerBatch]:
-        return [collect(model, group) for group in groups]
+        return [self.collect(model, group) for group in groups]
 
     def weight(self, batch: AnswerBatch) -> float:
         return batch.answers / 2

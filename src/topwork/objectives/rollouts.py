@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from topwork.data import illustrated
 from topwork.data.rows import Row, read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.generation.engine import Engine
@@ -136,6 +137,12 @@ def read_prompts(
 
 def _prompt(number: int, row: Row, tokenizer: Tokenizer, schemas: Schemas | None) -> Prompt:
     given = row.get("prompt")
+    if illustrated.any_in(row, given):
+        raise DataError(
+            f"row {number} has images (in its column `images` or in its messages), which answers "
+            "that are drawn cannot see yet: leave them out, or train on given answers (DPOTrainer, "
+            "SFTTrainer)"
+        )
     tools = list(row.get("tools") or ())
     if schemas is not None:
         tools += schemas(row, number)

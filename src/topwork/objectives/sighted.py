@@ -13,7 +13,7 @@ from topwork import hub
 from topwork.errors import ConfigError
 from topwork.media import AutoProcessor, ImageTextProcessor
 from topwork.media.placed import Placer
-from topwork.models import AutoModelForImageTextToText
+from topwork.models import AutoModelForCausalLM, AutoModelForImageTextToText
 from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES
 from topwork.models.multimodal import ImageTextModel
@@ -67,7 +67,7 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
         )
     if args.chat_template is not None:
         processing.chat_template = args.chat_template
-    if not processing.style.chats and args.completion_only_loss not in (None, True):
+    if not processing.style.chats and getattr(args, "completion_only_loss", None) is False:
         raise ConfigError(
             f"completion_only_loss=False: the prompts of {inner.config.model_type} see all of "
             "themselves, so there is nothing to predict in them"
@@ -75,6 +75,11 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
     if getattr(args, "neftune_noise_alpha", None):
         raise ConfigError("neftune_noise_alpha does not go with images: leave it out")
     return Reader(model, processing.tokenizer, processing, placer)
+
+
+def model_class(reader: Reader) -> Any:
+    """What loads another model of the reader's kind."""
+    return AutoModelForCausalLM if reader.placer is None else AutoModelForImageTextToText
 
 
 def _reads_images(name: str | Path) -> bool:
