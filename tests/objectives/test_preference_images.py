@@ -106,7 +106,8 @@ def test_steps_do_not_depend_on_how_they_are_cut(name, options, tmp_path):
 def test_images_of_the_answers_stay_in_their_answers(tmp_path):
     shown = [
         {"role": "assistant", "content": [{"type": "text", "text": "see "},
-                                          {"type": "image", "image": image}]}
+                                          {"type": "image", "image": image},
+                                          {"type": "text", "text": " here"}]}
         for image in PICTURES[:2]
     ]  # fmt: skip
     rows = [{**PAIRS[0], "images": None, "chosen": shown[:1], "rejected": shown[1:]}]

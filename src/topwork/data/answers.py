@@ -123,12 +123,12 @@ def _add(
             return
     else:
         cut = [False] * len(ids)
-    sources = [[id(p.source) for p in answer.images] for answer in answers]
+    images = [[p for p in a.images if p.stop <= len(i)] for a, i in zip(answers, ids)]
+    sources = [[id(p.source) for p in own] for own in images]
     alike = all(np.array_equal(i, ids[0]) for i in ids) and all(s == sources[0] for s in sources)
     if len(ids) > 1 and alike:
         prepared.dropped["whose answers are the same tokens"] += 1
         return
-    images = [[p for p in a.images if p.stop <= len(i)] for a, i in zip(answers, ids)]
     shared = _outside(_shared(ids, marks, whole), images)
     prepared.cut += any(cut)
     prepared.unterminated += sum(c or not a.closed for c, a in zip(cut, answers))
