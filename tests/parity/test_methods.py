@@ -168,6 +168,12 @@ ROWS = [
     row("FrodConfig", sparse_rate=0.05, progressbar=False),
     row("FrodConfig", save_projection=False, projection_prng_key=3, progressbar=False),
     row("FrodConfig", "gpt2", fan_in_fan_out=True, progressbar=False),
+    row("OSFConfig"),
+    row("OSFConfig", effective_rank=0.3, rank_pattern={"q_proj": 20}, init_weights=False,
+        target_modules=["q_proj", "up_proj", "down_proj"]),
+    row("SupertuningConfig", sparsity=0.9),
+    row("SupertuningConfig", sparsity=0.7, select_top=False, r=3, init_weights=False),
+    row("SupertuningConfig", "gpt2", sparsity=0.8, target_modules=["lm_head"]),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip
@@ -389,3 +395,31 @@ def test_fields_and_defaults_are_the_peers(name):
         else:
             assert value is None, f"{kind} has {key}, which the peer has not"
     assert PeftConfig.from_dict(ours.to_dict()) == ours
+
+
+def test_osf_and_supertuning_refuse_what_leaves_nothing_to_train():
+    for rank in (1.0, 24, 0.01):
+        config = topwork.OSFConfig(target_modules=QV, effective_rank=rank)
+        with pytest.raises(ConfigError, match=r"OSF: \d+ of \d+ directions of .*q_proj"):
+            get_peft_model(base("qwen2"), config)
+    config = topwork.SupertuningConfig(target_modules=QV, sparsity=0.9999)
+    with pytest.raises(ConfigError, match=r"leaves no entry of .*q_proj to train"):
+        get_peft_model(base("qwen2"), config)
+    with pytest.raises(ConfigError, match="no meaning without r"):
+        topwork.SupertuningConfig(lora_alpha=4)
+
+
+@pytest.mark.filterwarnings("ignore:save_precomputed_indices=False")
+def test_supertunings_places_are_found_again_where_they_are_not_written(tmp_path):
+    config = topwork.SupertuningConfig(
+        target_modules=MIX, sparsity=0.9, save_precomputed_indices=False
+    )
+    ours = get_peft_model(base("qwen2"), config)
+    randomise(ours)
+    ours.eval().save_pretrained(tmp_path)
+    assert not any("indices" in key for key in ours.adapter_state())
+    with torch.no_grad():
+        again = PeftModel.from_pretrained(base("qwen2"), tmp_path)
+        assert torch.equal(outputs(again, "qwen2"), outputs(ours, "qwen2"))
+        theirs = peft.PeftModel.from_pretrained(base("qwen2"), tmp_path)
+        close(outputs(theirs, "qwen2"), outputs(ours, "qwen2"))

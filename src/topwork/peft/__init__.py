@@ -72,6 +72,7 @@ from topwork.peft.methods.lora import LoraConfig
 from topwork.peft.methods.miss import MissConfig
 from topwork.peft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from topwork.peft.methods.oft import OFTConfig
+from topwork.peft.methods.osf import OSFConfig
 from topwork.peft.methods.p_tuning import PromptEncoderConfig
 from topwork.peft.methods.peanut import PeanutConfig
 from topwork.peft.methods.poly import PolyConfig
@@ -82,6 +83,7 @@ from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
 from topwork.peft.methods.road import RoadConfig
 from topwork.peft.methods.shira import ShiraConfig
+from topwork.peft.methods.supertuning import SupertuningConfig
 from topwork.peft.methods.tinylora import TinyLoraConfig
 from topwork.peft.methods.trainable_tokens import TrainableTokensConfig
 from topwork.peft.methods.unilora import UniLoraConfig
@@ -134,6 +136,7 @@ __all__ = [
     "MontecloraConfig",
     "MultitaskPromptTuningConfig",
     "OFTConfig",
+    "OSFConfig",
     "ParBnConfig",
     "PeanutConfig",
     "PeftConfig",
@@ -157,6 +160,7 @@ __all__ = [
     "RoadConfig",
     "SeqBnConfig",
     "ShiraConfig",
+    "SupertuningConfig",
     "TaskType",
     "TinyLoraConfig",
     "TrainableTokensConfig",
