@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from topwork import AutoModelForCausalLM, LoraConfig, get_peft_model
+from topwork import (
+    AutoModelForCausalLM,
+    IA3Config,
+    LoraConfig,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from topwork.generation import loop
 from topwork.generation.engine import Engine
 from topwork.generation.program import compile_step
@@ -321,3 +328,53 @@ def test_what_has_no_words_is_left_to_the_modules():
         Config(**{**BASE, "model_type": "llama", "head_dim": 20})
     )
     assert compile_step(odd.to(torch.bfloat16), 4, 32) is None
+
+
+GRAFTS = {
+    "LoRA": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+    "DoRA": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False, use_dora=True),
+    "aLoRA": LoraConfig(
+        r=4, target_modules="all-linear", init_lora_weights=False, alora_invocation_tokens=[5, 6],
+        task_type="CAUSAL_LM",
+    ),
+    "IA3": IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"],
+        init_ia3_weights=False,
+    ),
+    "prompt": PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+    "prefix": PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", GRAFTS)
+def test_generate_uses_the_active_adapter(kind):
+    model = make("llama")
+    ids = torch.tensor([[9, 5, 6, 40, 3, 77, 5, 6, 12]])
+    bare = model.generate(ids, max_new_tokens=8)
+    adapted = get_peft_model(model, GRAFTS[kind]).eval()
+    for name, parameter in adapted.named_parameters():
+        if parameter.requires_grad and "ia3" not in name:
+            parameter.data.mul_(3)
+        elif parameter.requires_grad:
+            parameter.data.copy_(1 + torch.randn_like(parameter))
+    found = adapted.generate(ids, max_new_tokens=8)
+    assert found.tolist() != bare.tolist()
+    for end in range(ids.shape[1], found.shape[1]):
+        logits = adapted(found[:, :end]).logits[0, -1].float()
+        best, told = logits.max(), logits[found[0, end]]
+        assert best - told <= 0.03 * best.abs()  # bf16: near ties may fall either way
+    with adapted.disable_adapter():
+        assert adapted.generate(ids, max_new_tokens=8).tolist() == bare.tolist()
+
+
+def test_a_text_may_outgrow_the_trained_context_in_the_engine():
+    model = make("llama")
+    model.config.max_position_embeddings = 64
+    engine = Engine(model)
+    request = engine.submit(list(range(1, 61)), max_new_tokens=30)
+    list(engine.run())
+    assert engine.runner.native
+    assert request.error is None
+    alone = model.generate(torch.arange(1, 61)[None], max_new_tokens=30)
+    assert len(request.ids) == alone.shape[1]
+    assert request.ids[:64] == alone[0, :64].tolist()

@@ -123,10 +123,10 @@ class CachedProgram:
         stores: list[Any] = list(cache.stores) if type(cache) is KVCache else [None]
         if not all(type(store) is Growing for store in stores) or batch > decode.MOST_ROWS:
             return None
-        active = getattr(model, "active_adapters", []) if hasattr(model, "peft_config") else []
-        if len(active) > 1:
+        # A view of a model (virtual tokens, invocations, a router) computes more than its modules.
+        if "backbone" in vars(model):
             return None
-        step = compile_step(model, decode.MOST_ROWS, room, active)
+        step = compile_step(model, decode.MOST_ROWS, room)
         if step is None:
             return None
         for store, (heads, size) in zip(stores, step.shapes):
@@ -188,7 +188,8 @@ def compile_step(
 ) -> StepProgram | None:
     """The step of `model` for `rows` rows and texts of up to `length` tokens, or None.
 
-    `adapters`: which adapters a row may name by their index. `how`: portable and steady, see
+    `adapters`: which adapters a row may name by their index; without, the active one acts on every
+    row. `how`: portable and steady, see
     `Program`.
     """
     if rows > decode.MOST_ROWS or not decode.ready():
@@ -197,6 +198,16 @@ def compile_step(
         return _Writer(model, rows, length, adapters, how).written()
     except UnknownError:
         return None
+
+
+def _active(module: Any) -> Sequence[str]:
+    """The adapter that acts in a module of its own accord, if any."""
+    if not isinstance(module, AdaptedLayer):
+        return ()
+    _known(module.rows is None, module)
+    names = [name for name in module.active if name in module.grafts]
+    _known(len(names) <= 1 or module.disabled or bool(module.merged), names)
+    return names[:1]
 
 
 class _Writer:
@@ -369,7 +380,7 @@ class _Writer:
             rows, before = slice(start, start + to.shape[1]), module
             start = rows.stop
             weights.append((self._weight(module, rows), to))
-            found = [self._term(module, name, rows) for name in self.adapters]
+            found = [self._term(module, name, rows) for name in self.adapters or _active(module)]
             if any(term is not None for term in found):
                 terms.append((found, to))
         self.program.linears(x, weights, add)

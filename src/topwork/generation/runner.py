@@ -172,8 +172,7 @@ class NativeRunner:
     def refresh(self) -> None:
         """Read the model again: its weights or adapters have changed."""
         self._adapters = list(getattr(self.model, "peft_config", {}))
-        context = self.model.config.get("max_position_embeddings") or 1 << 16
-        length = min(context, self.pool.pages * self.pool.size)
+        length = self.pool.pages * self.pool.size  # a text may outgrow the trained context
         step = None
         if self.pool.size % 16 == 0:
             step = compile_step(self.model, MOST_ROWS, length, self._adapters, steady=True)
@@ -230,7 +229,7 @@ class NativeRunner:
             ids,
             starts.repeat_interleave(counts) + offsets,
             pages.repeat_interleave(counts, 0),
-            adapter=adapter.repeat_interleave(counts),
+            adapter=adapter.repeat_interleave(counts) if self._adapters else None,
             wanted=(ends - 1).to(torch.int32),
         )
         # The next group of rows goes into the same buffers.
