@@ -123,8 +123,8 @@ def test_a_wrong_configuration_is_refused(options, words):
 
 
 def test_options_of_the_file_that_are_not_acted_on_are_refused():
-    with pytest.raises(ConfigError, match="monteclora_config="):
-        LoraConfig.from_dict({"r": 4, "monteclora_config": {"num_samples": 4}})
+    with pytest.raises(ConfigError, match="a_later_option="):
+        LoraConfig.from_dict({"r": 4, "a_later_option": {"x": 4}})
     with pytest.raises(ConfigError, match="not a LoraConfig"):
         LoraConfig.from_dict({"peft_type": "IA3"})
     with pytest.raises(ConfigError, match="'LORRA' is not supported; nearest: 'LORA'"):

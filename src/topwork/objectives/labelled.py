@@ -70,6 +70,7 @@ class Labelled:
 
     # Collators may draw (masks, augmentation), and batches are made before they are used.
     draws: ClassVar[bool] = True
+    calls: ClassVar[bool] = True
     collate: Collator
     mean: Callable[..., Any]
 

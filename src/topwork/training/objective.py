@@ -35,6 +35,14 @@ def total_units(weights: Sequence[float | Sequence[float]]) -> list[float]:
     return [sum(column) for column in zip(*terms)]
 
 
+def penalty(model: Any, objective: Any, batch: Any, units: Sequence[float]) -> Tensor | float:
+    """What the active adapters' methods add to the loss: the batch's share of it in the step."""
+    tell = None if getattr(objective, "calls", False) else getattr(model, "penalty", None)
+    found = None if tell is None else tell()
+    own = total_units([objective.weight(batch)])
+    return 0.0 if found is None else found * (sum(own) / max(sum(units), 1e-12))
+
+
 def held_state(objective: Any) -> dict[str, Tensor]:
     """What `objective` holds that changes in training, for checkpoints."""
     state = getattr(objective, "state", None)
@@ -59,8 +67,9 @@ class Objective(Protocol):
     them to `load_state` where there is that (for tensors whose shapes it cannot know). One whose
     batches are drawn (rollouts) has `draws` = True, so that a run is stopped between steps only;
     `sketch(model, sample)`, a batch of the usual shape made without drawing, to plan the memory;
-    `repeat`, how many steps take the same samples; and `answers`, how many items of the batch size
-    one sample stands for.
+    `repeat`, how many steps take the same samples; `calls` = True, when its loss is that of the
+    model's own call, in which an adapter's penalty is counted already; and `answers`, how
+    many items of the batch size one sample stands for.
     """
 
     def assemble(

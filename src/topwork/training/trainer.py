@@ -25,7 +25,7 @@ from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.distributed import choose_device
 from topwork.training.evaluation import Means
 from topwork.training.interrupt import StopRequest
-from topwork.training.objective import Objective, held_state, take_up, total_units
+from topwork.training.objective import Objective, held_state, penalty, take_up, total_units
 from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, main_dtype, plan_of, resident_memory
 from topwork.training.precision import cast
@@ -209,7 +209,7 @@ class Trainer:
     def _micro_step(self, batch: Any, units: Sequence[float]) -> None:
         """Forward and backward of one micro-batch, its loss a share of the whole step's."""
         loss = self.objective.loss(self.model, batch)
-        part = loss.over(units)
+        part = loss.over(units) + penalty(self.model, self.objective, batch, units)
         value = float(part.detach())
         if not math.isfinite(value):
             raise TrainingError(
