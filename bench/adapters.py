@@ -29,8 +29,8 @@ import torch
 from rows import Row, full_rows, smollm2_gguf
 
 TARGETS = ["q_proj", "v_proj", "down_proj"]
-# name → configuration class and its options.
 WORDS = {"target_modules": None}  # no layers: virtual tokens
+# name → configuration class and its options.
 METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("LoraConfig", {"r": 16}),
     "lora-dropout": ("LoraConfig", {"r": 16, "lora_dropout": 0.05}),

@@ -127,7 +127,7 @@ class Engine:
             name = active[0] if active else None
         if name is not None and name not in known:
             raise ConfigError(f"there is no adapter {name!r}{nearest(name, known)}")
-        why = None if name is None else _beyond_rows(known[name])
+        why = None if name is None else known[name].beyond_rows
         if why is not None:
             raise ConfigError(
                 f"adapter {name!r} {why}, which the engine's rows cannot do; use model.generate"
@@ -328,18 +328,3 @@ class Engine:
             for event in events:
                 if event.request in self._queues:
                     self._queues[event.request].put_nowait(event)
-
-
-def _beyond_rows(config: Any) -> str | None:
-    """What an adapter does that is not a change of a row's layers, if anything."""
-    if config.is_prompt_learning:
-        return "puts virtual tokens before the text"
-    if getattr(config, "alora_invocation_tokens", None):
-        return "acts from its invocation on (aLoRA)"
-    if getattr(config, "target_parameters", None):
-        return "changes parameters for all rows alike (target_parameters)"
-    return {
-        "XLORA": "is a mixture drawn by a first pass (X-LoRA)",
-        "POLY": "needs task_ids (Poly)",
-        "ADAPTION_PROMPT": "puts prompts into attention (LLaMA-Adapter)",
-    }.get(config.peft_type)

@@ -80,6 +80,12 @@ class PeftConfig:
         """Whether the adapter is virtual tokens rather than terms on layers."""
         return False
 
+    @property
+    def beyond_rows(self) -> str | None:
+        """What the adapter does that is no change of one row's layers, if anything: the engine
+        mixes rows and leaves it to `generate`."""
+        return None
+
     def to_dict(self) -> dict[str, Any]:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return {k: asdict(v) if is_dataclass(v) else v for k, v in values.items()}  # type: ignore[call-overload]

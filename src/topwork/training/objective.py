@@ -39,8 +39,10 @@ def penalty(model: Any, objective: Any, batch: Any, units: Sequence[float]) -> T
     """What the active adapters' methods add to the loss: the batch's share of it in the step."""
     tell = None if getattr(objective, "calls", False) else getattr(model, "penalty", None)
     found = None if tell is None else tell()
+    if found is None:
+        return 0.0
     own = total_units([objective.weight(batch)])
-    return 0.0 if found is None else found * (sum(own) / max(sum(units), 1e-12))
+    return found * (sum(own) / max(sum(units), 1e-12))
 
 
 def held_state(objective: Any) -> dict[str, Tensor]:

@@ -62,6 +62,10 @@ class AdaptionPromptConfig(LayerConfig):
     adapter_layers: int | None = None
     peft_type: str = "ADAPTION_PROMPT"
 
+    @property
+    def beyond_rows(self) -> str | None:
+        return "puts prompts into attention (LLaMA-Adapter)"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("adapter_len", "adapter_layers"):

@@ -33,6 +33,10 @@ class PolyConfig(LayerConfig):
     """B starts at zero; False: at random."""
     peft_type: str = "POLY"
 
+    @property
+    def beyond_rows(self) -> str | None:
+        return "needs task_ids (Poly)"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("r", "n_tasks", "n_skills", "n_splits"):

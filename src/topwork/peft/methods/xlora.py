@@ -44,6 +44,10 @@ class XLoraConfig(PeftConfig):
     """By what the scalings of the second pass are multiplied."""
     peft_type: str = "XLORA"
 
+    @property
+    def beyond_rows(self) -> str | None:
+        return "is a mixture drawn by a first pass (X-LoRA)"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("xlora_depth", self.xlora_depth, 1)
