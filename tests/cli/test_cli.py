@@ -150,3 +150,44 @@ def test_rewards_come_from_a_file_of_ones_own(base, tmp_path):
         run("train", *common, "--reward", f"{own}:breif")
     with pytest.raises(ConfigError, match="--reward"):
         run("train", *common)
+
+
+def test_any_adapter_on_a_base_in_four_bits(base, data, tmp_path):
+    out = tmp_path / "out"
+    run("train", "--model", base, "--data", data, "--output_dir", out, "--max_steps", 1,
+        "--adapter.peft_type", "ia3", "--adapter.target_modules", "[v_proj, down_proj]",
+        "--adapter.feedforward_modules", "[down_proj]", "--load_in_4bit",
+        "--disable_tqdm")  # fmt: skip
+    assert json.loads((out / "adapter_config.json").read_text())["peft_type"] == "IA3"
+    args = json.loads((out / "checkpoint-1" / "training_args.json").read_text())
+    said = args["model_init_kwargs"]["quantization_config"]
+    assert said["load_in_4bit"]
+    assert said["bnb_4bit_quant_type"] == "nf4"
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--adapter.peft_type", "ia4"], "nearest: 'IA3'"),
+        (["--adapter.peft_type", "ia3", "--adapter.r", "8"], "IA3 does not act on"),
+        (["--adapter.peft_type", "ia3", "--lora.r", "8"], "both lora and adapter"),
+        (["--adapter", "ia3"], "expected fields"),
+        (["--load_in_4bit", "--load_in_8bit"], "twice how the base is quantised"),
+    ],
+)
+def test_a_wrong_adapter_or_base_is_refused(base, data, words, error):
+    with pytest.raises(ConfigError, match=error):
+        run("train", "--model", base, "--data", data, *words)
+
+
+def test_the_fields_of_every_configuration_can_be_listed():
+    names = run("fields").output
+    assert "nash_md" in names
+    assert "randlora" in names
+    shown = run("fields", "grpo").output
+    assert "beside model and data: reward" in shown
+    assert "num_iterations: int = 1\n    Passes over the same answers (μ).\n" in shown
+    assert "logging_steps: int = 10" in shown  # a base's, which says nothing more
+    assert "peft_type: str = 'IA3'" in run("fields", "ia3").output
+    with pytest.raises(ConfigError, match="nearest: 'grpo'"):
+        run("fields", "grppo")

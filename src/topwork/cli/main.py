@@ -43,9 +43,10 @@ def common(version: Annotated[bool, typer.Option("--version", help="Print it.")]
 def train(words: Words = None) -> None:
     """Train by a YAML file; every field can be given as --field value too.
 
-    The file needs `model` and `data`; `objective` (sft, dpo, kto, orpo, cpo, reward, prm or
-    distill), `eval_data`, `lora` (its fields, or false), `resume`, `ref_model` and `teacher` are
-    read beside the fields of its configuration: output_dir, learning_rate, max_length, beta …
+    The file needs `model` and `data`. Beside the fields of the objective's configuration
+    (output_dir, learning_rate, max_length, beta …) it may have `objective` (sft, dpo, grpo …),
+    `eval_data`, `resume`, `lora` (its fields, or false), or `adapter` (those of any method, by its
+    `peft_type`), `load_in_4bit` or `load_in_8bit`. `topwork fields` lists them all.
 
         topwork train --model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl
     """
@@ -66,6 +67,17 @@ def models(
         return
     for name, row in capabilities().items():
         print(f"{name:14} {', '.join(task for task, can in row.items() if can)}")
+
+
+@app.command("fields")
+def list_fields(
+    name: Annotated[str | None, typer.Argument(help="sft, grpo …, or lora, ia3 …")] = None,
+) -> None:
+    """List what the file of a run may say: of an objective, or of an adapter's method."""
+    from topwork.cli.fields import page
+
+    for line in page(name):
+        print(line)
 
 
 @app.command(context_settings=Extra)

@@ -11,8 +11,6 @@ import yaml
 
 from topwork.errors import ConfigError
 
-SECTIONS = ("lora",)
-
 
 def read_settings(path: Path | None, extra: Sequence[str]) -> dict[str, Any]:
     """The file's settings, overridden by `--field value` pairs (`--lora.r 8` for a section)."""

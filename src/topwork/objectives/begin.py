@@ -77,7 +77,7 @@ def set_up(
     evals: dict[str, Sequence[Any]] = {
         name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
     }
-    other = None if ref_model is None else load_model(ref_model, args.bf16)
+    other = None if ref_model is None else load_model(ref_model, args)
     reference = _start(model, peft_config, other) if held else None
     notes = describe_prompts(train, long, args)
     draw = Draw(args, tokenizer, jury, *_writing(args, tokenizer, stage))

@@ -86,7 +86,7 @@ class ActorCritic(nn.Module):
 
 def with_critic(
     policy: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
-    bf16: bool | None,
+    args: Any,
 ) -> ActorCritic:  # fmt: skip
     """`policy` with a new value head; one that was saved; or the model (or the name of one) that
     `given` says, adapted as `config` does the policy."""
@@ -101,7 +101,7 @@ def with_critic(
         return ActorCritic(policy, head.to(next(policy.parameters()).device))
     if given is policy:
         raise ConfigError("value_model is the policy itself: leave it out for a shared trunk")
-    critic: Any = load_model(given, bf16, AutoModelForSequenceClassification, num_labels=1)
+    critic: Any = load_model(given, args, AutoModelForSequenceClassification, num_labels=1)
     labels = getattr(critic, "score", None)
     if not callable(getattr(critic, "backbone", None)) or getattr(labels, "out_features", 0) != 1:
         raise ConfigError("value_model must be a sequence classifier of topwork's with one label")

@@ -17,7 +17,7 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.answers import means
 from topwork.objectives.reference import Reference
-from topwork.objectives.setup import adapted, at_least, load_model, load_pair, named_sets
+from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
@@ -36,6 +36,8 @@ class DistillationConfig(SFTConfig):
     which stays with what it says most; between: generalised Jensen-Shannon (arXiv:2306.13649)."""
     temperature: float = 1.0
     """Divides the logits of both."""
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """What `from_pretrained` is given beside the teacher's name."""
     sft_weight: float = 0.0
     """Weight of -log p of the rows' own tokens beside the divergence."""
 
@@ -131,7 +133,7 @@ class DistillationTrainer(Trainer):
         if teacher_model is None or train_dataset is None:
             raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
         model, tokenizer = load_pair(model, processing_class, args)
-        teacher = load_model(teacher_model, args.bf16).requires_grad_(False).eval()
+        teacher = load_teacher(teacher_model, args)
         _check_pair(model, teacher)
         marking = marking_of(args, tokenizer)
 

@@ -230,7 +230,7 @@ class PPOTrainer(Trainer):
         )  # fmt: skip
         self.policy = found.policy
         super().__init__(
-            with_critic(found.policy, value_model, peft_config, args.bf16),
+            with_critic(found.policy, value_model, peft_config, args),
             args,
             PPO(args, found.draw, reference=found.reference),
             callbacks=callbacks,

@@ -201,7 +201,7 @@ def with_reference(
     args: ReferenceConfig, auto: Any = AutoModelForCausalLM,
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
     """The policy with its adapter, and its reference."""
-    ref_model = None if given is None else load_model(given, args.bf16, auto)
+    ref_model = None if given is None else load_model(given, args, auto)
     policy = adapted(model, config)
     reference = choose_reference(
         policy,

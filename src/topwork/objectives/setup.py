@@ -13,6 +13,9 @@ from topwork.models import AutoModelForCausalLM
 from topwork.peft import PeftConfig, PeftModel, get_peft_model
 from topwork.text import AutoTokenizer, Tokenizer
 
+# The options of `from_pretrained` that find files.
+WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
+
 
 def load_pair(
     model: nn.Module | str | Path, tokenizer: Tokenizer | None, args: Any,
@@ -25,8 +28,8 @@ def load_pair(
             "alone: pass its .tokenizer"
         )
     if isinstance(model, (str, Path)):
-        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        model = load_model(model, args.bf16, auto, **options)
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **where(args))
+    model = load_model(model, args, auto, "model_init_kwargs", **options)
     if tokenizer is None:
         raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
     if args.chat_template is not None:
@@ -35,14 +38,29 @@ def load_pair(
 
 
 def load_model(
-    model: nn.Module | str | Path, bf16: bool | None, auto: Any = AutoModelForCausalLM,
-    **options: Any,
+    model: nn.Module | str | Path, args: Any, auto: Any = AutoModelForCausalLM,
+    init: str | None = None, **options: Any,
 ) -> nn.Module:  # fmt: skip
-    """`model` itself, or the one of this name."""
+    """`model` itself, or the one of this name, in the run's dtype unless the field `init` says
+    otherwise. ConfigError for options to load what is loaded."""
+    given = {} if init is None else getattr(args, init) or {}
     if isinstance(model, nn.Module):
+        if given:
+            raise ConfigError(f"{init}={given}: the model is loaded already; pass its name instead")
         return model
-    dtype = {True: "bfloat16", False: "float32", None: "auto"}[bf16]
-    return auto.from_pretrained(model, dtype=dtype, **options)
+    dtype = {True: "bfloat16", False: "float32", None: "auto"}[args.bf16]
+    return auto.from_pretrained(model, **{"dtype": dtype, **options, **given})
+
+
+def load_teacher(model: nn.Module | str | Path, args: Any) -> nn.Module:
+    """`model` or the one of this name, frozen."""
+    loaded = load_model(model, args, init="teacher_model_init_kwargs")
+    return loaded.requires_grad_(False).eval()
+
+
+def where(args: Any, init: str = "model_init_kwargs") -> dict[str, Any]:
+    """What of the field `init` says where files are found: the tokenizer's are beside them."""
+    return {k: v for k, v in (getattr(args, init) or {}).items() if k in WHERE}
 
 
 def adapted(model: nn.Module, config: PeftConfig | None) -> nn.Module:

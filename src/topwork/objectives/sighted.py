@@ -18,7 +18,7 @@ from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES
 from topwork.models.multimodal import ImageTextModel
 from topwork.objectives.labelled import base
-from topwork.objectives.setup import load_model, load_pair
+from topwork.objectives.setup import load_pair, where
 from topwork.text import Tokenizer
 
 
@@ -39,11 +39,12 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
     ConfigError for a processor of images with a model that reads none, and the other way round for
     one that does not write them as the model reads them.
     """
-    if isinstance(model, (str, Path)) and _reads_images(model):
-        processing = processing or AutoProcessor.from_pretrained(model)
-        model = load_model(model, args.bf16, AutoModelForImageTextToText)
+    auto: Any = AutoModelForCausalLM
+    if isinstance(model, (str, Path)) and _reads_images(model, args):
+        processing = processing or AutoProcessor.from_pretrained(model, **where(args))
+        auto = AutoModelForImageTextToText
     if processing is None or isinstance(processing, Tokenizer):
-        model, tokenizer = load_pair(model, processing, args)
+        model, tokenizer = load_pair(model, processing, args, auto)
         return Reader(model, tokenizer, tokenizer)
     if not isinstance(processing, ImageTextProcessor):
         raise ConfigError(
@@ -51,8 +52,7 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
             "texts for training: pass a tokenizer, or the AutoProcessor of a model of images in "
             "texts"
         )
-    if isinstance(model, (str, Path)):
-        model, _ = load_pair(model, processing.tokenizer, args)
+    model, _ = load_pair(model, processing.tokenizer, args, auto)
     inner: Any = base(model)
     if not isinstance(inner, ImageTextModel):
         raise ConfigError(
@@ -82,9 +82,9 @@ def model_class(reader: Reader) -> Any:
     return AutoModelForCausalLM if reader.placer is None else AutoModelForImageTextToText
 
 
-def _reads_images(name: str | Path) -> bool:
+def _reads_images(name: str | Path, args: Any) -> bool:
     """Whether the checkpoint of this name is of a family that reads images in texts."""
-    files = hub.resolve(name, want=("config",))
+    files = hub.resolve(name, want=("config",), **where(args))
     if "config.json" not in files.files:
         return False
     kind = files.json("config.json").get("model_type")

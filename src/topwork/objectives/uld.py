@@ -21,7 +21,7 @@ from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import means
 from topwork.objectives.distill import head_of, seen_at
 from topwork.objectives.reference import Reference
-from topwork.objectives.setup import adapted, at_least, load_model, load_pair, named_sets
+from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets, where
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.peft import PeftConfig
 from topwork.text import AutoTokenizer, Tokenizer
@@ -40,6 +40,8 @@ class ULDConfig(SFTConfig):
     temperature: float = 1.0
     """Divides the student's logits."""
     teacher_temperature: float = 1.0
+    teacher_model_init_kwargs: dict[str, Any] | None = None
+    """What `from_pretrained` is given beside the teacher's name."""
     sft_weight: float = 0.0
     """Weight of -log p of the rows' own tokens beside the distance."""
 
@@ -275,9 +277,11 @@ class ULDTrainer(Trainer):
         if teacher_processing_class is None:
             if isinstance(teacher_model, nn.Module):
                 raise ConfigError("a loaded teacher needs teacher_processing_class, its tokenizer")
-            teacher_processing_class = AutoTokenizer.from_pretrained(teacher_model)
+            teacher_processing_class = AutoTokenizer.from_pretrained(
+                teacher_model, **where(args, "teacher_model_init_kwargs")
+            )
         model, tokenizer = load_pair(model, processing_class, args)
-        teacher = load_model(teacher_model, args.bf16).requires_grad_(False).eval()
+        teacher = load_teacher(teacher_model, args)
         for name, one in (("model", model), ("teacher_model", teacher)):
             if not callable(getattr(one, "backbone", None)):
                 raise ConfigError(f"{name}: load it with topwork.AutoModelForCausalLM")

@@ -73,6 +73,9 @@ class TrainingArguments:
     bf16: bool | None = None
     """True: compute in bfloat16, with fp32 masters of what is trained; False: all in fp32; None:
     as the model was loaded."""
+    model_init_kwargs: dict[str, Any] | None = None
+    """What `from_pretrained` is given beside the model's name: revision, dtype,
+    quantization_config …"""
     gradient_checkpointing: bool = False
     """Keep only each block's input for the backward pass: less memory, a third more time."""
     disable_dropout: bool = False
@@ -158,7 +161,7 @@ class TrainingArguments:
         }
 
     def save(self, path: Path) -> None:
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
         path.write_text(text, encoding="utf-8")
 
     def warmup(self, steps: int) -> int:
@@ -176,6 +179,11 @@ def check_name(name: str, known: set[str], owner: str) -> None:
     if name in REFUSED:
         raise ConfigError(f"{name} has no meaning here: {REFUSED[name]}")
     raise ConfigError(f"{owner} has no field {name!r}{nearest(name, known)}")
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for: a configuration by its fields, a dtype by its name."""
+    return value.to_dict() if hasattr(value, "to_dict") else str(value)
 
 
 def _one_of(name: str, value: str, choices: Any) -> None:
