@@ -5,7 +5,8 @@ import torch
 from transformers import AutoConfig
 from transformers import AutoModelForCausalLM as Theirs
 
-from topwork import AutoModelForCausalLM
+from topwork import AutoModelForCausalLM, LoraConfig, get_peft_model
+from topwork.models import Config
 
 
 def make_pair(kind, folder, **more):
@@ -32,3 +33,35 @@ def pair(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     return make_pair("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Config(
+        model_type="qwen3", vocab_size=80, hidden_size=64, intermediate_size=96,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        max_position_embeddings=256, use_sliding_window=True, sliding_window=9,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.25)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    """The same weights with three adapters."""
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    fresh.load_state_dict(model.state_dict())
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    found = get_peft_model(fresh, lora, "a")
+    for name in ("b", "c"):
+        found.add_adapter(name, lora)
+    with torch.no_grad():
+        for name, parameter in found.named_parameters():
+            if "lora_" in name:
+                parameter.mul_(3)
+    return found.eval()

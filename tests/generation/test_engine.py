@@ -7,50 +7,13 @@ import asyncio
 import pytest
 import torch
 
-from topwork import AutoModelForCausalLM, LoraConfig, get_peft_model
+from helpers_generation import finish, prompts
+from topwork import AutoModelForCausalLM, LoraConfig
 from topwork.errors import ConfigError, TopworkError
 from topwork.generation import GenerationConfig
 from topwork.generation.engine import Engine
 from topwork.models import Config
 from topwork.nn.paged import PagePool
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    config = Config(
-        model_type="qwen3", vocab_size=80, hidden_size=64, intermediate_size=96,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        max_position_embeddings=256, use_sliding_window=True, sliding_window=9,
-        layer_types=["sliding_attention", "full_attention"],
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.25)
-    return model.eval()
-
-
-@pytest.fixture(scope="module")
-def adapted(model):
-    """The same weights with three adapters."""
-    fresh = AutoModelForCausalLM.from_config(model.config)
-    fresh.load_state_dict(model.state_dict())
-    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    found = get_peft_model(fresh, lora, "a")
-    for name in ("b", "c"):
-        found.add_adapter(name, lora)
-    with torch.no_grad():
-        for name, parameter in found.named_parameters():
-            if "lora_" in name:
-                parameter.mul_(3)
-    return found.eval()
-
-
-def prompts(count, seed=0, low=2, high=60):
-    torch.manual_seed(seed)
-    lengths = torch.randint(low, high, (count,)).tolist()
-    return [torch.randint(0, 80, (n,)).tolist() for n in lengths]
 
 
 def alone(model, ids, **options):
@@ -59,10 +22,6 @@ def alone(model, ids, **options):
     for _ in engine.run():
         pass
     return request.new_ids
-
-
-def finish(engine):
-    return list(engine.run())
 
 
 def test_greedy_rows_equal_generate(model):

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ from topwork.generation.request import ACTIVE, Event, Request
 from topwork.generation.runner import NativeRunner, Next, Piece, Runner, StateRunner, is_recurrent
 from topwork.generation.stopping import StopStrings
 from topwork.nn.paged import PagePool
+
+Work = list[tuple[Request, Piece]]
 
 
 class Engine:
@@ -68,7 +71,7 @@ class Engine:
         self._running: list[Request] = []
         self._arrived: deque[Request] = deque()  # appended to by any thread
         self._lock = threading.Lock()
-        self._weights: tuple[int, ...] = ()
+        self._weights = self._versions()
         self._driver: asyncio.Task[None] | None = None
         self._queues: dict[Request, asyncio.Queue[Event]] = {}
         self._thread = ThreadPoolExecutor(1, "topwork-engine")
@@ -158,17 +161,32 @@ class Engine:
                 if self._waiting and not self._running:
                     raise TopworkError("no request can start: the pool has too few pages")
                 return events
-            try:
-                following = self.runner.run([piece for _, piece in work])
-            except Exception as error:
-                return events + [self._end(request, "error", error) for request, _ in work]
+            done, following, failed = self._computed(work)
             ready = []
-            for i, (request, piece) in enumerate(work):
+            for i, (request, piece) in enumerate(done):
                 request.held += len(piece.ids)
                 request.name_pages(self.pool)
                 if request.held == len(request.ids):
                     ready.append((i, request))
-            return events + self._choose(ready, following)
+            events += failed
+            return events if following is None else events + self._choose(ready, following)
+
+    def _computed(self, work: Work) -> tuple[Work, Next | None, list[Event]]:
+        """Run the pieces of `work` together or, where that fails, one by one, and end the requests
+        that fail alone. Returns what was computed, what follows it, and the events of the ends."""
+        try:
+            return work, self.runner.run([piece for _, piece in work]), []
+        except Exception as error:
+            if len(work) == 1:
+                return [], None, [self._end(work[0][0], "error", error)]
+        done, found, events = [], [], []
+        for request, piece in work:
+            try:
+                found.append(self.runner.run([piece]))
+                done.append((request, piece))
+            except Exception as error:
+                events.append(self._end(request, "error", error))
+        return done, Next.joined(found) if found else None, events
 
     def _swept(self) -> list[Event]:
         """End what was cancelled or is overdue."""
@@ -186,12 +204,10 @@ class Engine:
         """Let waiting requests in while there are rows and pages, in order."""
         if not self._waiting or len(self._running) >= self.max_rows:
             return
-        state = tuple(p._version for p in self.model.parameters() if not p.is_inference())
-        if state != self._weights:
+        if not self._unchanged():
             self.pool.forget()
-            if self._weights:
-                self.runner.refresh()
-            self._weights = state
+            self.runner.refresh()
+            self._weights = self._versions()
         promised = {name for request in self._running for name in request.promised()}
         for request in list(self._waiting):
             # Where another request is about to write the same beginning, wait and share it.
@@ -203,9 +219,22 @@ class Engine:
             self._waiting.remove(request)
             self._running.append(request)
 
-    def _work(self) -> list[tuple[Request, Piece]]:
+    def _parameters(self) -> list[Tensor]:
+        return [p for p in self.model.parameters() if not p.is_inference()]
+
+    def _versions(self) -> list[tuple[ref[Tensor], int]]:
+        return [(ref(p), p._version) for p in self._parameters()]
+
+    def _unchanged(self) -> bool:
+        """Whether the weights are those of the last look: the same tensors, not written to."""
+        now = self._parameters()
+        return len(now) == len(self._weights) and all(
+            held() is p and version == p._version for p, (held, version) in zip(now, self._weights)
+        )
+
+    def _work(self) -> Work:
         """The pieces of this round: every row that decodes, then prompts as far as they fit."""
-        work: list[tuple[Request, Piece]] = []
+        work: Work = []
         left = self.step_tokens
         order = sorted(self._running, key=lambda r: r.made == 0)
         for request in order:
@@ -272,7 +301,10 @@ class Engine:
         return events
 
     def _give(self, request: Request, token: int, logprob: float | None = None) -> Event:
-        reason = request.give(token, logprob)
+        try:
+            reason = request.give(token, logprob)
+        except Exception as error:  # of a stopping criterion
+            return self._end(request, "error", error, token)
         if reason is not None:
             return self._end(request, reason, None, token)
         return Event(request, token, False)

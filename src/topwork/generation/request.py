@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from topwork.errors import ConfigError, TopworkError
 from topwork.generation import draw
 from topwork.generation.config import GenerationConfig
 from topwork.generation.loop import Criterion
-from topwork.generation.processors import Processor, apply, processors
+from topwork.generation.processors import NEVER, Processor, apply, processors
 from topwork.nn.paged import PagePool
 
 ACTIVE = "__active__"
@@ -156,7 +157,12 @@ class Request:
         """Scores [1, V] from logits [1, V]."""
         if not self.processors:
             return logits
-        return apply(self.processors, torch.tensor([self.ids]), logits)
+        scores = apply(self.processors, torch.tensor([self.ids]), logits)
+        if scores.shape != logits.shape:
+            raise ConfigError(f"a logits processor made {list(scores.shape)} of [1, V] scores")
+        if not float(scores.max()) > NEVER:
+            raise TopworkError("the logits processors leave no token that could follow")
+        return scores.float()
 
     def choose(self, scores: Tensor) -> tuple[int, float | None]:
         """The next token, and its log-probability if it is drawn."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from topwork import ops
+from topwork.errors import ConfigError
 from topwork.generation.program import StepProgram, compile_step
 from topwork.nn.mamba import RecurrentStore
 from topwork.nn.paged import PagedRows, PagePool
@@ -44,12 +45,18 @@ class Next:
     def of(cls, logits: Tensor) -> Next:
         return cls(logits, *logits.max(-1))
 
+    @classmethod
+    def joined(cls, parts: Sequence[Next]) -> Next:
+        if len(parts) == 1:
+            return parts[0]
+        return cls(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+
 
 class Runner(Protocol):
     pool: PagePool
 
     def run(self, pieces: Sequence[Piece]) -> Next:
-        """What follows each piece's last id."""
+        """What follows each piece's last id. Where it raises, the pieces can be run again."""
         ...
 
     def refresh(self) -> None:
@@ -125,6 +132,22 @@ class StateRunner(ModuleRunner):
     def __init__(self, model: Any, rows: int) -> None:
         super().__init__(model, PagePool(model.layer_count, rows, 1 << 40))
         self._held: list[tuple[Tensor, Tensor] | None] = [None] * model.layer_count
+        self._made: list[tuple[Tensor, list[tuple[Tensor, Tensor]]]] = []
+
+    def run(self, pieces: Sequence[Piece]) -> Next:
+        self._made = []
+        found = super().run(pieces)
+        # A state that has read a piece cannot go back: it moves once nothing can fail any more.
+        for pages, states in self._made:
+            for layer, made in enumerate(states):
+                held = self._held[layer]
+                if held is None:
+                    inputs, state = (t.new_zeros(self.pool.pages, *t.shape[1:]) for t in made)
+                    held = inputs, state
+                    self._held[layer] = held
+                for to, value in zip(held, made):
+                    to[pages] = value
+        return found
 
     def _batch(self, pieces: Sequence[Piece]) -> Tensor:
         ids = torch.tensor([p.ids for p in pieces])
@@ -140,14 +163,7 @@ class StateRunner(ModuleRunner):
                 store.inputs, store.state = (t[pages] * old for t in held)
         layout = ops.Layout(None, past, None if bool(keep.all()) else keep)
         logits = self._after(pieces, ids, starts + torch.arange(new), layout, cache)
-        for layer, store in enumerate(cache.stores):
-            made = store.inputs, store.state
-            held = self._held[layer]
-            if held is None:
-                held = tuple(t.new_zeros(self.pool.pages, *t.shape[1:]) for t in made)
-            for to, value in zip(held, made):
-                to[pages] = value
-            self._held[layer] = held
+        self._made.append((pages, [(store.inputs, store.state) for store in cache.stores]))
         return logits
 
 
@@ -191,6 +207,9 @@ class NativeRunner:
             return self._modules.run(pieces)
         # Rows of one adapter side by side share its tiles.
         index = {name: i for i, name in enumerate(self._adapters)}
+        for piece in pieces:
+            if piece.adapter is not None and piece.adapter not in index:
+                raise ConfigError(f"the adapter {piece.adapter!r} is no longer there")
         order = sorted(range(len(pieces)), key=lambda i: index.get(pieces[i].adapter or "", -1))
         back = torch.tensor(order).argsort()
         found = self._in_groups([pieces[i] for i in order])
@@ -206,10 +225,7 @@ class NativeRunner:
                 group = []
             group.append(piece)
         found.append(self._rows(group))
-        if len(found) == 1:
-            return found[0]
-        parts = ([f.logits for f in found], [f.peak for f in found], [f.best for f in found])
-        return Next(*(torch.cat(part) for part in parts))
+        return Next.joined(found)
 
     def _rows(self, pieces: Sequence[Piece]) -> Next:
         assert self._step is not None
