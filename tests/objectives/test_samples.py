@@ -6,7 +6,17 @@ import pytest
 import torch
 
 import tiny
-from topwork import LoraConfig, SFTConfig, SFTTrainer
+import topwork
+from topwork import (
+    AutoModelForSequenceClassification,
+    Config,
+    LoraConfig,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
+from topwork.data.prepare import opening
 
 
 def run(home, **more):
@@ -49,17 +59,83 @@ def test_a_new_run_drops_what_an_old_one_answered(tmp_path):
 
 
 def test_rows_without_a_prompt_are_passed_over(tmp_path):
-    from topwork.objectives.samples import prompt_of
-
     trainer = run(tmp_path, packing=True, max_length=60)
-    assert [len(prompt_of(s)) > 1 for s in trainer.prepared.samples] == [True] * 8
+    assert [len(opening(s)) > 1 for s in trainer.prepared.samples] == [True] * 8
     texts = SFTTrainer(
-        tiny.model(), SFTConfig(output_dir=str(tmp_path)), [{"text": "abc"}], None,
-        tiny.tokenizer(), LoraConfig(r=2),
+        tiny.model(), SFTConfig(output_dir=str(tmp_path / "t")), [{"text": "abc"}],
+        [{"text": "abcd"}], tiny.tokenizer(), LoraConfig(r=2),
     )  # fmt: skip
-    assert len(prompt_of(texts.prepared.samples[0])) <= 1
+    texts.evaluate()
+    assert not (tmp_path / "t" / "completions.jsonl").exists()
+
+
+def pairs(count):
+    return [{"prompt": f"ask {i}", "chosen": f" {i} yes", "rejected": " no"} for i in range(count)]
+
+
+def advised(count):
+    return [{"prompt": f"ask {i}", "privileged_context": f"yes {i}"} for i in range(count)]
+
+
+JUDGED = [{"prompt": f"ask {i}", "completion": f" {i}", "label": i % 2 == 0} for i in range(4)]
+CASES = [
+    ("DPO", pairs(4), {}, "ask 1"),
+    ("KTO", JUDGED, {}, "ask 1"),
+    ("ORPO", pairs(4), {}, "ask 1"),
+    ("CPO", pairs(4), {}, "ask 1"),
+    ("Distillation", tiny.chats(3), {"teacher_model": 1}, None),
+    ("GKD", tiny.chats(3), {"teacher_model": 1}, None),
+    ("ULD", tiny.chats(3), {"teacher_model": 1}, None),
+    ("SelfDistillation", advised(3), {}, "ask 1"),
+]
+
+
+@pytest.mark.parametrize(("name", "rows", "more", "second"), CASES, ids=[c[0] for c in CASES])
+def test_every_objective_with_prompts_answers_held_out_ones(name, rows, more, second, tmp_path):
+    more = dict(more)
+    if "teacher_model" in more:
+        more["teacher_model"] = tiny.model(more["teacher_model"])
+    if name == "ULD":
+        more["teacher_processing_class"] = tiny.tokenizer()
+    drawn = {"max_completion_length": 4} if name == "SelfDistillation" else {}
+    args = getattr(topwork, f"{name}Config")(
+        output_dir=str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=1,
+        save_strategy="no", sample_answers=2, disable_tqdm=True, **drawn,
+    )  # fmt: skip
+    trainer = getattr(topwork, f"{name}Trainer")(
+        tiny.model(), args=args, train_dataset=rows, eval_dataset=rows,
+        processing_class=tiny.tokenizer(), peft_config=LoraConfig(r=2), **more,
+    )  # fmt: skip
+    trainer.train()
+    lines = [json.loads(x) for x in (tmp_path / "completions.jsonl").read_text().split("\n")[:-1]]
+    assert [line["step"] for line in lines] == [1, 1]
+    wanted = second or trainer.tokenizer.decode(
+        trainer.tokenizer.apply_chat_template(rows[1]["messages"][:1], add_generation_prompt=True)
+    )
+    assert lines[1]["prompt"] == wanted
+    prompt = trainer.tokenizer.encode(wanted)
+    out = trainer.model.generate(
+        torch.tensor([prompt]), max_new_tokens=64, do_sample=False, eos_token_id=2
+    )
+    assert lines[1]["completions"] == [trainer.tokenizer.decode(out[0, len(prompt) :].tolist())]
+    assert "Answers over time" in (tmp_path / "report.html").read_text()
+
+
+def test_models_that_write_nothing_are_not_asked(tmp_path):
+    config = Config(**{**tiny.model().config.to_dict(), "num_labels": 1})
+    scores = AutoModelForSequenceClassification.from_config(config)
+    args = RewardConfig(
+        output_dir=str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=1,
+        save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    RewardTrainer(
+        scores, args, pairs(4), pairs(2), tiny.tokenizer(), peft_config=LoraConfig(r=2)
+    ).train()
+    assert not (tmp_path / "completions.jsonl").exists()
 
 
 def test_a_negative_count_is_refused():
     with pytest.raises(ValueError, match="sample_answers=-1"):
         SFTConfig(sample_answers=-1)
+    with pytest.raises(ValueError, match="sample_answers=-1"):
+        topwork.DPOConfig(sample_answers=-1)

@@ -58,6 +58,15 @@ class Sample:
         return self.ids.tobytes(), self.trained.tobytes(), *seen
 
 
+def opening(sample: Sample | tuple[Sample, ...]) -> Sample:
+    """What stands before the first trained token of `sample` (of a pack: of its first row), with
+    its images, as a row without a trained token."""
+    first = sample[0] if isinstance(sample, tuple) else sample
+    size = int(first.trained.argmax()) if first.trained.any() else 0
+    images = tuple(image for image in first.images if image.stop <= size)
+    return Sample(first.row, first.ids[:size], np.zeros(size, np.bool_), images=images)
+
+
 @dataclass(frozen=True)
 class Marking:
     """Which tokens of a row are trained.

@@ -117,6 +117,9 @@ class OverAnswers:
     def rows(self, batch: AnswerBatch) -> Sequence[int]:
         return batch.batch.rows
 
+    def prompt(self, sample: Rated) -> Sample:
+        return prompt_of(sample)
+
 
 def pair_metrics(chosen: Tensor, rejected: Tensor, prefix: str = "rewards/") -> Metrics:
     """Means over pairs of their rewards [P], margins, and how often the chosen one is higher."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from topwork import ops
 from topwork.data.packing import Batch, collate
-from topwork.data.prepare import Prepared, Sample, prepare
+from topwork.data.prepare import Prepared, Sample, opening, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.answers import means
@@ -81,6 +81,9 @@ class Distillation:
 
     def rows(self, batch: Batch) -> Sequence[int]:
         return batch.rows
+
+    def prompt(self, sample: Sample) -> Sample:
+        return opening(sample)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         student: Any = model

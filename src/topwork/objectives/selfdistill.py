@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from topwork import ops
 from topwork.data.packing import Batch
+from topwork.data.prepare import Sample
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import Metrics, means
@@ -130,6 +131,10 @@ class SelfDistillation:
 
     def rows(self, batch: TwoViews) -> Sequence[int]:
         return batch.batch.rows
+
+    def prompt(self, sample: Advised) -> Sample:
+        """The one that the student reads."""
+        return Sample(sample.row, sample.ids, np.zeros(len(sample), np.bool_))
 
     def loss(self, model: nn.Module, batch: TwoViews) -> Loss:
         seen = seen_at(model, batch.batch)

@@ -11,7 +11,15 @@ import torch
 from torch import nn
 
 from topwork.data.packing import STRATEGIES, Batch, Pack, collate, pack
-from topwork.data.prepare import Marking, Prepared, Sample, describe_losses, marked_text, prepare
+from topwork.data.prepare import (
+    Marking,
+    Prepared,
+    Sample,
+    describe_losses,
+    marked_text,
+    opening,
+    prepare,
+)
 from topwork.data.rows import LazyRows, read_rows
 from topwork.data.stream import Stream
 from topwork.errors import ConfigError, DataError, TrainingError
@@ -19,7 +27,6 @@ from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
 from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.objectives.logprobs import score
-from topwork.objectives.samples import SampleAnswers
 from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
 from topwork.objectives.sighted import Reader, described, load_reader
 from topwork.peft import PeftConfig
@@ -61,8 +68,6 @@ class SFTConfig(TrainingArguments):
     streaming: bool | None = None
     """Read rows as the run needs them, `max_steps` long; None: where they have no length and
     `max_steps` is given. They are shuffled by the thousand."""
-    sample_answers: int = 3
-    """Held-out prompts that are answered at each evaluation, for report.html."""
     router_aux_loss_coef: float | None = None
     """Weight of the routers' load-balancing loss in models with experts; None: what the model's
     configuration says; 0: none. Each micro-batch's counts by its trained tokens."""
@@ -82,7 +87,6 @@ class SFTConfig(TrainingArguments):
             )
         if self.label_smoothing_factor and self.loss_type == "dft":
             raise ConfigError("label_smoothing_factor has no meaning for the dft loss")
-        at_least("sample_answers", self.sample_answers, 0)
         at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0)
         at_least("router_aux_loss_coef", self.router_aux_loss_coef, 0)
         if self.packing and self.max_length is None:
@@ -122,6 +126,9 @@ class SFT:
 
     def rows(self, batch: Batch) -> Sequence[int]:
         return batch.rows
+
+    def prompt(self, sample: Sample | Pack) -> Sample:
+        return opening(sample)
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         learns = torch.is_grad_enabled()
@@ -199,8 +206,6 @@ class SFTTrainer(Trainer):
         }
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         self.prepared, self.prepared_eval = train, evals
-        held_out = (s for prepared in evals.values() for s in prepared.samples)
-        shown = SampleAnswers(held_out, tokenizer, args.sample_answers, reader.placer)
         objective = SFT(
             args.loss_type,
             args.label_smoothing_factor,
@@ -217,7 +222,7 @@ class SFTTrainer(Trainer):
             data,
             {name: samples_of(p, args, eval_packing) for name, p in evals.items()},
             tokenizer=reader.processing,
-            callbacks=[*callbacks, shown, *([Told(data)] if isinstance(data, Stream) else [])],
+            callbacks=[*callbacks, *([Told(data)] if isinstance(data, Stream) else [])],
             optimizer=optimizer,
             data_fingerprint=train.fingerprint,
             notes=report(train, tokenizer, evals, isinstance(data, Stream)),

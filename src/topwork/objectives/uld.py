@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.data.groups import Group, collate_groups
 from topwork.data.packing import Batch
-from topwork.data.prepare import Prepared, Sample, prepare
+from topwork.data.prepare import Prepared, Sample, opening, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import means
@@ -131,6 +131,9 @@ class ULD:
 
     def rows(self, batch: Parallel) -> Sequence[int]:
         return batch.batch.rows
+
+    def prompt(self, sample: Twice) -> Sample:
+        return opening(sample)
 
     def loss(self, model: nn.Module, batch: Parallel) -> Loss:
         seen = seen_at(model, batch.batch)

@@ -102,6 +102,9 @@ class TrainingArguments:
     """None: yes, unless the metric's name ends with "loss"."""
     report_to: str | list[str] = "none"
     run_name: str | None = None
+    sample_answers: int = 3
+    """Held-out prompts that are answered at each evaluation, for report.html, where the rows of an
+    objective have prompts."""
     disable_tqdm: bool = False
     """No progress bar."""
     use_cpu: bool = False
@@ -126,6 +129,8 @@ class TrainingArguments:
             raise ConfigError("num_train_epochs must be positive when max_steps is not given")
         if not 0 <= self.warmup_ratio <= 1:
             raise ConfigError(f"warmup_ratio={self.warmup_ratio} must be in [0, 1]")
+        if self.sample_answers < 0:
+            raise ConfigError(f"sample_answers={self.sample_answers} must be at least 0")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must be at least 1")
         _one_of("eval_strategy", self.eval_strategy, STRATEGIES)

@@ -70,8 +70,10 @@ class Objective(Protocol):
     batches are drawn (rollouts) has `draws` = True, so that a run is stopped between steps only;
     `sketch(model, sample)`, a batch of the usual shape made without drawing, to plan the memory;
     `repeat`, how many steps take the same samples; `calls` = True, when its loss is that of the
-    model's own call, in which an adapter's penalty is counted already; and `answers`, how
-    many items of the batch size one sample stands for.
+    model's own call, in which an adapter's penalty is counted already; `answers`, how many items of
+    the batch size one sample stands for; and `prompt(sample)`, what a sample says before it is to
+    be answered (a row without a trained token, its images read by the objective's `placer`), if
+    held-out ones shall be answered for the run's page.
     """
 
     def assemble(

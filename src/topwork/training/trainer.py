@@ -23,7 +23,7 @@ from topwork.training import distributed, files
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.distributed import choose_device
-from topwork.training.evaluation import Means
+from topwork.training.evaluation import Means, better
 from topwork.training.interrupt import StopRequest
 from topwork.training.objective import Objective, held_state, penalty, take_up, total_units
 from topwork.training.optim import Optimiser, clip
@@ -32,6 +32,7 @@ from topwork.training.precision import cast
 from topwork.training.progress import Show
 from topwork.training.report import Facts, add_run, facts_of, keep_until, write_report
 from topwork.training.sampler import Sampler
+from topwork.training.samples import SampleAnswers
 from topwork.training.schedule import Given, Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
 
@@ -76,7 +77,8 @@ class Trainer:
         self.train_data, self.notes = train_data, list(notes)
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
         self.eval_data = {name: data for name, data in named.items() if len(data)}
-        self.callbacks = list(callbacks)
+        shown = SampleAnswers(objective, self.eval_data, tokenizer, args.sample_answers)
+        self.callbacks = [*callbacks, shown]
         self.device = choose_device(args.device, args.use_cpu)
         if args.bf16 is not None:
             cast(model, args.bf16)
@@ -312,21 +314,14 @@ class Trainer:
             yield from self.objective.assemble(self.model, [group])
 
     def _note_best(self, metrics: dict[str, float]) -> None:
-        name, state = self.args.metric_for_best_model, self.state
-        name = name if name.startswith("eval_") else f"eval_{name}"
-        value = metrics.get(name)
-        if value is None:
-            if self.args.load_best_model_at_end:
-                raise ConfigError(
-                    f"metric_for_best_model={name!r} is not among the metrics {sorted(metrics)}"
-                )
+        state, args = self.state, self.args
+        found = better(metrics, state.best_metric, args)
+        if found is None:
             return
-        sign = 1 if self.args.greater_is_better else -1
-        if state.best_metric is None or sign * (value - state.best_metric) > 0:
-            state.best_metric = value
-            if self.args.load_best_model_at_end and hasattr(self, "optimiser"):
-                state.best_model_checkpoint = str(self._home / f"checkpoint-{state.global_step}")
-                self.control.should_save = True
+        state.best_metric = found
+        if args.load_best_model_at_end and hasattr(self, "optimiser"):
+            state.best_model_checkpoint = str(self._home / f"checkpoint-{state.global_step}")
+            self.control.should_save = True
 
     # -- logs ------------------------------------------------------------------------------------
 
