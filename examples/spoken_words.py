@@ -1,6 +1,6 @@
 """Speech: a small CTC model learns to spell spoken words, then an adapter learns another voice.
 
-No download beside the packages: `pip install "topwork[audio]" jiwer espeakng-loader`. The sounds
+No download beside the packages: `pip install "topwork[recipes]"`. The sounds
 are made here by eSpeak NG, a synthesiser that ships as a wheel: clear and without noise, so the
 figures say that the parts work together, not how well people are heard.
 """
@@ -148,11 +148,11 @@ voice = trainer(adapted, rows(heard[:400], OTHER), other, "runs/voice", 8, 12, 5
 voice.train()
 after = voice.evaluate()
 voice.save_model()
-print(f"the voice it was taught: WER {first['eval_wer']:.3f}, CER {first['eval_cer']:.3f}")
-print(f"another voice: WER {strange['eval_wer']:.3f} → {after['eval_wer']:.3f} with an adapter of "
-      f"{adapted.get_nb_trainable_parameters()[0]:,} numbers from 400 sentences")  # fmt: skip
-
 write = pipeline("automatic-speech-recognition", model="runs/plain", adapter="runs/voice")
 sound = speech.say("seven green birds", OTHER, 160, 50)
 print(write({"raw": sound, "sampling_rate": RATE}, return_timestamps="word"))
 assert isinstance(write.model, PeftModel)
+
+print(f"the voice it was taught: WER {first['eval_wer']:.3f}, CER {first['eval_cer']:.3f}")
+print(f"another voice: WER {strange['eval_wer']:.3f} → {after['eval_wer']:.3f} with an adapter of "
+      f"{adapted.get_nb_trainable_parameters()[0]:,} numbers from 400 sentences")  # fmt: skip

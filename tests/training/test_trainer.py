@@ -339,7 +339,7 @@ def test_a_model_without_an_adapter_that_has_one_is_refused(tmp_path):
         ({"per_device_train_batch_size": 0}, "at least 1"),
         ({"eval_strategy": "step"}, "nearest: 'steps'"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
-        ({"report_to": "wandb"}, "callback with on_log"),
+        ({"report_to": "wandboard"}, "callback with on_log"),
         ({"packing_strategy": "bfb"}, "nearest: 'bfd'"),
         ({"loss_type": "nl"}, "nearest: 'nll'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Self
 
@@ -36,10 +37,11 @@ REFUSED = {
     "per_gpu_train_batch_size": "it is called per_device_train_batch_size",
     "no_cuda": "it is called use_cpu",
     "logging_nan_inf_filter": "a loss that is no number stops the run instead of being hidden",
-    "logging_dir": "the log is log.jsonl in output_dir",
+    "logging_dir": "the log is log.jsonl in output_dir, TensorBoard's is runs/ beside it",
     "dataset_num_proc": "rows are tokenized in parallel by the tokenizer itself",
     "average_tokens_across_devices": "losses are always normalised over all devices",
 }
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 STRATEGIES = ("no", "steps", "epoch")
 
 
@@ -100,7 +102,9 @@ class TrainingArguments:
     """With or without the prefix "eval_"."""
     greater_is_better: bool | None = None
     """None: yes, unless the metric's name ends with "loss"."""
-    report_to: str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
+    """Trackers beside log.jsonl and report.html: "tensorboard", "wandb", "mlflow", several, "all"
+    that are installed, or "none"."""
     run_name: str | None = None
     sample_answers: int = 3
     """Held-out prompts that are answered at each evaluation, for report.html, where the rows of an
@@ -137,11 +141,7 @@ class TrainingArguments:
         _one_of("save_strategy", self.save_strategy, STRATEGIES)
         _one_of("optim", self.optim, OPTIMISERS)
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
-        if self.report_to not in ("none", [], ["none"]):
-            raise ConfigError(
-                f"report_to={self.report_to!r}: the log is log.jsonl in output_dir; for a tracker "
-                "pass a callback with on_log"
-            )
+        self.trackers()
         if self.load_best_model_at_end and "no" in (self.eval_strategy, self.save_strategy):
             raise ConfigError("load_best_model_at_end needs eval_strategy and save_strategy")
 
@@ -164,6 +164,24 @@ class TrainingArguments:
             for name, value in self.to_dict().items()
             if name in TOLD or (value != defaults[name] and value not in ({}, []))
         }
+
+    def trackers(self) -> tuple[str, ...]:
+        """The trackers that `report_to` names. ConfigError for one that cannot be had."""
+        given = [self.report_to] if isinstance(self.report_to, str) else list(self.report_to or ())
+        if given in ([], ["none"]):
+            return ()
+        if given == ["all"]:
+            return tuple(name for name in TRACKERS if find_spec(name))
+        for name in given:
+            if name not in TRACKERS:
+                raise ConfigError(
+                    f"report_to={name!r}{nearest(name, TRACKERS)}; one of none, all, "
+                    f"{', '.join(TRACKERS)}. log.jsonl and report.html are always written; for "
+                    "another tracker pass a callback with on_log"
+                )
+            if find_spec(name) is None:
+                raise ConfigError(f"report_to={name!r}: pip install {name}, or report_to='none'")
+        return tuple(given)
 
     def save(self, path: Path) -> None:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"

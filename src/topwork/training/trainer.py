@@ -35,10 +35,10 @@ from topwork.training.sampler import Sampler
 from topwork.training.samples import SampleAnswers
 from topwork.training.schedule import Given, Schedule, schedule
 from topwork.training.state import TrainerState, load_rng, save_rng
+from topwork.training.trackers import trackers
 
 OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
-OBJECTIVE = "objective.safetensors"
-LOG = "log.jsonl"
+OBJECTIVE, LOG = "objective.safetensors", "log.jsonl"
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Trainer:
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
         self.eval_data = {name: data for name, data in named.items() if len(data)}
         shown = SampleAnswers(objective, self.eval_data, tokenizer, args.sample_answers)
-        self.callbacks = [*callbacks, shown]
+        self.callbacks = [*callbacks, shown, *trackers(args, self.world.is_main)]
         self.device = choose_device(args.device, args.use_cpu)
         if args.bf16 is not None:
             cast(model, args.bf16)
