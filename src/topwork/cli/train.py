@@ -115,13 +115,11 @@ def preview(path: Path | None, extra: list[str], count: int) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from topwork.text import AutoTokenizer
+    from topwork.objectives.previews import Sight
 
     run = read_run(path, extra)
-    tokenizer = AutoTokenizer.from_pretrained(run.model)
-    if run.args.chat_template is not None:
-        tokenizer.chat_template = run.args.chat_template
-    lines, rows = run.entry.preview(run.data, tokenizer, run.args)
+    sight = Sight.of(run.model, run.args, run.entry.images, run.models)
+    lines, rows = run.entry.preview(run.data, sight)
     out = Console(highlight=False, soft_wrap=True)
     for line in lines:
         out.print(line, markup=False)

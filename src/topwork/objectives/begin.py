@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from topwork.errors import ConfigError
@@ -79,7 +80,7 @@ def set_up(
     }
     other = None if ref_model is None else load_model(ref_model, args)
     reference = _start(model, peft_config, other) if held else None
-    notes = describe_prompts(train, long, args)
+    notes = describe_prompts(train, long, args, tokenizer)
     draw = Draw(args, tokenizer, jury, *_writing(args, tokenizer, stage))
     if draw.ahead is not None:
         draw.ahead.play = draw.play
@@ -102,14 +103,23 @@ def _writing(
     return writer, stages, Ahead(early, depth) if depth else None
 
 
-def describe_prompts(prompts: Sequence[Prompt], long: int, args: Any) -> list[str]:
-    """What the run answers, and how many prompts were too `long`."""
+def describe_prompts(
+    prompts: Sequence[Prompt], long: int, args: Any, tokenizer: Tokenizer
+) -> list[str]:
+    """What the run answers, how many prompts were too `long`, and one as the model reads it."""
     count = args.num_generations
     each = f"{count} answers to each" if count > 1 else "an answer to each"
     lines = [f"prompts: {len(prompts):,} rows, {each}"]
     if long:
         lines.append(f"{long} rows dropped, prompts over {args.max_prompt_length} tokens")
-    return lines
+    lines.append(f"row {prompts[0].row}, as the model reads it:")
+    return [*lines, quoted(prompts[0].ids, tokenizer)]
+
+
+def quoted(ids: np.ndarray, tokenizer: Tokenizer, limit: int = 1500) -> str:
+    """The text of `ids`, cut at `limit`, for a report's notes."""
+    text = tokenizer.decode(ids.tolist())
+    return "  " + text[:limit].replace("\n", "\n  ") + (" …" if len(text) > limit else "")
 
 
 def _start(model: nn.Module, config: PeftConfig | None, given: nn.Module | None) -> Reference:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from topwork.data.answers import Rated
+from topwork.data.answers import PreparedAnswers, Rated
 from topwork.data.packing import Batch
 from topwork.data.preferences import PAIRS
 from topwork.errors import ConfigError
@@ -170,6 +170,15 @@ class CPO(OverAnswers):
         )
 
 
+def check_prompts(args: Any, prepared: PreparedAnswers) -> None:
+    """ConfigError where ORPO would train prompts that have images."""
+    if getattr(args, "prompt_nll", False) and described(prepared.samples):
+        raise ConfigError(
+            "prompt_nll=True trains prompts, but images in them cannot be predicted: set it to "
+            "False for rows with images"
+        )
+
+
 class _WithoutReference(Trainer):
     """What both trainers do with their rows."""
 
@@ -192,11 +201,7 @@ class _WithoutReference(Trainer):
         data = read_answers(
             train_dataset, eval_dataset, reader.tokenizer, args, PAIRS, placer=reader.placer
         )
-        if getattr(args, "prompt_nll", False) and described(data.train.samples):
-            raise ConfigError(
-                "prompt_nll=True trains prompts, but images in them cannot be predicted: set it to "
-                "False for rows with images"
-            )
+        check_prompts(args, data.train)
         self.prepared, self.prepared_eval = data.train, data.evals
         super().__init__(
             adapted(reader.model, peft_config),

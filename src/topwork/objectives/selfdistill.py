@@ -18,7 +18,7 @@ from topwork.data.prepare import Sample
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import Metrics, means
-from topwork.objectives.begin import describe_prompts, prompts_fingerprint
+from topwork.objectives.begin import describe_prompts, prompts_fingerprint, quoted
 from topwork.objectives.distill import head_of, seen_at
 from topwork.objectives.draws import Drawn, SamplingConfig, collate_answers
 from topwork.objectives.reference import FollowPolicy, Reference, choose_reference
@@ -198,6 +198,14 @@ def with_advice(row: Mapping[str, Any], number: int, template: str) -> Any:
     return [*given[:-1], last]
 
 
+def describe_advised(
+    prompts: Sequence[Advised], long: int, args: Any, tokenizer: Tokenizer
+) -> list[str]:
+    """`describe_prompts`, and what the teacher reads in place of the first one."""
+    lines = describe_prompts(prompts, long, args, tokenizer)
+    return [*lines, f"  teacher: {quoted(prompts[0].teacher, tokenizer).lstrip()}"]
+
+
 class SelfDistillationTrainer(Trainer):
     """The trainer with the self-distillation objective."""
 
@@ -242,7 +250,7 @@ class SelfDistillationTrainer(Trainer):
             callbacks=[*callbacks, follow] if follows else callbacks,
             optimizer=optimizer,
             data_fingerprint=prompts_fingerprint(train),
-            notes=describe_prompts(train, long, args),
+            notes=describe_advised(train, long, args, tokenizer),
         )
         if teacher.model is not None and teacher.model is not policy:
             teacher.model.to(self.device)

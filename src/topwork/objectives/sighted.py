@@ -19,7 +19,7 @@ from topwork.models.families import NAMES
 from topwork.models.multimodal import ImageTextModel
 from topwork.objectives.labelled import base
 from topwork.objectives.setup import load_pair, where
-from topwork.text import Tokenizer
+from topwork.text import AutoTokenizer, Tokenizer
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,35 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
             f"the processor writes images as token {placer.inside()}, but the model reads them at "
             f"token {inner.spec.image_token}: take the processor that belongs to the model"
         )
+    _settle(processing, args, inner.config.model_type)
+    return Reader(model, processing.tokenizer, processing, placer)
+
+
+def load_writers(name: str | Path, args: Any, images: bool) -> tuple[Tokenizer, Placer | None]:
+    """What writes the texts of the checkpoint `name`, and its images where it reads some and
+    `images` are asked for: what `load_reader` would take, without the model."""
+    kind = _reads_images(name, args) if images else None
+    if kind is None:
+        tokenizer = AutoTokenizer.from_pretrained(name, **where(args))
+        if args.chat_template is not None:
+            tokenizer.chat_template = args.chat_template
+        return tokenizer, None
+    processing = AutoProcessor.from_pretrained(name, **where(args))
+    _settle(processing, args, kind)
+    return processing.tokenizer, Placer(processing)
+
+
+def _settle(processing: ImageTextProcessor, args: Any, kind: str) -> None:
+    """Give it the template of `args`. ConfigError for what has no meaning with this family."""
     if args.chat_template is not None:
         processing.chat_template = args.chat_template
     if not processing.style.chats and getattr(args, "completion_only_loss", None) is False:
         raise ConfigError(
-            f"completion_only_loss=False: the prompts of {inner.config.model_type} see all of "
+            f"completion_only_loss=False: the prompts of {kind} see all of "
             "themselves, so there is nothing to predict in them"
         )
     if getattr(args, "neftune_noise_alpha", None):
         raise ConfigError("neftune_noise_alpha does not go with images: leave it out")
-    return Reader(model, processing.tokenizer, processing, placer)
 
 
 def model_class(reader: Reader) -> Any:
@@ -82,13 +101,13 @@ def model_class(reader: Reader) -> Any:
     return AutoModelForCausalLM if reader.placer is None else AutoModelForImageTextToText
 
 
-def _reads_images(name: str | Path, args: Any) -> bool:
-    """Whether the checkpoint of this name is of a family that reads images in texts."""
+def _reads_images(name: str | Path, args: Any) -> str | None:
+    """The family of the checkpoint of this name if it reads images in texts, else None."""
     files = hub.resolve(name, want=("config",), **where(args))
     if "config.json" not in files.files:
-        return False
+        return None
     kind = files.json("config.json").get("model_type")
-    return kind in NAMES and set(tasks_of(kind)) == {"image-text-to-text"}
+    return kind if kind in NAMES and set(tasks_of(kind)) == {"image-text-to-text"} else None
 
 
 def described(samples: Sequence[Any]) -> list[str]:
