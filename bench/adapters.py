@@ -38,6 +38,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "dora": ("LoraConfig", {"r": 16, "use_dora": True}),
     "dora-all": ("LoraConfig", {"r": 16, "use_dora": True, "target_modules": "all-linear"}),
     "adalora": ("AdaLoraConfig", {"init_r": 12, "total_step": 100}),
+    "adamss": ("AdamssConfig", {}),
     "adaption_prompt": ("AdaptionPromptConfig", {"adapter_len": 10, "adapter_layers": 6, **WORDS}),
     "beft": ("BeftConfig", {"target_modules": ["v_proj"]}),
     "boft": ("BOFTConfig", {"boft_block_size": 8}),

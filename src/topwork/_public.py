@@ -2,6 +2,7 @@
 
 HOMES = {
     "AdaLoraConfig": "topwork.peft",
+    "AdamssConfig": "topwork.peft",
     "AdaptionPromptConfig": "topwork.peft",
     "AutoConfig": "topwork.models",
     "AutoFeatureExtractor": "topwork.media",

@@ -46,6 +46,7 @@ from topwork.peft.methods._lora_options import (
     VeloraConfig,
 )
 from topwork.peft.methods.adalora import AdaLoraConfig
+from topwork.peft.methods.adamss import AdamssConfig
 from topwork.peft.methods.adaption_prompt import AdaptionPromptConfig
 from topwork.peft.methods.beft import BeftConfig
 from topwork.peft.methods.bn import BnConfig, DoubleSeqBnConfig, ParBnConfig, SeqBnConfig
@@ -97,6 +98,7 @@ from topwork.peft.status import get_layer_status, get_model_status
 
 __all__ = [
     "AdaLoraConfig",
+    "AdamssConfig",
     "AdaptionPromptConfig",
     "ArrowConfig",
     "AutoPeftModelForCausalLM",

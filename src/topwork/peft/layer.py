@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -224,6 +225,9 @@ class Graft:
         """A new fp32 tensor where the base layer is."""
         return torch.empty(*shape, device=self.layer.device)
 
+    def meets(self, given: dict[str, Tensor]) -> None:
+        """A file's tensors, by the names of `saved`, are about to be taken over."""
+
     def saved(self) -> Iterable[tuple[str, Tensor]]:
         """What goes to the file, by names below the layer's."""
         return self.layer.held(self.name)
@@ -273,10 +277,8 @@ class AdaptedLayer(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        found = next(self.base_layer.parameters(), None)
-        if found is None:
-            found = next(self.base_layer.buffers(), torch.empty(0))
-        return found.device
+        base = self.base_layer
+        return next(chain(base.parameters(), base.buffers(), [torch.empty(0)])).device
 
     # -- adapters --------------------------------------------------------------------------------
 
@@ -295,9 +297,8 @@ class AdaptedLayer(nn.Module):
         for home in self._homes():
             if name in home:
                 del home[name]
-        graft = self.grafts.pop(name, None)
-        if graft is not None:
-            graft.leave()
+        if name in self.grafts:
+            self.grafts.pop(name).leave()
         self.active = tuple(n for n in self.active if n != name)
 
     def _homes(self) -> list[Any]:
@@ -451,11 +452,10 @@ class AdaptedLayer(nn.Module):
         self.merged, self.kept = [], {}
         if self.original is None:
             return
-        weight, bias = self.original
+        (weight, bias), self.original = self.original, None
         sites.put_back(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
-        self.original = None
 
 
 class SavedModule(nn.Module):

@@ -449,6 +449,8 @@ class PeftModel(nn.Module):
     def _fill(self, folder: Path, name: str, allow_bin: bool) -> None:
         wanted, source = self.adapter_state(name), str(state.weights_file(folder, allow_bin))
         given = self.peft_config[name].from_file(state.read(folder, allow_bin), wanted)
+        if state.meet(self.get_base_model(), name, given):
+            wanted = self.adapter_state(name)
         if name in self.prompt_encoder:
             prompt: Any = self.prompt_encoder[name]
             wanted = {k: v for k, v in wanted.items() if k not in prompt.saved()}

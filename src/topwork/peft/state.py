@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork.errors import CheckpointError
 from topwork.peft.config import PeftConfig
 from topwork.peft.inject import banks_of, layers_of
-from topwork.peft.layer import AdaptedLayer, SavedModule
+from topwork.peft.layer import AdaptedLayer, Graft, SavedModule
 from topwork.peft.targets import base_of
 from topwork.weights import pickled, write_tensors
 
@@ -127,6 +127,17 @@ def retargeted(config: PeftConfig, model: Any, folder: Path) -> PeftConfig:
     homes = {table.memory_name(path + ".weight").removesuffix(".weight") for path in paths}
     found: Any = {"target_modules": sorted(homes)}
     return replace(config, **found) if homes and homes <= here else config
+
+
+@torch.no_grad()
+def meet(model: Any, name: str, given: dict[str, Tensor]) -> bool:
+    """Show each layer of adapter `name` what a file has for it; whether any wanted to see it."""
+    grafts = [layer.grafts[name] for layer in layers_of(model) if name in layer.grafts]
+    grafts = [graft for graft in grafts if type(graft).meets is not Graft.meets]
+    for graft in grafts:
+        own = {n: f"{MODEL}{graft.path}.{n}" for n, _ in graft.saved()}
+        graft.meets({n: given[key] for n, key in own.items() if key in given})
+    return bool(grafts)
 
 
 @torch.no_grad()

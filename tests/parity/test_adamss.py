@@ -1,0 +1,139 @@
+"""AdaMSS beside what peft has of scikit-learn: the groups, and which of them are trained."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from sklearn.cluster import KMeans
+from torch import nn
+
+import peft
+import topwork
+from parity.bases import IDS, base, close, randomise
+from topwork.errors import CheckpointError, ConfigError
+from topwork.peft import PeftModel, get_peft_model, inject
+from topwork.peft.methods import adamss
+
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_the_groups_are_those_of_scikit_learn():
+    torch.manual_seed(0)
+    square = torch.linalg.qr(torch.randn(90, 90))[0].contiguous()  # all rows equally far
+    alike = torch.randn(60, 5).index_fill(0, torch.arange(40), 0.0)
+    for rows, count in ((torch.randn(300, 7), 5), (square, 6), (alike, 4), (torch.randn(3, 9), 5)):
+        means = KMeans(
+            min(count, len(rows)), init="random", n_init=1, max_iter=10, random_state=adamss.SEED
+        )
+        labels = means.fit_predict(rows.numpy())
+        wanted = [np.flatnonzero(labels == k) for k in range(labels.max() + 1)]
+        found = adamss.groups(rows, count)
+        assert [places.tolist() for places in found] == [places.tolist() for places in wanted]
+
+
+def pair(**options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(20, 40), nn.ReLU(), nn.Linear(40, 5))
+    options = {
+        "target_modules": ["0", "2"], "r": 8, "num_subspaces": 4, "use_asa": True,
+        "init_warmup": 1, "final_warmup": 11, "mask_interval": 3, **options,
+    }  # fmt: skip
+    ours, theirs = (
+        nn.Sequential(
+            *(
+                nn.Linear(m.in_features, m.out_features) if isinstance(m, nn.Linear) else nn.ReLU()
+                for m in model
+            )
+        )
+        for _ in range(2)
+    )
+    for made in (ours, theirs):
+        made.load_state_dict(model.state_dict())
+    ours = get_peft_model(ours, topwork.AdamssConfig(**options))
+    theirs = peft.get_peft_model(theirs, peft.AdamssConfig(**options))
+    randomise(ours)
+    with torch.no_grad():
+        own = dict(ours.named_parameters())
+        for name, parameter in theirs.named_parameters():
+            parameter.copy_(own[name])
+    return ours, theirs
+
+
+def trained(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_the_allocation_goes_on_with_the_most_important_groups():
+    ours, theirs = pair(asa_target_subspaces=3)
+    x = torch.linspace(-1, 1, 60).view(3, 20)
+    counts = []
+    for step in range(10):
+        for model in (ours, theirs):
+            model.zero_grad()
+            (model(x) * torch.linspace(-1, 1, 15).view(3, 5)).sum().backward()
+        with torch.no_grad():
+            for parameter in ours.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.05 * parameter.grad
+            own = dict(ours.named_parameters())
+            for name, parameter in theirs.named_parameters():
+                parameter.copy_(own[name])
+                parameter.grad = None if own[name].grad is None else own[name].grad.clone()
+                parameter.requires_grad_(own[name].requires_grad)
+        ours.update_and_allocate(step)
+        theirs.base_model.update_and_allocate(step)
+        if step == 3:
+            # peft asks for more than the score of the last group that counts: one fewer
+            assert trained(theirs) < trained(ours)
+            assert len(trained(ours)) - len(trained(theirs)) == 2
+        counts.append(len(trained(ours)) // 2)
+    grafts = inject.grafts_of(ours, "default")
+    config = ours.peft_config["default"]
+    assert sum(len(graft.places) for graft in grafts) == 8
+    later = [adamss.budget(config, 8, step) for step in (3, 3, 3, 6, 6, 6, 9)]
+    assert counts == [8, 8, 8, *later] and later == sorted(later, reverse=True)
+    assert counts[-1] == 3
+    with pytest.raises(ConfigError, match="init_warmup=9 must be smaller"):
+        topwork.AdamssConfig(use_asa=True, init_warmup=9, final_warmup=9)
+
+
+@torch.no_grad()
+def plain_base():
+    """A base whose targets have six directions."""
+    model = base("qwen2")
+    for name, module in model.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            whole = (
+                [module.weight] if module.bias is None else [module.weight, module.bias[:, None]]
+            )
+            u, s, v = torch.linalg.svd(torch.cat(whole, 1), full_matrices=False)
+            made = u[:, :6] * s[:6] @ v[:6]
+            module.weight.copy_(made[:, : module.in_features])
+            if module.bias is not None:
+                module.bias.copy_(made[:, -1])
+    return model
+
+
+def test_a_file_of_another_device_is_read_by_its_own_directions(tmp_path, monkeypatch):
+    config = topwork.AdamssConfig(target_modules=TARGETS, r=6)
+    ours = get_peft_model(plain_base(), config)
+    randomise(ours)
+    ours.eval().save_pretrained(tmp_path)
+    wanted = ours(IDS).logits
+    search = adamss.directions
+
+    def mirrored(weight, r, seed):
+        """The same directions, of the other sign and in another order."""
+        u, v = search(weight, r, seed)
+        return -u.flip(1), -v.flip(0)
+
+    monkeypatch.setattr(adamss, "directions", mirrored)
+    close(PeftModel.from_pretrained(plain_base(), tmp_path)(IDS).logits, wanted)
+    other = base("qwen2")
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.copy_(torch.randn_like(parameter))
+    with pytest.raises(CheckpointError, match=r"_proj: the file's groups have \[.*another base"):
+        PeftModel.from_pretrained(other, tmp_path)
