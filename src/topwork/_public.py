@@ -160,6 +160,8 @@ HOMES = {
     "rescale_adapter_scale": "topwork.peft",
     "save_as_lora": "topwork.peft",
     "set_peft_model_state_dict": "topwork.peft",
+    "GMPOConfig": "topwork.objectives",
+    "GMPOTrainer": "topwork.objectives",
     "GRPOConfig": "topwork.objectives",
     "GRPOTrainer": "topwork.objectives",
     "RLOOConfig": "topwork.objectives",

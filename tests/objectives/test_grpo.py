@@ -77,6 +77,7 @@ class Note(TrainerCallback):
     "own",
     [
         {"loss_type": "grpo"}, {"loss_type": "dapo"}, {"loss_type": "dr_grpo"},
+        {"loss_type": "gmpo"},
         {"loss_type": "grpo", "importance_sampling_level": "sequence"},
         {"loss_type": "luspo", "importance_sampling_level": "sequence", "top_k": 20,
          "importance_correction": "sequence_mask", "importance_correction_min": 0.05},
@@ -186,6 +187,7 @@ def test_a_stop_waits_for_the_step_and_a_resumed_run_goes_on(tmp_path):
         ({"temperature": 0.0}, "must be positive"),
         ({"importance_correction": "token_trunc"}, "nearest: 'token_truncate'"),
         ({"importance_correction": "sequence_mask", "loss_type": "vespo"}, "vespo weighs whole"),
+        ({"loss_type": "gmpo", "delta": 2.0}, "leave delta and importance_sampling_level out"),
         ({"reward_weights": [1.0, 2.0]}, "2 reward_weights for 1"),
     ],
 )
@@ -307,3 +309,17 @@ def test_on_policy_every_clipped_loss_has_the_gradient_of_reinforce():
         loss = PolicyLoss(kind, epsilon_high=5.0 if kind == "cispo" else None)
         policy.token_losses(new, new.detach(), advantage, spread, loss).sum().backward()
         torch.testing.assert_close(new.grad, -advantage[owners], rtol=1e-5, atol=1e-6)
+
+
+def test_gmpo_clips_each_ratio_before_their_geometric_mean():
+    """Against the paper's formula, ratio by ratio."""
+    ratios = torch.tensor([0.5, 1.0, 2.0, 0.4, 1.9])
+    owners, advantages = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1.5, -2.0])
+    loss = PolicyLoss("gmpo", epsilon=0.4, epsilon_high=0.3)
+    found = policy.token_losses(ratios.log(), torch.zeros(5), advantages, Spread(owners, 2), loss)
+    first = (0.5 * 1.0 * math.exp(0.3)) ** (1 / 3)  # a high ratio of a good answer is held
+    second = (math.exp(-0.4) * 1.9) ** (1 / 2)  # a low one of a bad answer
+    torch.testing.assert_close(found, torch.tensor([-1.5 * first] * 3 + [2.0 * second] * 2))
+    shares = policy.clipped_shares(ratios, advantages[owners], loss)
+    assert shares["clip_ratio/high_mean"].tolist() == [0, 0, 1, 0, 0]
+    assert shares["clip_ratio/low_mean"].tolist() == [0, 0, 0, 1, 0]

@@ -27,6 +27,7 @@ def peer(tmp_path_factory):
     tiny.tokenizer().save_pretrained(folder)
     patch = pytest.MonkeyPatch()
     patch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    patch.setenv("TRL_EXPERIMENTAL_SILENCE", "1")
     args = trl.GRPOConfig(
         output_dir=str(folder / "out"), use_cpu=True, bf16=False, report_to="none", use_vllm=False,
         gradient_checkpointing=False, per_device_train_batch_size=4, num_generations=4,
@@ -63,7 +64,7 @@ CASES = [
     for kind in policy.AGGREGATION
     for level in policy.LEVELS
     for beta in (0.0, 0.3)
-    if kind != "vespo" or level == "token"
+    if kind not in ("vespo", "gmpo") or level == "token"
 ] + [{"loss_type": "dapo", "delta": 1.1}, {"loss_type": "grpo", "epsilon_high": 0.05}]
 
 
@@ -83,7 +84,7 @@ def test_each_loss_equals_the_peer(peer, batch, case):
     model = tiny.model()
     packed = collate_groups([group])
     spread = Spread(packed.owners, len(SIZES))
-    loss = PolicyLoss(**case)
+    loss = PolicyLoss(**case, bias_correction=case["loss_type"] != "gmpo")
     new = token_logprobs(model, packed)
     old, ref = new.detach() + drift, new.detach() + apart
     correction = None
@@ -115,7 +116,11 @@ def test_each_loss_equals_the_peer(peer, batch, case):
     peer.model.zero_grad()
     peer.use_vllm = mode is not None
     peer.vllm_importance_sampling_correction = True
-    theirs = peer._compute_loss(
+    from trl.experimental.gmpo import GMPOTrainer
+
+    kind = GMPOTrainer if loss.loss_type == "gmpo" else trl.GRPOTrainer
+    theirs = kind._compute_loss(
+        peer,
         peer.model,
         {
             "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": rows,

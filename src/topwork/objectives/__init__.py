@@ -4,6 +4,7 @@ from topwork.objectives.distill import Distillation, DistillationConfig, Distill
 from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from topwork.objectives.gkd import GKD, GKDConfig, GKDTrainer
+from topwork.objectives.gmpo import GMPOConfig, GMPOTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
 from topwork.objectives.online import (
@@ -53,6 +54,8 @@ __all__ = [
     "ULD",
     "ULDConfig",
     "ULDTrainer",
+    "GMPOConfig",
+    "GMPOTrainer",
     "GRPO",
     "GRPOConfig",
     "GRPOTrainer",

@@ -47,6 +47,7 @@ class GRPOConfig(DrawsConfig):
     """Weight of the divergence from the start of the run; 0 needs no reference."""
     loss_type: str = "dapo"
     epsilon: float = 0.2
+    """Clip from below: a ratio of 1 - ε; for gmpo of exp(-ε)."""
     epsilon_high: float | None = None
     """Clip from above; None: `epsilon`. For cispo the cap of the ratio."""
     delta: float | None = None
@@ -81,6 +82,13 @@ class GRPOConfig(DrawsConfig):
             raise ConfigError(
                 f"importance_correction={self.importance_correction!r}: vespo weighs whole answers "
                 "itself; one of none, token_truncate, token_mask"
+            )
+        if self.loss_type == "gmpo" and (
+            self.delta is not None or self.importance_sampling_level != "token"
+        ):
+            raise ConfigError(
+                "gmpo clips each token's ratio and then takes their mean itself: leave delta and "
+                "importance_sampling_level out"
             )
 
     def loss(self) -> PolicyLoss:

@@ -21,6 +21,7 @@ from topwork.training.distributed import World
 AGGREGATION = {
     "grpo": "answers",
     "sapo": "answers",
+    "gmpo": "answers",
     "bnpo": "tokens",
     "dapo": "tokens",
     "cispo": "tokens",
@@ -50,6 +51,13 @@ class PolicyLoss:
     @property
     def high(self) -> float:
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Between which the clip leaves a ratio as it is."""
+        if self.loss_type == "gmpo":
+            return math.exp(-self.epsilon), math.exp(self.high)
+        return 1 - self.epsilon, 1 + self.high
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,17 @@ def vespo_weight(ratio: Tensor, advantage: Tensor, spread: Spread, loss: PolicyL
     return (lam + k * log_w - lam * log_w.exp()).exp()
 
 
+def geometric_ratio(
+    new: Tensor, old: Tensor, advantage: Tensor, spread: Spread, loss: PolicyLoss
+) -> Tensor:
+    """The geometric mean of an answer's ratios [N], each held where the `advantage` [N] would draw
+    it beyond the clip (GMPO, arXiv:2507.20673)."""
+    apart = new - old
+    held = apart.clamp(-loss.epsilon, loss.high)
+    chosen = torch.where(advantage > 0, torch.min(apart, held), torch.max(apart, held))
+    return spread.over(spread.means(chosen)).exp()
+
+
 def token_losses(
     new: Tensor,
     old: Tensor,
@@ -109,7 +128,7 @@ def token_losses(
 
     `correction` [N]: the weight of each token for what its sampler made of the policy, see
     `corrected`. GRPO arXiv:2402.03300 (dapo 2503.14476, dr_grpo 2503.20783), cispo 2506.13585,
-    sapo 2511.20347; gspo is `level="sequence"`.
+    sapo 2511.20347, gmpo 2507.20673; gspo is `level="sequence"`.
     """
     given = spread.over(advantage)
     ratio = log_ratio(new, old, spread, loss.level).exp()
@@ -118,6 +137,8 @@ def token_losses(
     elif loss.loss_type == "sapo":
         heat = torch.where(given > 0, loss.sapo_pos, loss.sapo_neg)
         out = -torch.sigmoid(heat * (ratio - 1)) * 4 / heat * given
+    elif loss.loss_type == "gmpo":
+        out = -geometric_ratio(new, old, given, spread, loss) * given
     elif loss.loss_type == "vespo":
         apart = new - old
         if correction is not None:  # within the product, which is of whole answers
@@ -206,8 +227,9 @@ def units(loss_type: str, answers: int, tokens: int, longest: int) -> float:
 
 def clipped_shares(ratio: Tensor, advantage: Tensor, loss: PolicyLoss) -> dict[str, Tensor]:
     """Which tokens the clip holds back, 0 or 1 each [N]."""
-    low = (ratio < 1 - loss.epsilon) & (advantage < 0)
-    high = (ratio > 1 + loss.high) & (advantage > 0)
+    least, most = loss.bounds
+    low = (ratio < least) & (advantage < 0)
+    high = (ratio > most) & (advantage > 0)
     return {
         "clip_ratio/low_mean": low.float(),
         "clip_ratio/high_mean": high.float(),

@@ -11,6 +11,7 @@ from topwork.objectives import (
     dpo,
     free,
     gkd,
+    gmpo,
     grpo,
     kto,
     online,
@@ -79,6 +80,9 @@ OBJECTIVES = {
     ),
     "grpo": Entry(
         grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, DRAWN
+    ),
+    "gmpo": Entry(
+        gmpo.GMPOConfig, gmpo.GMPOTrainer, preview_prompts, DRAWN
     ),
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN
