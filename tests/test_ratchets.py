@@ -54,6 +54,7 @@ def test_files_and_functions_stay_short_and_safe(path):
         banned = {"pickle", "transformers", "peft", "trl", "accelerate"}
         assert not banned & {n.split(".")[0] for n in names}
     assert "weights_only=False" not in text
-    assert "trust_remote_code" not in text
+    # The name itself may stand where it is refused.
+    assert not re.search(r"trust_remote_code\s*=\s*True", text)
     if "families" not in path.parts:
         assert not re.search(r"model_type\s*(==|!=|in\b)", text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -18,17 +18,21 @@ from topwork.data.prepare import Marking, Sample, describe_losses, marked_text
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media.placed import Placer
+from topwork.objectives.familiar import ANSWERS, Familiar
 from topwork.objectives.setup import end_token, named_sets
 from topwork.objectives.sighted import described
 from topwork.text import Tokenizer
 from topwork.training import TrainingArguments
+from topwork.training.familiar import settings
 
 Metrics = dict[str, tuple[float, float]]
 
 
-@dataclass(kw_only=True)
+@settings
 class AnswersConfig(TrainingArguments):
     """What runs over judged answers share. A sample of a batch is a row: a pair counts once."""
+
+    familiar: ClassVar[dict[str, Familiar]] = ANSWERS
 
     learning_rate: float = 1e-6
     disable_dropout: bool = True

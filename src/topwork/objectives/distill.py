@@ -23,10 +23,11 @@ from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 from topwork.training.precision import cast
 
 
-@dataclass(kw_only=True)
+@settings
 class DistillationConfig(SFTConfig):
     """A run of distillation on given rows, which are those of fine-tuning."""
 

@@ -27,11 +27,12 @@ from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTr
 from topwork.objectives.setup import at_least, one_of
 from topwork.training import Loss
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 LOSSES = (*formulas.PAIRWISE, *formulas.TOGETHER, "sft")
 
 
-@dataclass(kw_only=True)
+@settings
 class DPOConfig(ReferenceConfig):
     """A run of direct preference optimisation."""
 

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from topwork.errors import ConfigError
 from topwork.objectives import kept, policy
 from topwork.objectives.ahead import Ahead
 from topwork.objectives.episodes import Stage
+from topwork.objectives.familiar import DRAWS, Familiar
 from topwork.objectives.policy import Correction, Spread
 from topwork.objectives.rewards import Jury
 from topwork.objectives.rollouts import (
@@ -33,17 +34,20 @@ from topwork.objectives.setup import at_least, one_of
 from topwork.text import Tokenizer
 from topwork.training import TrainerCallback, TrainingArguments
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 COMPLETIONS = "completions.jsonl"
 Metrics = dict[str, tuple[float, float]]
 
 
-@dataclass(kw_only=True)
+@settings
 class SamplingConfig(TrainingArguments):
     """What runs over the policy's own answers share.
 
     `per_device_train_batch_size` counts answers, and must be a multiple of `num_generations`.
     """
+
+    familiar: ClassVar[dict[str, Familiar]] = DRAWS
 
     learning_rate: float = 1e-6
     disable_dropout: bool = True
@@ -67,11 +71,12 @@ class SamplingConfig(TrainingArguments):
         if self.per_device_train_batch_size % self.num_generations:
             raise ConfigError(
                 f"per_device_train_batch_size={self.per_device_train_batch_size} counts answers "
-                f"and must be a multiple of num_generations={self.num_generations}"
+                f"and must be a multiple of num_generations={self.num_generations}: groups stay "
+                "together, so take fewer gradient_accumulation_steps instead"
             )
 
 
-@dataclass(kw_only=True)
+@settings
 class DrawsConfig(SamplingConfig):
     """What runs over judged answers of the policy share."""
 
@@ -93,6 +98,9 @@ class DrawsConfig(SamplingConfig):
     topwork/objectives/server.py for how to start it. None: the engine in this process."""
     rollout_timeout: float = 600.0
     """Seconds after which a server that does not answer stops the run."""
+    steps_per_generation: int | None = None
+    """Micro-batches that share one draw, where `gradient_accumulation_steps` make an optimiser
+    step: another way to set both it and `num_mini_batches`."""
     max_staleness: int = 0
     """Draws that a thread makes ahead while training goes on, each under the weights of the time:
     answers are at most so many draws old. 0: drawn when they are needed."""
@@ -105,6 +113,7 @@ class DrawsConfig(SamplingConfig):
         super().__post_init__()
         one_of("importance_correction", self.importance_correction, policy.CORRECTIONS)
         at_least("num_mini_batches", self.num_mini_batches, 1)
+        _share_draws(self)
         at_least("max_tool_calling_iterations", self.max_tool_calling_iterations, 1)
         at_least("max_staleness", self.max_staleness, 0)
         at_least("rollout_timeout", self.rollout_timeout, 0, above=True)
@@ -120,6 +129,20 @@ class DrawsConfig(SamplingConfig):
             self.importance_correction_min,
             self.importance_correction_max,
         )
+
+
+def _share_draws(args: DrawsConfig) -> None:
+    """Let `steps_per_generation` say how long one draw serves."""
+    shared, steps = args.steps_per_generation, args.gradient_accumulation_steps
+    if shared is None:
+        return
+    if shared < 1 or shared % steps or args.num_mini_batches > 1:
+        raise ConfigError(
+            f"steps_per_generation={shared} must be a multiple of "
+            f"gradient_accumulation_steps={steps}, and num_mini_batches left out"
+        )
+    args.num_mini_batches, args.gradient_accumulation_steps = shared // steps, shared
+    args.steps_per_generation = None
 
 
 @dataclass

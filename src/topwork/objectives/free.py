@@ -33,11 +33,12 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 CPO_LOSSES = ("sigmoid", "hinge", "ipo", "simpo")
 
 
-@dataclass(kw_only=True)
+@settings
 class ORPOConfig(AnswersConfig):
     """A run of odds ratio preference optimisation (arXiv:2403.07691)."""
 
@@ -52,7 +53,7 @@ class ORPOConfig(AnswersConfig):
         at_least("beta", self.beta, 0, above=True)
 
 
-@dataclass(kw_only=True)
+@settings
 class CPOConfig(AnswersConfig):
     """A run of contrastive preference optimisation (arXiv:2401.08417) or of SimPO."""
 

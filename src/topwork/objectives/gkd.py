@@ -20,9 +20,10 @@ from topwork.objectives.rollouts import EngineWriter, seeds
 from topwork.objectives.setup import at_least
 from topwork.text import Tokenizer
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 
-@dataclass(kw_only=True)
+@settings
 class GKDConfig(DistillationConfig):
     """A run of on-policy distillation: rows of fine-tuning, their last answers written anew."""
 

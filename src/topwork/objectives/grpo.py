@@ -23,6 +23,7 @@ from topwork.objectives.draws import (
     split,
     sums_of,
 )
+from topwork.objectives.familiar import SCALES
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.policy import PolicyLoss
 from topwork.objectives.reference import Reference
@@ -33,12 +34,13 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 from topwork.training.objective import Loss
 
 ESTIMATORS = ("group", "leave_one_out", "global")
 
 
-@dataclass(kw_only=True)
+@settings
 class GRPOConfig(DrawsConfig):
     """A run of group-relative policy optimisation (arXiv:2402.03300)."""
 
@@ -56,8 +58,9 @@ class GRPOConfig(DrawsConfig):
     use_bias_correction_kl: bool = True
     num_iterations: int = 1
     """Passes over the same answers (μ)."""
-    scale_rewards: str = "group"
-    """Divide advantages by the deviation of the "group", of the "batch", or not ("none")."""
+    scale_rewards: str | bool = "group"
+    """Divide advantages by the deviation of the "group", of the "batch", or not ("none"); True and
+    False are the first and the last."""
     normalise_rewards_first: bool = False
     """Normalise each reward function in its group before they are summed (GDPO)."""
     advantage: str = "group"
@@ -71,6 +74,7 @@ class GRPOConfig(DrawsConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.scale_rewards = SCALES.get(self.scale_rewards, self.scale_rewards)
         one_of("loss_type", self.loss_type, policy.AGGREGATION)
         one_of("importance_sampling_level", self.importance_sampling_level, policy.LEVELS)
         one_of("scale_rewards", self.scale_rewards, policy.SCALES)

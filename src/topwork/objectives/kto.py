@@ -24,11 +24,12 @@ from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTr
 from topwork.objectives.setup import at_least, one_of
 from topwork.training import Loss
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 LOSSES = ("kto", "apo_zero_unpaired")
 
 
-@dataclass(kw_only=True)
+@settings
 class KTOConfig(ReferenceConfig):
     """A run over single answers. Pairs are accepted too: each gives a good and a bad answer."""
 

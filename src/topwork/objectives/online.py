@@ -35,11 +35,12 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 LOSSES = ("sigmoid", "ipo")
 
 
-@dataclass(kw_only=True)
+@settings
 class OnlineDPOConfig(DrawsConfig):
     """A run of online DPO (arXiv:2402.04792)."""
 
@@ -58,7 +59,7 @@ class OnlineDPOConfig(DrawsConfig):
             raise ConfigError("importance_correction has no meaning here: pairs are compared")
 
 
-@dataclass(kw_only=True)
+@settings
 class XPOConfig(OnlineDPOConfig):
     """A run of exploratory preference optimisation (arXiv:2405.21046)."""
 
@@ -71,7 +72,7 @@ class XPOConfig(OnlineDPOConfig):
         _pairs_only(self)
 
 
-@dataclass(kw_only=True)
+@settings
 class NashMDConfig(DrawsConfig):
     """A run of Nash mirror descent (arXiv:2312.00886)."""
 

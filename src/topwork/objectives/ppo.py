@@ -35,11 +35,12 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 ESTIMATES = ("k1", "k3")
 
 
-@dataclass(kw_only=True)
+@settings
 class PPOConfig(DrawsConfig):
     """A run of PPO."""
 

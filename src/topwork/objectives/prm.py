@@ -27,9 +27,10 @@ from topwork.peft import PeftConfig, TaskType
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 
-@dataclass(kw_only=True)
+@settings
 class PRMConfig(AnswersConfig):
     """A run of process reward modelling (arXiv:2211.14275)."""
 

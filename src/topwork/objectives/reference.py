@@ -27,12 +27,13 @@ from topwork.peft.state import fill
 from topwork.text import Tokenizer
 from topwork.training import Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 from topwork.training.precision import cast
 
 REF = "ref"
 
 
-@dataclass(kw_only=True)
+@settings
 class ReferenceConfig(AnswersConfig):
     """What runs with a reference policy share."""
 

@@ -32,9 +32,10 @@ from topwork.peft import PeftConfig, TaskType
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 
-@dataclass(kw_only=True)
+@settings
 class RewardConfig(AnswersConfig):
     """A run of reward modelling. Rows longer than `max_length` are dropped, not cut: the reward is
     read at an answer's end."""

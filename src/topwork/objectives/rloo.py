@@ -6,7 +6,6 @@ The divergence from the start is part of the reward, and an answer counts as one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -17,10 +16,11 @@ from topwork.objectives import policy
 from topwork.objectives.draws import Drawn, Rollout, sums_of
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer, corrected
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 from topwork.training.objective import Loss
 
 
-@dataclass(kw_only=True)
+@settings
 class RLOOConfig(GRPOConfig):
     """A run of RLOO. `beta` weighs the divergence that is taken off the reward."""
 

@@ -35,12 +35,13 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 TEACHERS = ("start", "self", "ema")
 TEMPLATE = "{prompt}\n\nThis is a good answer:\n{privileged_context}\n\nAnswer in your own words."
 
 
-@dataclass(kw_only=True)
+@settings
 class SelfDistillationConfig(SamplingConfig):
     """A run of self-distillation. Rows have `prompt` and `privileged_context`, which the teacher
     alone reads."""

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from topwork.errors import ConfigError
 from topwork.objectives.labelled import LabelledBatch, base
 from topwork.objectives.supervised import PredictionOutput, Trainer
 from topwork.training import Loss, TrainingArguments
+from topwork.training.familiar import settings
 
 # Inputs that belong to the answer.
 ANSWERS = ("labels", "decoder_")
 
 
-@dataclass(kw_only=True)
+@settings
 class Seq2SeqTrainingArguments(TrainingArguments):
     """A run whose evaluation may write answers."""
 

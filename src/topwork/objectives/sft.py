@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -26,19 +26,23 @@ from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
 from topwork.nn.moe import RouterLoss, balance, router_logits
+from topwork.objectives.familiar import TEXTS, Familiar
 from topwork.objectives.logprobs import score
 from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
 from topwork.objectives.sighted import Reader, described, load_reader
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments, distributed
+from topwork.training.familiar import settings
 
 LOSSES = ("nll", "dft")
 
 
-@dataclass(kw_only=True)
+@settings
 class SFTConfig(TrainingArguments):
     """A run of supervised fine-tuning."""
+
+    familiar: ClassVar[dict[str, Familiar]] = TEXTS
 
     learning_rate: float = 2e-5
     max_length: int | None = 1024

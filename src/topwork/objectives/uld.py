@@ -27,12 +27,13 @@ from topwork.peft import PeftConfig
 from topwork.text import AutoTokenizer, Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 from topwork.training.precision import cast
 
 LEAST = 1e-8  # probability below which a token counts as this likely
 
 
-@dataclass(kw_only=True)
+@settings
 class ULDConfig(SFTConfig):
     """A run of distillation from a teacher with another tokenizer, on the rows of fine-tuning."""
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+import os
+from dataclasses import field, fields
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 from topwork.errors import ConfigError, nearest
+from topwork.training.familiar import RUN, Familiar, familiar_of, settings
 from topwork.training.optim import OPTIMISERS
 from topwork.training.schedule import SCHEDULES
 
@@ -17,39 +19,18 @@ TOLD = frozenset({
     "learning_rate", "lr_scheduler_type", "per_device_train_batch_size",
     "gradient_accumulation_steps", "seed", "optim",
 })  # fmt: skip
-# Familiar fields that have no meaning here: why, and what to use instead.
-REFUSED = {
-    "fp16": "there is no loss scaling here; use bf16=True",
-    "deepspeed": "use torchrun, which shards or replicates by itself",
-    "fsdp": "use torchrun, which shards or replicates by itself",
-    "auto_find_batch_size": "the run says before it starts which batch fits",
-    "torch_compile": "the hot functions are fused already",
-    "use_liger_kernel": "the loss never holds all logits, so nothing is to be gained",
-    "padding_free": "batches never hold padding",
-    "remove_unused_columns": "columns that are not used never reach the model",
-    "push_to_hub": "call trainer.model.push_to_hub(repo_id) after the run",
-    "group_by_length": "batches never hold padding, so there is nothing to group for",
-    "tf32": "set torch.backends.cuda.matmul.allow_tf32",
-    "half_precision_backend": "use bf16=True",
-    "ddp_find_unused_parameters": "unused parameters do no harm here",
-    "eval_accumulation_steps": "predictions leave the device batch by batch",
-    "evaluation_strategy": "it is called eval_strategy",
-    "per_gpu_train_batch_size": "it is called per_device_train_batch_size",
-    "no_cuda": "it is called use_cpu",
-    "logging_nan_inf_filter": "a loss that is no number stops the run instead of being hidden",
-    "logging_dir": "the log is log.jsonl in output_dir, TensorBoard's is runs/ beside it",
-    "dataset_num_proc": "rows are tokenized in parallel by the tokenizer itself",
-    "average_tokens_across_devices": "losses are always normalised over all devices",
-}
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 STRATEGIES = ("no", "steps", "epoch")
 
 
-@dataclass(kw_only=True)
+@settings
 class TrainingArguments:
-    """One run. Unknown names are refused with the nearest known one."""
+    """One run. Unknown names are refused with the nearest known one; see `familiar` for those of
+    other libraries."""
 
-    output_dir: str = "trainer_output"
+    familiar: ClassVar[dict[str, Familiar]] = RUN
+
+    output_dir: str = field(default="trainer_output", kw_only=False)
     num_train_epochs: float = 3.0
     max_steps: int = -1
     """Optimiser steps; above 0 it comes before `num_train_epochs`."""
@@ -86,6 +67,8 @@ class TrainingArguments:
     data_seed: int | None = None
     """Seed of the order of the rows; None: `seed`."""
     shuffle: bool = True
+    logging_strategy: str = "steps"
+    """When to log: "no", "steps" or "epoch"; the last step is logged in any case."""
     logging_steps: int = 10
     logging_first_step: bool = False
     eval_strategy: str = "no"
@@ -137,8 +120,14 @@ class TrainingArguments:
             raise ConfigError(f"sample_answers={self.sample_answers} must be at least 0")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must be at least 1")
-        _one_of("eval_strategy", self.eval_strategy, STRATEGIES)
+        for name in ("logging_strategy", "eval_strategy"):
+            _one_of(name, getattr(self, name), STRATEGIES)
         _one_of("save_strategy", self.save_strategy, STRATEGIES)
+        if "8bit" in self.optim or self.optim.startswith("paged"):
+            raise ConfigError(
+                f"optim={self.optim!r}: moments are kept in fp32, for what is trained alone; use "
+                "adamw_torch"
+            )
         _one_of("optim", self.optim, OPTIMISERS)
         _one_of("lr_scheduler_type", self.lr_scheduler_type, SCHEDULES)
         self.trackers()
@@ -148,13 +137,36 @@ class TrainingArguments:
     @classmethod
     def of(cls, values: dict[str, Any]) -> Self:
         """From a mapping (a YAML file, the command line)."""
-        known = {f.name for f in fields(cls)}
-        for name in values:
-            check_name(name, known, cls.__name__)
         return cls(**values)
+
+    def __getattr__(self, name: str) -> Any:
+        familiar = familiar_of(type(self))
+        if name in familiar:
+            return familiar[name].default
+        raise AttributeError(f"{type(self).__name__} has no {name!r}{nearest(name, dir(self))}")
 
     def to_dict(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain)
+
+    @property
+    def train_batch_size(self) -> int:
+        return self.per_device_train_batch_size
+
+    @property
+    def eval_batch_size(self) -> int:
+        return self.per_device_eval_batch_size
+
+    @property
+    def world_size(self) -> int:
+        """How many processes torchrun started."""
+        return int(os.environ.get("WORLD_SIZE", "1"))
+
+    @property
+    def process_index(self) -> int:
+        return int(os.environ.get("RANK", "0"))
 
     def chosen(self) -> dict[str, Any]:
         """The fields that say what was set: those that are not at their defaults, and `TOLD`."""
@@ -184,8 +196,7 @@ class TrainingArguments:
         return tuple(given)
 
     def save(self, path: Path) -> None:
-        text = json.dumps(self.to_dict(), indent=2, sort_keys=True, default=_plain) + "\n"
-        path.write_text(text, encoding="utf-8")
+        path.write_text(self.to_json_string() + "\n", encoding="utf-8")
 
     def warmup(self, steps: int) -> int:
         """Steps of warm-up out of `steps`."""
@@ -193,15 +204,6 @@ class TrainingArguments:
             share = self.warmup_steps < 1
             return round(self.warmup_steps * steps) if share else int(self.warmup_steps)
         return round(self.warmup_ratio * steps)
-
-
-def check_name(name: str, known: set[str], owner: str) -> None:
-    """ConfigError when `name` is no field of `owner`: with the reason, or the nearest name."""
-    if name in known:
-        return
-    if name in REFUSED:
-        raise ConfigError(f"{name} has no meaning here: {REFUSED[name]}")
-    raise ConfigError(f"{owner} has no field {name!r}{nearest(name, known)}")
 
 
 def _plain(value: Any) -> Any:

@@ -241,7 +241,8 @@ class Trainer:
         if epoch_over:
             self._fire("on_epoch_end")
         first = args.logging_first_step and step == 1
-        if control.should_log or first or last or step % args.logging_steps == 0:
+        due = _due(args.logging_strategy, args.logging_steps, step, epoch_over)
+        if control.should_log or first or last or due:
             self._log_training()
         if control.should_evaluate or _due(args.eval_strategy, args.eval_steps, step, epoch_over):
             self.evaluate()

@@ -1,0 +1,72 @@
+"""Names of post-training's settings in other libraries that are no fields here; see
+`topwork.training.familiar`."""
+
+from __future__ import annotations
+
+from topwork.training.familiar import Familiar, idle, refused
+
+TEXTS = {
+    **idle("rows are shuffled as `shuffle` says", shuffle_dataset=False),
+    **idle("batches hold no padding", pad_token=None, pad_to_multiple_of=None, padding_value=None,
+           label_pad_token_id=-100),
+    **idle("rows with input_ids are taken as they are", dataset_kwargs=None),
+    **idle("only trained tokens meet the head", use_logits_to_keep=False),
+    **refused(
+        truncation_mode=("keep_start", "rows keep their start; cut them before you pass them"),
+        chat_template_path=(None, "pass the template itself: chat_template=…"),
+        trust_remote_code=(False, "nothing executes that came from a file"),
+    ),
+}  # fmt: skip
+ANSWERS = {
+    **TEXTS,
+    **refused(
+        max_prompt_length=(None, "max_length bounds prompt and answer together"),
+        max_completion_length=(None, "max_length bounds prompt and answer together"),
+        max_target_length=(None, "max_length bounds prompt and answer together"),
+        generate_during_eval=(False, "sample_answers says how many prompts are answered"),
+        reference_free=(False, "CPOTrainer and ORPOTrainer take no reference"),
+        rpo_alpha=(None, 'use loss_type=["sigmoid", "sft"] with loss_weights=[1.0, rpo_alpha]'),
+        is_encoder_decoder=(None, "answers are gone on with by causal models alone"),
+        model_adapter_name=(None, "the active adapter is trained"),
+        ref_adapter_name=(None, 'the reference is the adapter "ref", if there is one'),
+    ),
+}  # fmt: skip
+DRAWS = {
+    **TEXTS,
+    **idle("the rollout server is started by itself, with options of its own", vllm_mode="colocate",
+           vllm_model_impl="auto", vllm_enable_sleep_mode=False, vllm_server_base_url=None,
+           vllm_server_host="0.0.0.0", vllm_server_port=8000, vllm_server_timeout=240.0,
+           vllm_group_port=51216, vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None,
+           vllm_tensor_parallel_size=1, ds3_gather_for_generation=True),
+    **idle("answers are drawn by the engine of this library", cache_implementation=None,
+           use_transformers_paged=False, use_transformers_continuous_batching=False,
+           transformers_continuous_batching_config=None),
+    **idle("completions.jsonl in output_dir keeps the first group of each step",
+           num_completions_to_print=None, log_unique_prompts=False, log_multimodal=True),
+    **refused(
+        use_vllm=(False, "name the server: rollout_server='http://localhost:8000'"),
+        vllm_structured_outputs_regex=(None, "judge the form by a reward function"),
+        vllm_importance_sampling_correction=(True, "it is called importance_correction"),
+        vllm_importance_sampling_mode=("sequence_mask", "it is called importance_correction"),
+        vllm_importance_sampling_cap=(None, "it is called importance_correction_max"),
+        vllm_importance_sampling_clip_max=(None, "it is called importance_correction_max"),
+        vllm_importance_sampling_clip_min=(None, "it is called importance_correction_min"),
+        generation_batch_size=(None, "set steps_per_generation, in micro-batches"),
+        num_generations_eval=(None, "evaluation draws num_generations answers as well"),
+        generation_kwargs=(None, "set temperature, top_p, top_k, min_p and repetition_penalty"),
+        sync_ref_model=(False, "the reference is the policy as it starts"),
+        ref_model_mixup_alpha=(0.6, "the reference is the policy as it starts"),
+        ref_model_sync_steps=(512, "the reference is the policy as it starts"),
+        top_entropy_quantile=(1.0, "every token of an answer is trained"),
+        entropy_coef=(0.0, "the loss has no entropy bonus"),
+        off_policy_mask_threshold=(None, "see importance_correction"),
+        multi_objective_aggregation=("sum_then_normalize", "set normalise_rewards_first=True"),
+        cast_lm_head_to_fp32=(False, "log-probabilities are computed in fp32"),
+        reward_clip_range=(None, "clip in your reward function"),
+        log_completions_hub_repo=(None, "completions.jsonl is in output_dir"),
+    ),
+}  # fmt: skip
+SCALES = {True: "group", False: "none"}
+"""What `scale_rewards` means where it is no name."""
+
+__all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "Familiar"]
