@@ -66,7 +66,7 @@ DRAWS = {
         log_completions_hub_repo=(None, "completions.jsonl is in output_dir"),
     ),
 }  # fmt: skip
-SCALES = {True: "group", False: "none"}
+SCALES: dict[str | bool, str] = {True: "group", False: "none"}
 """What `scale_rewards` means where it is no name."""
 
 __all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "Familiar"]
