@@ -90,6 +90,8 @@ HOMES = {
     "GKDTrainer": "topwork.objectives",
     "SelfDistillationConfig": "topwork.objectives",
     "SelfDistillationTrainer": "topwork.objectives",
+    "TPOConfig": "topwork.objectives",
+    "TPOTrainer": "topwork.objectives",
     "ULDConfig": "topwork.objectives",
     "ULDTrainer": "topwork.objectives",
     "PPOConfig": "topwork.objectives",

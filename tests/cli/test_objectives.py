@@ -18,6 +18,7 @@ STEPS = [{"prompt": "1+1", "completions": ["one", "two"], "labels": [True, False
 ADVISED = [{"prompt": f"ask {i}", "privileged_context": f"{i}"} for i in range(4)]
 ROWS = {
     "sft": tiny.chats(4),
+    "tpo": [{**row, "reference": f" yes indeed {i}"} for i, row in enumerate(PAIRS)],
     "distill": tiny.chats(4),
     "gkd": tiny.chats(4),
     "uld": tiny.chats(4),

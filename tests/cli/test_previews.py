@@ -115,6 +115,10 @@ def with_tools(objective):
         return [{"messages": [*asked, *good], "tools": [schema]}]
     if objective == "kto":
         return [{"prompt": asked, "completion": good, "label": True, "tools": [schema]}]
+    if objective == "tpo":
+        best = [{"role": "assistant", "content": "an animal"}]
+        return [{"prompt": asked, "chosen": good, "rejected": bad, "reference": best,
+                 "tools": [schema]}]  # fmt: skip
     if objective in ("dpo", "orpo", "cpo", "reward"):
         return [{"prompt": asked, "chosen": good, "rejected": bad, "tools": [schema]}]
     return [{"prompt": asked, "tools": [schema], "privileged_context": "an animal"}]

@@ -32,7 +32,8 @@ STEPS = [
     for i in range(6)
 ]  # fmt: skip
 LORA = {"r": 4, "target_modules": ["q_proj", "up_proj", "down_proj"]}
-ROWS = {"KTO": JUDGED, "PRM": STEPS}
+TRIPLES = [{**row, "reference": f" {'well' * (1 + 2 * i % 5)} {i}"} for i, row in enumerate(PAIRS)]
+ROWS = {"KTO": JUDGED, "PRM": STEPS, "TPO": TRIPLES}
 
 
 def model_for(name):
@@ -94,6 +95,8 @@ CASES = [
     ("ORPO", {"prompt_nll": False}),
     ("CPO", {"label_smoothing": 0.1}),
     ("CPO", {"loss_type": "simpo", "alpha": 0.2}),
+    ("TPO", {"beta": 0.3, "label_smoothing": 0.1}),
+    ("TPO", {"loss_type": "tpo-l"}),
     ("Reward", {"center_rewards_coefficient": 0.1}),
     ("PRM", {}),
 ]
@@ -196,6 +199,39 @@ def test_alpha_rewards_become_log_probabilities():
     torch.testing.assert_close(formulas.alpha_reward(logs, 0.5), (1 - logs.exp() ** -0.5) / 0.5)
 
 
+def test_tpo_is_a_pair_and_the_likelihood_of_a_third_answer(tmp_path):
+    run = trainer(tmp_path, "TPO", lora=False, loss_type="tpo-l", beta=0.7, tpo_alpha=0.3,
+                  tpo_l_gamma=0.2)  # fmt: skip
+    run.train()
+    model, tokenizer = tiny.model(), tiny.tokenizer()
+    sums, counts = [], []
+    for row in TRIPLES:
+        for name in ("chosen", "rejected", "reference"):
+            begin, answer = (tokenizer(row[k]).input_ids for k in ("prompt", name))
+            ids = torch.tensor([[*begin, *answer, tokenizer.eos_token_id]])
+            logprobs = model(ids).logits[0, :-1].log_softmax(-1)
+            own = logprobs.gather(1, ids[0, 1:, None])[len(begin) - 1 :, 0]
+            sums.append(float(own.detach().sum()))
+            counts.append(len(own))
+    chosen, rejected, reference = (sums[k::3] for k in range(3))
+    lengths = [counts[k::3] for k in range(3)]
+    pairs = [
+        math.log1p(math.exp(-(0.7 * (c / n - r / m) - 0.2)))
+        for c, n, r, m in zip(chosen, lengths[0], rejected, lengths[1])
+    ]
+    wanted = sum(pairs) / 6 - 0.3 * sum(reference) / sum(lengths[2])
+    assert run.state.log_history[0]["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_triples_name_their_answers_and_lose_rows_whose_pair_is_one_answer(tmp_path):
+    rows = [*TRIPLES, {**TRIPLES[0], "rejected": TRIPLES[0]["chosen"]}]
+    run = trainer(tmp_path, "TPO", rows)
+    assert run.prepared.dropped == {"whose answers are the same tokens": 1}
+    assert any(line.startswith("  reference: ") for line in run.notes)
+    same = [{**row, "reference": row["chosen"]} for row in TRIPLES]
+    assert len(trainer(tmp_path, "TPO", same).prepared.samples) == 6
+
+
 def test_simpo_asks_for_its_margin():
     delta = torch.tensor([0.4])
     found = formulas.cpo(delta, "simpo", beta=2.0, gamma=0.5)
@@ -267,6 +303,8 @@ def test_steps_are_judged_at_their_ends(tmp_path):
         ("ORPO", {"beta": 0}, "beta"),
         ("CPO", {"loss_type": "simp"}, "nearest: 'simpo'"),
         ("CPO", {"loss_type": "hinge", "label_smoothing": 0.1}, "not read by hinge"),
+        ("TPO", {"tpo_alpha": 0}, "CPO with cpo_alpha=0"),
+        ("TPO", {"loss_type": "tpo_l"}, "nearest: 'tpo-l'"),
         ("CPO", {"label_smoothing": 0.5}, "label_smoothing"),
     ],
 )

@@ -236,6 +236,45 @@ def test_cpo_equals_the_peer(homes, tmp_path, options):
     assert_same(*found, *keys)
 
 
+def triples(count=4):
+    return [{**row, "reference": f" {'so' * (1 + 3 * i % 4)}"} for i, row in
+            enumerate(text_pairs(count))]  # fmt: skip
+
+
+def both_tpo(homes, tmp_path, **options):
+    from trl.experimental.tpo import TPOConfig as PeerConfig
+    from trl.experimental.tpo import TPOTrainer as Peer
+
+    import topwork
+
+    return both(
+        homes, tmp_path, (topwork.TPOTrainer, topwork.TPOConfig), (Peer, PeerConfig), triples(),
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "sigmoid", "label_smoothing": 0.1},
+        {"loss_type": "hinge", "tpo_alpha": 0.5},
+        {"loss_type": "ipo"},
+        {"loss_type": "tpo-l", "tpo_l_gamma": 0.7},
+    ],
+    ids=lambda o: o["loss_type"],
+)
+def test_tpo_equals_the_peer(homes, tmp_path, options):
+    assert_same(*both_tpo(homes, tmp_path, beta=0.3, **options), *METRICS)
+
+
+def test_the_peers_reference_term_depends_on_the_cut_of_a_step_and_ours_does_not(homes, tmp_path):
+    whole = both_tpo(homes, tmp_path)
+    cut = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    ours, theirs = both_tpo(homes, tmp_path, **cut)
+    assert ours["loss"] == pytest.approx(whole[1]["loss"], rel=1e-5)
+    assert theirs["loss"] != pytest.approx(whole[1]["loss"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"center_rewards_coefficient": 0.1}], ids=["plain", "centred"]
 )

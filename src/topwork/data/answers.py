@@ -86,8 +86,11 @@ def prepare_answers(
     bad |= {number: error for (number, _), error in refused.items()}
     refuse(bad, len(rows))
     prepared = PreparedAnswers([], found.name, len(rows))
-    for number, value in values.items():
-        answers = [tokenized[number, k] for k in range(2) if (number, k) in tokenized]
+    own: dict[int, list[Tokenized]] = {number: [] for number in values}
+    for number, k in parts:
+        own[number].append(tokenized[number, k])
+    for number, answers in own.items():
+        value = values[number]
         _add(prepared, number, answers, value, marking.max_length, whole)
     if not prepared.samples:
         why = ", ".join(f"{n} {reason}" for reason, n in prepared.dropped.items())
@@ -125,8 +128,7 @@ def _add(
         cut = [False] * len(ids)
     images = [[p for p in a.images if p.stop <= len(i)] for a, i in zip(answers, ids)]
     sources = [[id(p.source) for p in own] for own in images]
-    alike = all(np.array_equal(i, ids[0]) for i in ids) and all(s == sources[0] for s in sources)
-    if len(ids) > 1 and alike:
+    if len(ids) > 1 and np.array_equal(ids[0], ids[1]) and sources[0] == sources[1]:
         prepared.dropped["whose answers are the same tokens"] += 1
         return
     shared = _outside(_shared(ids, marks, whole), images)

@@ -1,4 +1,5 @@
-"""Rows that judge answers: pairs (chosen, rejected), single ones with a label, labelled steps."""
+"""Rows that judge answers: pairs (chosen, rejected; and a reference), single ones with a label,
+labelled steps."""
 
 from __future__ import annotations
 
@@ -78,6 +79,12 @@ def _pair(row: Row) -> Answered:
     return Answered(prompt, answers, value, **_more(row, prompt))
 
 
+def _triple(row: Row) -> Answered:
+    parts = row["chosen"], row["rejected"], row["reference"]
+    prompt, answers = _taken_apart(row.get("prompt"), parts)
+    return Answered(prompt, answers, None, **_more(row, prompt))
+
+
 def _judged(row: Row) -> Answered:
     prompt, answers = _taken_apart(row["prompt"], (row["completion"],))
     return Answered(prompt, answers, truth(row["label"]), **_more(row, prompt))
@@ -136,6 +143,14 @@ JUDGED = (
         _judged,
     ),
     *PAIRS,
+)
+TRIPLES = (
+    Format(
+        "triple preference",
+        "(prompt,) chosen, rejected, reference",
+        lambda r: _has_pair(r) and is_text_or_chat(r.get("reference")),
+        _triple,
+    ),
 )
 STEPS = (Format("stepwise", "prompt, completions, labels (a list each)", _has_steps, _steps),)
 

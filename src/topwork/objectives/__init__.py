@@ -30,6 +30,7 @@ from topwork.objectives.selfdistill import (
 from topwork.objectives.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
 from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
 from topwork.objectives.supervised import EvalPrediction, PredictionOutput, Trainer
+from topwork.objectives.tpo import TPO, TPOConfig, TPOTrainer
 from topwork.objectives.uld import ULD, ULDConfig, ULDTrainer
 
 __all__ = [
@@ -85,6 +86,9 @@ __all__ = [
     "SFT",
     "SFTConfig",
     "SFTTrainer",
+    "TPO",
+    "TPOConfig",
+    "TPOTrainer",
     "EvalPrediction",
     "PredictionOutput",
     "Seq2SeqTrainer",

@@ -217,9 +217,9 @@ def prompt_of(sample: Rated) -> Sample:
 
 
 def title(sample: Rated, number: int) -> str:
-    """What an answer is: chosen, rejected, good, bad."""
+    """What an answer is: chosen, rejected, reference, good, bad."""
     if len(sample.answers) > 1:
-        return ("chosen", "rejected")[number]
+        return ("chosen", "rejected", "reference")[number]
     return "answer" if sample.value is None else ("bad", "good")[int(sample.value)]
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from topwork.data.answers import PreparedAnswers, Rated
+from topwork.data.formats import Format
 from topwork.data.packing import Batch
 from topwork.data.preferences import PAIRS
 from topwork.errors import ConfigError
@@ -180,10 +181,11 @@ def check_prompts(args: Any, prepared: PreparedAnswers) -> None:
         )
 
 
-class _WithoutReference(Trainer):
-    """What both trainers do with their rows."""
+class WithoutReference(Trainer):
+    """A trainer over given answers that needs no other policy."""
 
     CONFIG: Any
+    formats: ClassVar[Sequence[Format]] = PAIRS
     objective_of: Any
 
     def __init__(
@@ -200,7 +202,7 @@ class _WithoutReference(Trainer):
         args = args or self.CONFIG()
         reader = load_reader(model, processing_class, args)
         data = read_answers(
-            train_dataset, eval_dataset, reader.tokenizer, args, PAIRS, placer=reader.placer
+            train_dataset, eval_dataset, reader.tokenizer, args, self.formats, placer=reader.placer
         )
         check_prompts(args, data.train)
         self.prepared, self.prepared_eval = data.train, data.evals
@@ -218,7 +220,7 @@ class _WithoutReference(Trainer):
         )
 
 
-class ORPOTrainer(_WithoutReference):
+class ORPOTrainer(WithoutReference):
     """The trainer with the ORPO objective, from rows with (prompt,) chosen and rejected answers."""
 
     CONFIG = ORPOConfig
@@ -228,7 +230,7 @@ class ORPOTrainer(_WithoutReference):
         return ORPO(args.beta, args.prompt_nll)
 
 
-class CPOTrainer(_WithoutReference):
+class CPOTrainer(WithoutReference):
     """The trainer with CPO's losses, from rows with (prompt,) chosen and rejected answers."""
 
     CONFIG = CPOConfig

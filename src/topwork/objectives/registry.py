@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from topwork.data.preferences import JUDGED, PAIRS
+from topwork.data.preferences import JUDGED, PAIRS, TRIPLES
 from topwork.objectives import (
     distill,
     dpo,
@@ -21,6 +21,7 @@ from topwork.objectives import (
     rloo,
     selfdistill,
     sft,
+    tpo,
     uld,
 )
 from topwork.objectives.previews import (
@@ -61,6 +62,7 @@ OBJECTIVES = {
         preview_answers(PAIRS, check=free.check_prompts), images=True,
     ),
     "cpo": Entry(free.CPOConfig, free.CPOTrainer, preview_answers(PAIRS), images=True),
+    "tpo": Entry(tpo.TPOConfig, tpo.TPOTrainer, preview_answers(TRIPLES), images=True),
     "reward": Entry(
         reward.RewardConfig, reward.RewardTrainer, preview_answers(PAIRS, whole=True)
     ),
