@@ -23,41 +23,7 @@ from topwork.peft.config import PeftConfig
 from topwork.peft.invocation import narrowed
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
-
-
-class Matrix(nn.Module):
-    """A leaf that holds a `weight` (and a `bias`) under the names that files have."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = None if bias is None else nn.Parameter(bias)
-
-
-class Bare(Matrix):
-    """A leaf whose `weight` stands in files under the leaf's own name."""
-
-
-class Tensors(nn.Module):
-    """A dictionary of tensors: parameters stay parameters, others are buffers."""
-
-    def __getitem__(self, name: str) -> Tensor:
-        return getattr(self, name)
-
-    def __setitem__(self, name: str, tensor: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
-        else:
-            self.register_buffer(name, tensor)
-
-    def __delitem__(self, name: str) -> None:
-        delattr(self, name)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._parameters or name in self._buffers
-
-    def keys(self) -> list[str]:
-        return [*self._parameters, *self._buffers]
+from topwork.peft.tensors import Bare, Matrix, Tensors
 
 
 class Shared:
@@ -456,40 +422,6 @@ class AdaptedLayer(nn.Module):
         sites.put_back(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
-
-
-class SavedModule(nn.Module):
-    """A module that is trained whole, one copy per adapter (`modules_to_save`)."""
-
-    def __init__(self, original: nn.Module) -> None:
-        super().__init__()
-        self.original_module = original
-        self.modules_to_save = nn.ModuleDict()
-        self.active: tuple[str, ...] = ()
-        self.disabled = False
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name in ("original_module", "modules_to_save"):
-                raise
-            return getattr(self.chosen, name)
-
-    @property
-    def wrapped_module(self) -> nn.Module:
-        return self.original_module
-
-    @property
-    def chosen(self) -> nn.Module:
-        """The module that computes."""
-        for name in self.active:
-            if name in self.modules_to_save and not self.disabled:
-                return self.modules_to_save[name]
-        return self.original_module
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.chosen(*args, **kwargs)
 
 
 def check_name(name: str, taken: dict[str, PeftConfig]) -> None:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from topwork.errors import CheckpointError
 from topwork.peft.config import PeftConfig
 from topwork.peft.inject import banks_of, layers_of
-from topwork.peft.layer import AdaptedLayer, Graft, SavedModule
+from topwork.peft.layer import AdaptedLayer, Graft
+from topwork.peft.saved import SavedModule
 from topwork.peft.targets import base_of
 from topwork.weights import pickled, write_tensors
 

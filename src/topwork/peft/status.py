@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 from torch import nn
 
 from topwork.errors import ConfigError
-from topwork.peft.layer import AdaptedLayer, SavedModule
+from topwork.peft.layer import AdaptedLayer
+from topwork.peft.saved import SavedModule
 
 T = TypeVar("T", bound=Hashable)
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from topwork.peft.inject import layers_of
-from topwork.peft.layer import Tensors
+from topwork.peft.tensors import Tensors
 
 
 @torch.no_grad()

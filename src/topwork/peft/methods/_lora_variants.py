@@ -13,10 +13,10 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.invocation import invoked
-from topwork.peft.layer import Matrix
 from topwork.peft.methods import _lora_init
 from topwork.peft.methods._lora_options import VeloraConfig
 from topwork.peft.methods.lora import Lora
+from topwork.peft.tensors import Matrix
 
 
 class QaLora(Lora):

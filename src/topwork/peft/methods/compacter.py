@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.peft.config import at_least
-from topwork.peft.layer import Bare
 from topwork.peft.methods.bottleneck import Bottleneck, BottleneckConfig
 from topwork.peft.sites import Site
+from topwork.peft.tensors import Bare
 
 
 @dataclass(kw_only=True)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least
-from topwork.peft.layer import Graft, Matrix
+from topwork.peft.layer import Graft
+from topwork.peft.tensors import Matrix
 
 
 @dataclass(kw_only=True)

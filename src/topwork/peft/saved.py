@@ -1,0 +1,41 @@
+"""A module that is trained whole beside an adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+class SavedModule(nn.Module):
+    """A module that is trained whole, one copy per adapter (`modules_to_save`)."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self.original_module = original
+        self.modules_to_save = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+        self.disabled = False
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ("original_module", "modules_to_save"):
+                raise
+            return getattr(self.chosen, name)
+
+    @property
+    def wrapped_module(self) -> nn.Module:
+        return self.original_module
+
+    @property
+    def chosen(self) -> nn.Module:
+        """The module that computes."""
+        for name in self.active:
+            if name in self.modules_to_save and not self.disabled:
+                return self.modules_to_save[name]
+        return self.original_module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.chosen(*args, **kwargs)

@@ -1,0 +1,54 @@
+"""What holds the tensors of adapters, under the names that files have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+
+class Matrix(nn.Module):
+    """A leaf that holds a `weight` (and a `bias`) under the names that files have."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = None if bias is None else nn.Parameter(bias)
+
+
+class Bare(Matrix):
+    """A leaf whose `weight` stands in files under the leaf's own name."""
+
+
+class Tensors(nn.Module):
+    """A dictionary of tensors: parameters stay parameters, others are buffers."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        return getattr(self, name)
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self, name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._parameters or name in self._buffers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._parameters) + len(self._buffers)
+
+    def keys(self) -> list[str]:
+        return [*self._parameters, *self._buffers]
+
+    def values(self) -> list[Tensor]:
+        return [self[name] for name in self.keys()]
+
+    def items(self) -> list[tuple[str, Tensor]]:
+        return [(name, self[name]) for name in self.keys()]
