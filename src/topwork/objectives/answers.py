@@ -19,17 +19,17 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media.placed import Placer
 from topwork.objectives.familiar import ANSWERS, Familiar
+from topwork.objectives.routing import RoutedConfig
 from topwork.objectives.setup import end_token, named_sets
 from topwork.objectives.sighted import described
 from topwork.text import Tokenizer
-from topwork.training import TrainingArguments
 from topwork.training.familiar import settings
 
 Metrics = dict[str, tuple[float, float]]
 
 
 @settings
-class AnswersConfig(TrainingArguments):
+class AnswersConfig(RoutedConfig):
     """What runs over judged answers share. A sample of a batch is a row: a pair counts once."""
 
     familiar: ClassVar[dict[str, Familiar]] = ANSWERS
@@ -105,9 +105,10 @@ def halves(values: Tensor) -> tuple[Tensor, Tensor]:
 @dataclass(frozen=True)
 class OverAnswers:
     """The part of an objective that does not depend on its loss. `placer` reads the images of rows,
-    for a model that takes some."""
+    for a model that takes some; `router` weighs the routers' loss, as in `routed`."""
 
     placer: Placer | None = field(default=None, kw_only=True)
+    router: float | None = field(default=None, kw_only=True)
 
     def collect(self, model: nn.Module, samples: Sequence[Rated]) -> AnswerBatch:
         return collect(model, samples, self.placer)

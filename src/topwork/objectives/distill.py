@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,6 +17,7 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.answers import means
 from topwork.objectives.reference import Reference
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.peft import PeftConfig, PeftModel
@@ -64,6 +65,8 @@ class Distillation:
     beta: float = 1.0
     temperature: float = 1.0
     sft_weight: float = 0.0
+    router: float | None = field(default=None, kw_only=True)
+    """Weighs the routers' loss, as in `routed`."""
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Sample]], world: World | None = None
@@ -88,7 +91,8 @@ class Distillation:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         student: Any = model
-        seen = seen_at(student, batch)
+        with routed(model, batch, self.router) as routers:
+            seen = seen_at(student, batch)
         with self.teacher.of(model) as teacher:
             wanted = seen_at(teacher, batch)
             head = head_of(teacher)
@@ -100,7 +104,7 @@ class Distillation:
             logprobs = student.token_logprobs(seen, batch.targets)
             total = total - self.sft_weight * logprobs.sum()
             metrics |= means({"nll_loss": -logprobs})
-        return Loss(total, metrics)
+        return routers.beside(Loss(total, metrics), self.weight(batch))
 
 
 def seen_at(model: Any, batch: Batch) -> Tensor:
@@ -150,7 +154,10 @@ class DistillationTrainer(Trainer):
         super().__init__(
             adapted(model, peft_config),
             args,
-            self._objective(args, Reference(teacher), tokenizer, train),
+            replace(
+                self._objective(args, Reference(teacher), tokenizer, train),
+                router=args.router_aux_loss_coef,
+            ),
             train.samples,
             {name: p.samples for name, p in evals.items()},
             tokenizer=tokenizer,

@@ -24,6 +24,7 @@ from topwork.objectives.answers import (
 )
 from topwork.objectives.logprobs import Scored, score, token_logprobs
 from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTrainer
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.training import Loss
 from topwork.training.distributed import World
@@ -194,7 +195,8 @@ class DPO(OverAnswers):
         return pairs, float(halves(batch.counts())[0].sum())
 
     def loss(self, model: nn.Module, batch: StepBatch) -> Loss:
-        scored = score(model, batch.batch)
+        with routed(model, batch.batch, self.router) as routers:
+            scored = score(model, batch.batch)
         sums = self._answers(scored.logprobs, batch)
         pairs = formulas.Pairs(
             *halves(sums),
@@ -214,7 +216,8 @@ class DPO(OverAnswers):
             plain = halves(batch.sums(scored.logprobs))[0]
             said = -self.weights[self.losses.index("sft")] * plain
             terms.append(said if weighing is None else said * weighing)
-        return Loss(torch.stack([t.sum() for t in terms]), self._metrics(pairs))
+        found = Loss(torch.stack([t.sum() for t in terms]), self._metrics(pairs))
+        return routers.beside(found, float(len(pairs.chosen)))
 
     def _weighted(self, table: dict[str, Callable[..., Tensor]], pairs: formulas.Pairs) -> Tensor:
         """The losses of `table` that are asked for, weighted and added: [P]."""

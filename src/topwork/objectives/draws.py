@@ -30,9 +30,10 @@ from topwork.objectives.rollouts import (
     completion,
     roll_out,
 )
+from topwork.objectives.routing import RoutedConfig
 from topwork.objectives.setup import at_least, one_of
 from topwork.text import Tokenizer
-from topwork.training import TrainerCallback, TrainingArguments
+from topwork.training import TrainerCallback
 from topwork.training.distributed import World
 from topwork.training.familiar import settings
 
@@ -41,7 +42,7 @@ Metrics = dict[str, tuple[float, float]]
 
 
 @settings
-class SamplingConfig(TrainingArguments):
+class SamplingConfig(RoutedConfig):
     """What runs over the policy's own answers share.
 
     `per_device_train_batch_size` counts answers, and must be a multiple of `num_generations`.

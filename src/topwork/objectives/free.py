@@ -28,6 +28,7 @@ from topwork.objectives.answers import (
     report,
 )
 from topwork.objectives.logprobs import token_logprobs
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, one_of
 from topwork.objectives.sighted import described, load_reader
 from topwork.peft import PeftConfig
@@ -103,23 +104,26 @@ class ORPO(OverAnswers):
         return float(chosen.sum()) + beside, float(len(chosen))
 
     def loss(self, model: nn.Module, batch: AnswerBatch) -> Loss:
-        logprobs, prompts = token_logprobs(model, batch.batch).split(
-            (len(batch.owners), len(batch.batch.targets) - len(batch.owners))
-        )
+        with routed(model, batch.batch, self.router) as routers:
+            found = token_logprobs(model, batch.batch)
+        beside = len(batch.batch.targets) - len(batch.owners)
+        logprobs, prompts = found.split((len(batch.owners), beside))
         sums, counts = batch.sums(logprobs), batch.counts()
         chosen, rejected = halves(sums / counts)
         nll = -halves(sums)[0].sum() - prompts.sum()
         odds = formulas.orpo(chosen, rejected)
         apart = formulas.log_odds(chosen) - formulas.log_odds(rejected)
-        return Loss(
+        units = self.weight(batch)[0]
+        told = Loss(
             torch.stack((nll, self.beta * odds.sum())),
             {
                 **pair_metrics(self.beta * chosen, self.beta * rejected),
                 **means({"logps/chosen": chosen, "logps/rejected": rejected}),
                 **means({"log_odds_ratio": -odds, "log_odds_chosen": apart}),
-                "nll_loss": (float(nll.detach()), self.weight(batch)[0]),
+                "nll_loss": (float(nll.detach()), units),
             },
         )
+        return routers.beside(told, units)
 
 
 def with_prompts(batch: Batch) -> Batch:
@@ -154,7 +158,8 @@ class CPO(OverAnswers):
 
     def loss(self, model: nn.Module, batch: AnswerBatch) -> Loss:
         args = self.args
-        sums = batch.sums(token_logprobs(model, batch.batch))
+        with routed(model, batch.batch, self.router) as routers:
+            sums = batch.sums(token_logprobs(model, batch.batch))
         said = sums / batch.counts() if args.loss_type in ("ipo", "simpo") else sums
         logps = halves(said)
         chosen, rejected = (formulas.alpha_reward(p, args.alpha) for p in logps)
@@ -162,7 +167,7 @@ class CPO(OverAnswers):
             chosen - rejected, args.loss_type, args.beta, args.label_smoothing, args.simpo_gamma
         )
         nll = -halves(sums)[0].sum()
-        return Loss(
+        told = Loss(
             torch.stack((losses.sum(), args.cpo_alpha * nll)),
             {
                 **pair_metrics(args.beta * chosen, args.beta * rejected),
@@ -170,6 +175,7 @@ class CPO(OverAnswers):
                 "nll_loss": (float(nll.detach()), self.weight(batch)[1]),
             },
         )
+        return routers.beside(told, float(len(losses)))
 
 
 def check_prompts(args: Any, prepared: PreparedAnswers) -> None:
@@ -209,7 +215,9 @@ class WithoutReference(Trainer):
         super().__init__(
             adapted(reader.model, peft_config),
             args,
-            replace(self.objective_of(args), placer=reader.placer),
+            replace(
+                self.objective_of(args), placer=reader.placer, router=args.router_aux_loss_coef
+            ),
             data.train.samples,
             data.eval_samples,
             tokenizer=reader.processing,

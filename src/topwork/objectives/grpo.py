@@ -29,6 +29,7 @@ from topwork.objectives.policy import PolicyLoss
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
 from topwork.objectives.rollouts import Answer, Prompt
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -184,7 +185,9 @@ class GRPO(OverDraws):
     # -- the loss --------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
-        new, spread, settings = self._logprobs(model, batch), batch.spread, self.args.loss()
+        spread, settings = batch.spread, self.args.loss()
+        with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
+            new = self._logprobs(model, batch)
         old = new.detach() if batch.old is None else batch.old
         correction, told = corrected(self.args, batch, old)
         losses = policy.token_losses(
@@ -195,7 +198,8 @@ class GRPO(OverDraws):
         if batch.ref is not None:
             told["kl"] = policy.kl_k3(new.detach(), batch.ref)
         metrics = {**batch.metrics, **sums_of(told)}
-        return Loss(policy.total(losses, spread, settings.loss_type), metrics)
+        found = Loss(policy.total(losses, spread, settings.loss_type), metrics)
+        return routers.beside(found, self.weight(batch))
 
 
 def corrected(args: Any, batch: Any, old: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from topwork.objectives.answers import (
 )
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.reference import Reference, ReferenceConfig, ReferenceTrainer
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.training import Loss
 from topwork.training.distributed import World
@@ -108,7 +109,8 @@ class KTO(OverAnswers):
 
     def loss(self, model: nn.Module, batch: JudgedBatch) -> Loss:
         args, good = self.args, batch.values
-        logps = batch.sums(token_logprobs(model, batch.batch))
+        with routed(model, batch.batch, self.router) as routers:
+            logps = batch.sums(token_logprobs(model, batch.batch))
         ratios = logps - self._know_reference(model, batch)
         losses = formulas.kto(ratios, good, batch.kl, args.beta)
         weights = good * args.desirable_weight + (1 - good) * args.undesirable_weight
@@ -117,7 +119,7 @@ class KTO(OverAnswers):
             metrics |= means(
                 {f"rewards/{name}": args.beta * ratios[chosen], f"logps/{name}": logps[chosen]}
             )
-        return Loss((weights * losses).sum(), metrics)
+        return routers.beside(Loss((weights * losses).sum(), metrics), float(batch.answers))
 
 
 def _only(sample: Rated, number: int) -> Rated:

@@ -30,6 +30,7 @@ from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
 from topwork.objectives.rollouts import Answer, EngineWriter, Prompt, roll_out, seeds
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -167,7 +168,8 @@ class OnlineDPO(OverDraws):
         return self._pairs(model, [Drawn(sample, [Answer(ids, True)] * 2, rewards)])
 
     def loss(self, model: nn.Module, batch: Judged) -> Loss:
-        sums = self._answers(model, batch)
+        with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
+            sums = self._answers(model, batch)
         assert batch.ref is not None
         one = torch.ones_like(batch.advantages)  # IPO here is of whole answers
         pairs = formulas.Pairs(*halves(sums), *halves(batch.ref), one, one)
@@ -176,7 +178,7 @@ class OnlineDPO(OverDraws):
         told = pair_metrics(self.args.beta * pairs.c, self.args.beta * pairs.r)
         told |= means({"logps/chosen": pairs.chosen, "logps/rejected": pairs.rejected,
                        "kl": sums - batch.ref})  # fmt: skip
-        return Loss(total, {**batch.metrics, **told})
+        return routers.beside(Loss(total, {**batch.metrics, **told}), self.weight(batch))
 
     def _more(self, sums: Tensor, batch: Judged) -> Tensor:
         return sums.new_zeros(())
@@ -248,12 +250,14 @@ class NashMD(OverDraws):
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
         """β·KL(π ‖ π_ref) less the chance to win, both by REINFORCE, with a half as baseline."""
-        new = token_logprobs(model, batch.batch, self.args.temperature)
+        with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
+            new = token_logprobs(model, batch.batch, self.args.temperature)
         assert batch.ref is not None
         apart = new.detach() - batch.ref
         gains = batch.advantages * batch.spread.sums(new)
         total = self.args.beta * (apart * new).sum() - gains.sum()
-        return Loss(total, {**batch.metrics, **means({"kl": batch.spread.sums(apart)})})
+        found = Loss(total, {**batch.metrics, **means({"kl": batch.spread.sums(apart)})})
+        return routers.beside(found, self.weight(batch))
 
 
 @torch.no_grad()

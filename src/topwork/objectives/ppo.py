@@ -30,6 +30,7 @@ from topwork.objectives.policy import PolicyLoss
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
 from topwork.objectives.rollouts import Answer, Prompt
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -180,7 +181,8 @@ class PPO(OverDraws):
         assert old is not None
         assert batch.values is not None
         assert batch.returns is not None
-        scored = score(actor.policy, batch.batch, temperature=args.temperature)
+        with routed(actor.policy, batch.batch, args.router_aux_loss_coef) as routers:
+            scored = score(actor.policy, batch.batch, temperature=args.temperature)
         ratio = (scored.logprobs - old).exp()
         gains = policy.clipped_losses(
             ratio, ratio, batch.advantages, args.cliprange, args.cliprange
@@ -197,7 +199,8 @@ class PPO(OverDraws):
         told |= {"policy_loss": gains.detach(), "value_loss": misses.detach(),
                  "clip_ratio/value": held.float()}  # fmt: skip
         total = torch.stack([gains.sum(), args.vf_coef * misses.sum()])
-        return Loss(total, {**batch.metrics, **sums_of(told)})
+        found = Loss(total, {**batch.metrics, **sums_of(told)})
+        return routers.beside(found, self.weight(batch)[0])
 
 
 class PPOTrainer(Trainer):

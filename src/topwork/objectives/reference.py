@@ -254,7 +254,11 @@ class ReferenceTrainer(Trainer):
         self.prepared, self.prepared_eval = data.train, data.evals
         auto = model_class(reader)
         policy, reference = with_reference(reader.model, ref_model, peft_config, args, auto)
-        objective = replace(self.objective_of(args, reference, policy), placer=reader.placer)
+        objective = replace(
+            self.objective_of(args, reference, policy),
+            placer=reader.placer,
+            router=args.router_aux_loss_coef,
+        )
         super().__init__(
             policy,
             args,

@@ -15,6 +15,7 @@ from topwork.errors import ConfigError
 from topwork.objectives import policy
 from topwork.objectives.draws import Drawn, Rollout, sums_of
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer, corrected
+from topwork.objectives.routing import routed
 from topwork.training.distributed import World
 from topwork.training.familiar import settings
 from topwork.training.objective import Loss
@@ -72,7 +73,9 @@ class RLOO(GRPO):
         return torch.cat(found)
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
-        new, args, spread = self._logprobs(model, batch), self.args, batch.spread
+        args, spread = self.args, batch.spread
+        with routed(model, batch.batch, args.router_aux_loss_coef) as routers:
+            new = self._logprobs(model, batch)
         old = new.detach() if batch.old is None else batch.old
         correction, told = corrected(args, batch, old)
         losses = policy.sequence_losses(
@@ -80,7 +83,8 @@ class RLOO(GRPO):
         )
         if correction is not None:  # the same for all tokens of an answer
             losses = losses * spread.means(correction)
-        return Loss(losses.sum(), {**batch.metrics, **sums_of(told)})
+        found = Loss(losses.sum(), {**batch.metrics, **sums_of(told)})
+        return routers.beside(found, self.weight(batch))
 
 
 class RLOOTrainer(GRPOTrainer):

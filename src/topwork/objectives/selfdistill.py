@@ -30,6 +30,7 @@ from topwork.objectives.rollouts import (
     roll_out,
     sampling_options,
 )
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, named_sets, one_of
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -138,14 +139,16 @@ class SelfDistillation:
         return Sample(sample.row, sample.ids, np.zeros(len(sample), np.bool_))
 
     def loss(self, model: nn.Module, batch: TwoViews) -> Loss:
-        seen = seen_at(model, batch.batch)
+        with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
+            seen = seen_at(model, batch.batch)
         with self.teacher.of(model) as teacher:
             wanted = seen_at(teacher, batch.teacher)
             head = head_of(teacher)
         apart = ops.token_divergence(
             head_of(model), seen, head, wanted, self.args.beta, self.args.temperature
         )
-        return Loss(apart.sum(), {**batch.metrics, **means({"divergence": apart})})
+        found = Loss(apart.sum(), {**batch.metrics, **means({"divergence": apart})})
+        return routers.beside(found, self.weight(batch))
 
 
 def _views(

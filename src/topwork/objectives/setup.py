@@ -10,6 +10,7 @@ from torch import nn
 
 from topwork.errors import ConfigError, nearest
 from topwork.models import AutoModelForCausalLM
+from topwork.nn.moe import RouterLoss
 from topwork.peft import PeftConfig, PeftModel, get_peft_model
 from topwork.text import AutoTokenizer, Tokenizer
 
@@ -34,7 +35,21 @@ def load_pair(
         raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
     if args.chat_template is not None:
         tokenizer.chat_template = args.chat_template
+    router_weight(model, getattr(args, "router_aux_loss_coef", None))
     return model, tokenizer
+
+
+def router_weight(model: Any, asked: float | None) -> float:
+    """By what the routers' loss is multiplied; ConfigError for one that the model has not."""
+    has: RouterLoss | None = getattr(model, "router_loss", None)
+    if has is None and asked:
+        raise ConfigError(
+            f"router_aux_loss_coef={asked}, but {type(model).__name__} has no routers with a "
+            "load-balancing loss"
+        )
+    if has is None:
+        return 0.0
+    return has.weight if asked is None else asked
 
 
 def load_model(

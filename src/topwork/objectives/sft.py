@@ -25,21 +25,21 @@ from topwork.data.stream import Stream
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
-from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.objectives.familiar import TEXTS, Familiar
 from topwork.objectives.logprobs import score
+from topwork.objectives.routing import RoutedConfig, routed
 from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
 from topwork.objectives.sighted import Reader, described, load_reader
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
-from topwork.training import Loss, Trainer, TrainerCallback, TrainingArguments, distributed
+from topwork.training import Loss, Trainer, TrainerCallback, distributed
 from topwork.training.familiar import settings
 
 LOSSES = ("nll", "dft")
 
 
 @settings
-class SFTConfig(TrainingArguments):
+class SFTConfig(RoutedConfig):
     """A run of supervised fine-tuning."""
 
     familiar: ClassVar[dict[str, Familiar]] = TEXTS
@@ -72,9 +72,6 @@ class SFTConfig(TrainingArguments):
     streaming: bool | None = None
     """Read rows as the run needs them, `max_steps` long; None: where they have no length and
     `max_steps` is given. They are shuffled by the thousand."""
-    router_aux_loss_coef: float | None = None
-    """Weight of the routers' load-balancing loss in models with experts; None: what the model's
-    configuration says; 0: none. Each micro-batch's counts by its trained tokens."""
     token_metrics: bool = False
     """Log entropy and mean_token_accuracy in training too, for one more pass through the head;
     evaluation always does."""
@@ -92,7 +89,6 @@ class SFTConfig(TrainingArguments):
         if self.label_smoothing_factor and self.loss_type == "dft":
             raise ConfigError("label_smoothing_factor has no meaning for the dft loss")
         at_least("neftune_noise_alpha", self.neftune_noise_alpha, 0)
-        at_least("router_aux_loss_coef", self.router_aux_loss_coef, 0)
         if self.packing and self.max_length is None:
             raise ConfigError("packing needs max_length, the tokens of a pack")
 
@@ -136,7 +132,7 @@ class SFT:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         learns = torch.is_grad_enabled()
-        with router_logits(model) as routers:
+        with routed(model, batch, self.router) as routers:
             scored = score(
                 model, batch, noise=self.noise if learns else 0.0,
                 smoothing=self.smoothing if learns else 0.0,
@@ -151,25 +147,7 @@ class SFT:
                 "entropy": (float(found.entropy.sum()), float(len(batch.targets))),
                 "mean_token_accuracy": (float(found.hit.sum()), float(len(batch.targets))),
             }
-        total, weight = -logprobs.sum(), self.router_weight(model)
-        if weight:
-            units = float(len(batch.targets))
-            balanced = balance(model, routers)
-            metrics["aux_loss"] = (float(balanced.detach()) * units, units)
-            total = total + weight * units * balanced
-        return Loss(total, metrics)
-
-    def router_weight(self, model: Any) -> float:
-        """By what the routers' loss is multiplied; ConfigError for one that the model has not."""
-        has: RouterLoss | None = getattr(model, "router_loss", None)
-        if has is None and self.router:
-            raise ConfigError(
-                f"router_aux_loss_coef={self.router}, but {type(model).__name__} has no routers "
-                "with a load-balancing loss"
-            )
-        if has is None:
-            return 0.0
-        return has.weight if self.router is None else self.router
+        return routers.beside(Loss(-logprobs.sum(), metrics), float(len(batch.targets)))
 
 
 def _flat(group: Sequence[Any]) -> list[Sample]:
@@ -218,7 +196,6 @@ class SFTTrainer(Trainer):
             args.router_aux_loss_coef,
             reader.placer,
         )
-        objective.router_weight(model)
         super().__init__(
             adapted(model, peft_config),
             args,

@@ -78,7 +78,7 @@ def load_writers(name: str | Path, args: Any, images: bool) -> tuple[Tokenizer, 
         if args.chat_template is not None:
             tokenizer.chat_template = args.chat_template
         return tokenizer, None
-    processing = AutoProcessor.from_pretrained(name, **where(args))
+    processing: Any = AutoProcessor.from_pretrained(name, **where(args))
     _settle(processing, args, kind)
     return processing.tokenizer, Placer(processing)
 

@@ -21,6 +21,7 @@ from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import means
 from topwork.objectives.distill import head_of, seen_at
 from topwork.objectives.reference import Reference
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets, where
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.peft import PeftConfig
@@ -114,6 +115,7 @@ class ULD:
     temperature: float = 1.0
     teacher_temperature: float = 1.0
     sft_weight: float = 0.0
+    router: float | None = None
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Twice]], world: World | None = None
@@ -137,7 +139,8 @@ class ULD:
         return opening(sample)
 
     def loss(self, model: nn.Module, batch: Parallel) -> Loss:
-        seen = seen_at(model, batch.batch)
+        with routed(model, batch.batch, self.router) as routers:
+            seen = seen_at(model, batch.batch)
         logprobs = _logprobs(model, seen, batch.batch.targets, self.temperature)
         with self.teacher.of(model) as teacher:
             other = seen_at(teacher, batch.teacher)
@@ -152,7 +155,7 @@ class ULD:
         told = {"distance": found}
         if self.sft_weight:
             told["nll_loss"] = -plain
-        return Loss(total, means(told))
+        return routers.beside(Loss(total, means(told)), self.weight(batch)[0])
 
 
 def _logprobs(model: Any, seen: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -304,7 +307,13 @@ class ULDTrainer(Trainer):
         super().__init__(
             adapted(model, peft_config),
             args,
-            ULD(Reference(teacher), args.temperature, args.teacher_temperature, args.sft_weight),
+            ULD(
+                Reference(teacher),
+                args.temperature,
+                args.teacher_temperature,
+                args.sft_weight,
+                args.router_aux_loss_coef,
+            ),
             samples,
             evals,
             tokenizer=tokenizer,
