@@ -15,6 +15,8 @@ from topwork.generation import draw
 from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import Processor, apply
 from topwork.generation.program import CachedProgram
+from topwork.models.compiled import CompiledStep
+from topwork.models.seq2seq import DecoderView
 
 
 class Streamer(Protocol):
@@ -60,7 +62,7 @@ class Stepper:
         self.mask = mask
         self.chunk = chunk
         self.room = room
-        self._program: CachedProgram | None = None
+        self._program: CachedProgram | CompiledStep | None = None
         self._asked = room == 0
         self._turn: int | None = getattr(model, "turning_point", None)
         self._seen: Tensor | None = None  # the ids in the cache, where they may be needed again
@@ -107,12 +109,12 @@ class Stepper:
                 return torch.cat(parts, 1)[:, -last:]
             ids = self._again(ids)
         logits = self._natively(ids, last)
-        if logits is None:
-            size = self.chunk or ids.shape[1]
-            pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
-            hidden = pieces[-1] if last <= pieces[-1].shape[1] else torch.cat(pieces, 1)
-            logits = self.model.head(hidden[:, -last:])
-        return logits.float()
+        if logits is not None:
+            return logits.to(torch.float32, copy=True)  # the program's own are overwritten
+        size = self.chunk or ids.shape[1]
+        pieces = [self.hidden(piece) for piece in ids.split(size, 1)]
+        hidden = pieces[-1] if last <= pieces[-1].shape[1] else torch.cat(pieces, 1)
+        return self.model.head(hidden[:, -last:]).float()
 
     def greedy(self, ids: Tensor) -> tuple[Tensor, Tensor] | None:
         """The largest logits after `ids` [B, T]: their values [B] and ids [B]. None where they must
@@ -126,7 +128,12 @@ class Stepper:
     def _natively(self, ids: Tensor, last: int) -> Tensor | None:
         if not self._asked:
             self._asked = True
-            self._program = CachedProgram.of(self.model, self.cache, self.mask, len(ids), self.room)
+            if isinstance(self.model, DecoderView):
+                self._program = self.model.compiled(self.cache, self.room)
+            else:
+                self._program = CachedProgram.of(
+                    self.model, self.cache, self.mask, len(ids), self.room
+                )
         program = self._program
         if program is None or not program.takes(ids, last):
             return None

@@ -101,19 +101,22 @@ class Memory:
 
 
 class DecoderCache(KVCache):
-    """The decoder's own keys and values, and those of the memory, which stay as they are.
+    """The decoder's own keys and values, and those of the texts, which stay as they are.
 
-    `memory`: per layer k, v [B, S, H, D]; `keep` [B, S] is False where a text is padding.
-    `virtual`: how many keys stand before those of the tokens, which `length` does not count.
+    `texts`: per layer k, v [N, S, H, D]; `told` [N, S] is False where a text is padding; `owner`
+    [B]: which text a row looks at. `virtual`: how many keys stand before those of the tokens, which
+    `length` does not count. `origin` [B, room] int32: the row whose stores hold a row's key at each
+    place, so that rows change places without a copy; None: its own.
     """
 
-    def __init__(self, memory: list[tuple[Tensor, Tensor]], keep: Tensor | None) -> None:
-        super().__init__(len(memory))
-        self.memory, self.keep = memory, keep
+    def __init__(self, texts: list[tuple[Tensor, Tensor]], told: Tensor | None) -> None:
+        super().__init__(len(texts))
+        self.texts, self.told = texts, told
         self.bias: Tensor | None = None
         self.virtual = 0
-        rows = len(memory[0][0]) if memory else 0
-        self._owner = torch.arange(rows)
+        self.owner = torch.arange(len(texts[0][0]) if texts else 0)
+        self.origin: Tensor | None = None
+        self._each: tuple[list[tuple[Tensor, Tensor]], Tensor | None] | None = texts, told
 
     def begin(self, pairs: list[tuple[Tensor, Tensor]]) -> DecoderCache:
         """Itself, beginning with these keys and values [B, n, H, D] of each layer."""
@@ -126,30 +129,67 @@ class DecoderCache(KVCache):
     def length(self) -> int:
         return super().length - self.virtual
 
+    @property
+    def memory(self) -> list[tuple[Tensor, Tensor]]:
+        """Each layer's k, v [B, S, H, D] of the rows' texts."""
+        return self._by_rows()[0]
+
+    @property
+    def keep(self) -> Tensor | None:
+        """[B, S], False where a row's text is padding."""
+        return self._by_rows()[1]
+
+    def _by_rows(self) -> tuple[list[tuple[Tensor, Tensor]], Tensor | None]:
+        if self._each is None:
+            where = self.owner.to(self.texts[0][0].device)
+            told = None if self.told is None else self.told[where]
+            self._each = [(k[where], v[where]) for k, v in self.texts], told
+        return self._each
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        self.settle()
+        return super().update(layer, k, v)
+
+    def settle(self) -> None:
+        """Let each row's keys lie in its own stores."""
+        origin, self.origin = self.origin, None
+        at = torch.arange(super().length)
+        if origin is None or bool(
+            (origin[:, : len(at)] == torch.arange(len(origin))[:, None]).all()
+        ):
+            return
+        rows = origin[:, : len(at)].long()
+        for store in self.stores:
+            for held in store.buffers:  # type: ignore[attr-defined]
+                held[:, : len(at)] = held[rows, at]
+
     def crop(self, length: int) -> None:
         super().crop(length + self.virtual)
 
     def select(self, rows: Tensor) -> None:
-        super().select(rows)
+        if self.origin is not None and len(rows) == len(self.origin):
+            held = self.origin[:, : super().length]
+            held.copy_(held[rows])
+        else:
+            self.settle()
+            super().select(rows)
         self._take(rows.cpu())
 
     def spread(self, batch: int) -> None:
-        """Repeat each text's memory so that there are `batch` rows."""
-        copies, rest = divmod(batch, len(self._owner))
+        """Let there be `batch` rows, as many for each text."""
+        copies, rest = divmod(batch, len(self.owner))
         if copies > 1 and not rest:
-            rows = torch.arange(len(self._owner)).repeat_interleave(copies)
+            rows = torch.arange(len(self.owner)).repeat_interleave(copies)
             if self.virtual:
+                self.settle()
                 super().select(rows)
             self._take(rows)
 
     def _take(self, rows: Tensor) -> None:
-        owner = self._owner[rows]
-        if len(owner) == len(self._owner) and torch.equal(owner, self._owner):
+        owner = self.owner[rows]
+        if len(owner) == len(self.owner) and torch.equal(owner, self.owner):
             return  # beams of one text changed places: they look at the same memory
-        self._owner = owner
-        where = rows.to(self.memory[0][0].device)
-        self.memory = [(k[where], v[where]) for k, v in self.memory]
-        self.keep = None if self.keep is None else self.keep[where]
+        self.owner, self._each = owner, None
 
 
 class Heads(nn.Module):

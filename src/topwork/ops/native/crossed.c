@@ -1,0 +1,426 @@
+// One token of each row through a decoder that looks at a memory, fp32 or bf16, head included.
+//
+//   x = x + out(attention(q, k, v of norm(x)));   x = x + out(attention(query of norm(x), memory))
+//   x = x + down(act(gate of norm(x)) up)         or with each norm after the addition
+//
+// Letters: R rows, C hidden, H heads, D head size, W width, V vocabulary, S keys of a text. Weights
+// are [out, in]. The keys of a row's own tokens lie where they were made, [R, H, room, D]: `from`
+// says which row made the token at each place, so that beams change places without a copy. Those of
+// the texts, [texts, H, S, D], are there once for all rows of a text.
+//
+// What passes between the parts is rounded to the type of the weights as the modules round it; sums
+// are fp32. Rows are independent of one another. C, D and W are multiples of 16, R is at most 32.
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+
+#include <math.h>
+#include <omp.h>
+
+#include "few.h"
+
+enum { SILU, GELU_TANH, GELU, RELU };
+
+typedef struct { const void *weight, *bias; } Pair;  // of a linear, or a norm
+
+typedef struct {
+  Pair norms[3], q, k, v, out, query, cross_out, gate, up, down;
+  void *keys, *values;
+  const void *memory_keys, *memory_values;
+} Layer;
+
+typedef struct {
+  const Layer *layers;
+  const void *words, *places;        // [V, C]; [room, C] or null
+  Pair first, last, head;            // norms of the embeddings and of the end, or null
+  const void *more;                  // [V], added to the logits, or null
+  const float *near;                 // [H, reach] added to scores by distance, or null
+  i64 count, hidden, heads, size, width, vocab, room, texts_room, reach, activation;
+  i64 centred, before, half, tiles;  // LayerNorm; norms stand before; bf16; AMX
+  float eps, scale, word_scale, head_scale;
+  void *x, *y, *q, *k, *v, *inner, *open, *said;  // [R, …]
+  bf16 *packed;                      // [threads, 64 · widest input]
+  float *scores;                     // [threads, the largest of both rooms]
+} Stack;
+
+typedef struct {
+  i64 rows, position, threads;
+  const i64 *ids;          // [R]
+  int32_t *from;           // [R, room]
+  const int32_t *owner;    // [R]: which text
+  const int32_t *lengths;  // [texts]
+  float *logits;           // [R, V]
+  float *peaks;            // [threads + 1, R]: the largest logits, at last of all threads
+  int32_t *best;           // [threads + 1, R]: and where they first stand
+} Step;
+
+typedef struct { const Stack *s; const Step *t; i64 me, of; } Crew;
+typedef struct { i64 from, to; } Span;
+
+// -- sixteen numbers -----------------------------------------------------------------------------
+
+FLAT char *at(int half, const void *p, i64 i) { return (char *)p + i * (half ? 2 : 4); }
+FLAT __m512 widened(__m256i x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+FLAT __m512 load(int half, const void *p, i64 i) {
+  const char *from = at(half, p, i);
+  return half ? widened(_mm256_loadu_si256((const __m256i *)from)) : _mm512_loadu_ps(from);
+}
+FLAT void store(int half, void *p, i64 i, __m512 x) {
+  if (half) _mm256_storeu_si256((__m256i *)at(half, p, i), (__m256i)_mm512_cvtneps_pbh(x));
+  else _mm512_storeu_ps(at(half, p, i), x);
+}
+FLAT __m512 rounded(int half, __m512 x) {
+  return half ? widened((__m256i)_mm512_cvtneps_pbh(x)) : x;
+}
+#define ALL(x) _mm512_set1_ps(x)
+
+FLAT __m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_max_ps(x, ALL(-87.0f)), ALL(88.0f));
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, ALL(1.44269504f)), 8);
+  __m512 f = _mm512_fmsub_ps(x, ALL(1.44269504f), whole);
+  f = _mm512_fmadd_ps(x, ALL(1.9259630e-8f), f);
+  __m512 p = ALL(1.5252734e-5f);
+  p = _mm512_fmadd_ps(p, f, ALL(1.5403530e-4f));
+  p = _mm512_fmadd_ps(p, f, ALL(1.3333558e-3f));
+  p = _mm512_fmadd_ps(p, f, ALL(9.6181291e-3f));
+  p = _mm512_fmadd_ps(p, f, ALL(5.5504109e-2f));
+  p = _mm512_fmadd_ps(p, f, ALL(2.4022651e-1f));
+  p = _mm512_fmadd_ps(p, f, ALL(6.9314718e-1f));
+  p = _mm512_fmadd_ps(p, f, ALL(1.0f));
+  return _mm512_scalef_ps(p, whole);
+}
+
+FLAT __m512 logistic(__m512 x) {
+  return _mm512_div_ps(ALL(1.0f), _mm512_add_ps(ALL(1.0f), exponential(_mm512_sub_ps(ALL(0), x))));
+}
+
+// x Φ(x); Φ by 7.1.26 of Abramowitz and Stegun, within 1e-7.
+FLAT __m512 gelu(__m512 x) {
+  const __m512 z = _mm512_mul_ps(_mm512_abs_ps(x), ALL(0.70710678f));
+  const __m512 t = _mm512_div_ps(ALL(1.0f), _mm512_fmadd_ps(z, ALL(0.3275911f), ALL(1.0f)));
+  __m512 p = ALL(1.061405429f);
+  p = _mm512_fmadd_ps(p, t, ALL(-1.453152027f));
+  p = _mm512_fmadd_ps(p, t, ALL(1.421413741f));
+  p = _mm512_fmadd_ps(p, t, ALL(-0.284496736f));
+  p = _mm512_fmadd_ps(p, t, ALL(0.254829592f));
+  const __m512 bell = exponential(_mm512_sub_ps(ALL(0), _mm512_mul_ps(z, z)));
+  const __m512 tail = _mm512_mul_ps(_mm512_mul_ps(p, t), _mm512_mul_ps(bell, ALL(0.5f)));
+  const __mmask16 right = _mm512_cmp_ps_mask(x, ALL(0), _CMP_GT_OQ);
+  return _mm512_mul_ps(x, _mm512_mask_sub_ps(tail, right, ALL(1.0f), tail));
+}
+
+FLAT __m512 activated(i64 kind, __m512 x) {
+  if (kind == RELU) return _mm512_max_ps(x, ALL(0));  // of x not a number: ALL(0) stands second
+  if (kind == GELU) return gelu(x);
+  if (kind == SILU) return _mm512_mul_ps(x, logistic(x));
+  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+  const __m512 u = _mm512_fmadd_ps(cube, ALL(0.044715f), x);
+  return _mm512_mul_ps(x, logistic(_mm512_mul_ps(u, ALL(1.59576912f))));
+}
+
+// The sums of sixteen vectors side by side.
+FLAT __m512 sums_of(__m512 r[16]) {
+  __m512 t[8], u[4], v[2];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; i++)
+    t[i] = _mm512_add_ps(_mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]),
+                         _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]));
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                         _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+  }
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; i++)
+    v[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x88),
+                         _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xdd));
+  return _mm512_add_ps(_mm512_shuffle_f32x4(v[0], v[1], 0x88),
+                       _mm512_shuffle_f32x4(v[0], v[1], 0xdd));
+}
+
+// -- the parts -----------------------------------------------------------------------------------
+
+static Span share_of(const Crew *c, i64 out) {
+  const i64 blocks = (out + 15) / 16;
+  return (Span){smaller(out, blocks * c->me / c->of * 16),
+                smaller(out, blocks * (c->me + 1) / c->of * 16)};
+}
+
+// One row of C.
+FLAT void norm_row(int half, const Stack *s, const Pair *n, const void *x, void *y) {
+  const i64 C = s->hidden;
+  __m512 sum = ALL(0), square = ALL(0);
+  float mean = 0;
+  if (s->centred) {
+    for (i64 i = 0; i < C; i += 16) sum = _mm512_add_ps(sum, load(half, x, i));
+    mean = _mm512_reduce_add_ps(sum) / C;
+  }
+  for (i64 i = 0; i < C; i += 16) {
+    const __m512 d = _mm512_sub_ps(load(half, x, i), ALL(mean));
+    square = _mm512_fmadd_ps(d, d, square);
+  }
+  const float inverse = 1.0f / sqrtf(_mm512_reduce_add_ps(square) / C + s->eps);
+  for (i64 i = 0; i < C; i += 16) {
+    const __m512 w = load(half, n->weight, i);
+    const __m512 unit = _mm512_mul_ps(_mm512_sub_ps(load(half, x, i), ALL(mean)), ALL(inverse));
+    if (s->centred) store(half, y, i, _mm512_fmadd_ps(unit, w, load(half, n->bias, i)));
+    else store(half, y, i, _mm512_mul_ps(rounded(half, unit), w));
+  }
+}
+
+FLAT void norm(int half, const Crew *c, const Pair *n, const void *x, void *y) {
+  const i64 C = c->s->hidden;
+  for (i64 r = c->me; r < c->t->rows; r += c->of)
+    norm_row(half, c->s, n, at(half, x, r * C), at(half, y, r * C));
+}
+
+FLAT void embed(int half, const Crew *c) {
+  const Stack *s = c->s;
+  const i64 C = s->hidden;
+  for (i64 r = c->me; r < c->t->rows; r += c->of) {
+    void *x = at(half, s->x, r * C);
+    for (i64 i = 0; i < C; i += 16) {
+      __m512 word = load(half, s->words, c->t->ids[r] * C + i);
+      if (s->word_scale != 1) word = rounded(half, _mm512_mul_ps(word, ALL(s->word_scale)));
+      if (s->places) word = _mm512_add_ps(word, load(half, s->places, c->t->position * C + i));
+      store(half, x, i, word);
+    }
+    if (s->first.weight) norm_row(half, s, &s->first, x, x);
+  }
+}
+
+// x for tiles, packed by each thread for itself; null where they do not serve.
+FLAT const bf16 *packed_of(int half, const Crew *c, const void *x, i64 in, i64 widest) {
+  if (!half || !c->s->tiles || c->t->rows < TALL || in % 32) return 0;
+  bf16 *to = c->s->packed + c->me * 64 * widest;
+  pack(to, (const bf16 *)x, c->t->rows, in);
+  return to;
+}
+
+// This thread's outputs of a linear.
+FLAT Span linear(int half, const Crew *c, const Pair *l, const void *x, const bf16 *packed, i64 in,
+                 void *y, i64 out) {
+  const Part part = {l->weight, l->bias, y, out};
+  const Span own = share_of(c, out);
+  few(half, &part, x, packed, c->t->rows, in, own.from, own.to);
+  return own;
+}
+
+// x += linear(y)
+FLAT void add(int half, const Crew *c, const Pair *l, const void *y, i64 in, i64 widest) {
+  const Stack *s = c->s;
+  const bf16 *packed = packed_of(half, c, y, in, widest);
+  const Span own = linear(half, c, l, y, packed, in, s->open, s->hidden);
+  for (i64 r = 0; r < c->t->rows; r++)
+    for (i64 i = r * s->hidden + own.from; i < r * s->hidden + own.to; i += 16)
+      store(half, s->x, i, _mm512_add_ps(load(half, s->x, i), load(half, s->open, i)));
+}
+
+// softmax(scale · q kᵀ + near) v of one head: `count` keys of room · D, `slots` apart by `from`.
+FLAT void attend(int half, const Crew *c, const void *q, const void *keys, const void *values,
+                 i64 slots, const int32_t *from, i64 count, const float *near, float *scores,
+                 void *y) {
+  const i64 D = c->s->size;
+  __m512 top = ALL(-INFINITY), total = ALL(0);
+  for (i64 t = 0; t < count; t += 16) {
+    __m512 sums[16];
+#pragma GCC unroll 16
+    for (int j = 0; j < 16; j++) {
+      sums[j] = ALL(0);
+      if (t + j >= count) continue;
+      const i64 key = (from ? from[t + j] * slots : 0) + (t + j) * D;
+      for (i64 d = 0; d < D; d += 16)
+        sums[j] = _mm512_fmadd_ps(load(half, q, d), load(half, keys, key + d), sums[j]);
+    }
+    __m512 x = _mm512_mul_ps(sums_of(sums), ALL(c->s->scale));
+    const __mmask16 there = count - t < 16 ? (1u << (count - t)) - 1 : 0xffff;
+    if (near) {  // by distance, the nearest first
+      const __m512i turn = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+      const i64 last = count - 1 - t;  // the distance of the first of these keys
+      const __mmask16 some = last < 15 ? 0xffff << (15 - last) : 0xffff;
+      const __m512 terms = _mm512_maskz_loadu_ps(some, near + last - 15);
+      x = _mm512_add_ps(x, _mm512_permutexvar_ps(turn, terms));
+    }
+    x = _mm512_mask_blend_ps(there, ALL(-INFINITY), x);
+    top = _mm512_max_ps(top, x);
+    _mm512_storeu_ps(scores + t, x);
+  }
+  const __m512 most = ALL(_mm512_reduce_max_ps(top));
+  for (i64 t = 0; t < count; t += 16) {
+    const __mmask16 there = count - t < 16 ? (1u << (count - t)) - 1 : 0xffff;
+    const __m512 x = _mm512_maskz_mov_ps(
+        there, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), most)));
+    total = _mm512_add_ps(total, x);
+    _mm512_storeu_ps(scores + t, x);
+  }
+  const __m512 whole = ALL(1.0f / _mm512_reduce_add_ps(total));
+  for (i64 first = 0; first < D; first += 64) {
+    const i64 parts = smaller(4, (D - first) / 16);
+    __m512 sum[4] = {ALL(0), ALL(0), ALL(0), ALL(0)};
+    for (i64 t = 0; t < count; t++) {
+      const i64 value = (from ? from[t] * slots : 0) + t * D + first;
+      const __m512 weight = ALL(scores[t]);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++)
+        if (i < parts) sum[i] = _mm512_fmadd_ps(weight, load(half, values, value + 16 * i), sum[i]);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+      if (i < parts) store(half, y, first + 16 * i, _mm512_mul_ps(sum[i], whole));
+  }
+}
+
+// Each row's new key and value join its own, which it then looks at.
+FLAT void look(int half, const Crew *c, const Layer *l, float *scores) {
+  const Stack *s = c->s;
+  const i64 H = s->heads, D = s->size, here = c->t->position;
+  for (i64 job = c->me; job < c->t->rows * H; job += c->of) {
+    const i64 r = job / H, h = job % H, head = h * s->room * D;
+    const i64 place = (r * H + h) * s->room * D + here * D;
+    memcpy(at(half, l->keys, place), at(half, s->k, job * D), D * (half ? 2 : 4));
+    memcpy(at(half, l->values, place), at(half, s->v, job * D), D * (half ? 2 : 4));
+    attend(half, c, at(half, s->q, job * D), at(half, l->keys, head), at(half, l->values, head),
+           H * s->room * D, c->t->from + r * s->room, here + 1, s->near ? s->near + h * s->reach : 0,
+           scores, at(half, s->inner, job * D));
+  }
+}
+
+FLAT void cross(int half, const Crew *c, const Layer *l, float *scores) {
+  const Stack *s = c->s;
+  const i64 H = s->heads, D = s->size;
+  for (i64 job = c->me; job < c->t->rows * H; job += c->of) {
+    const i64 text = c->t->owner[job / H], head = (text * H + job % H) * s->texts_room * D;
+    attend(half, c, at(half, s->q, job * D), at(half, l->memory_keys, head),
+           at(half, l->memory_values, head), 0, 0, c->t->lengths[text], 0, scores,
+           at(half, s->inner, job * D));
+  }
+}
+
+// inner = act(gate x) · up x, or act(up x): this thread's part of the width.
+FLAT void widen_feed(int half, const Crew *c, const Layer *l, const void *x, i64 widest) {
+  const Stack *s = c->s;
+  const bf16 *packed = packed_of(half, c, x, s->hidden, widest);
+  const Span own = linear(half, c, &l->up, x, packed, s->hidden, s->inner, s->width);
+  if (l->gate.weight) linear(half, c, &l->gate, x, packed, s->hidden, s->open, s->width);
+  for (i64 r = 0; r < c->t->rows; r++)
+    for (i64 i = r * s->width + own.from; i < r * s->width + own.to; i += 16) {
+      const __m512 up = load(half, s->inner, i);
+      if (!l->gate.weight) store(half, s->inner, i, activated(s->activation, up));
+      else {
+        const __m512 open = rounded(half, activated(s->activation, load(half, s->open, i)));
+        store(half, s->inner, i, _mm512_mul_ps(open, up));
+      }
+    }
+}
+
+// This thread's logits in fp32, and the largest of each row among them.
+FLAT void finish(int half, const Crew *c, i64 widest) {
+  const Stack *s = c->s;
+  const i64 V = s->vocab;
+  const bf16 *packed = packed_of(half, c, s->y, s->hidden, widest);
+  const Span own = linear(half, c, &s->head, s->y, packed, s->hidden, half ? s->said : c->t->logits, V);
+  for (i64 r = 0; r < c->t->rows; r++) {
+    float *logits = c->t->logits + r * V, top = -INFINITY;
+    __m512 tops = ALL(-INFINITY);
+    __mmask16 odd = 0;
+    for (i64 i = own.from; i < own.to; i += 16) {
+      const __mmask16 m = own.to - i < 16 ? (1u << (own.to - i)) - 1 : 0xffff;
+      __m512 x, bias = ALL(0);
+      if (half) {
+        x = widened(_mm256_maskz_loadu_epi16(m, at(half, s->said, r * V + i)));
+        if (s->more) bias = widened(_mm256_maskz_loadu_epi16(m, at(half, s->more, i)));
+      } else {
+        x = _mm512_maskz_loadu_ps(m, logits + i);
+        if (s->more) bias = _mm512_maskz_loadu_ps(m, at(half, s->more, i));
+      }
+      if (s->more) x = rounded(half, _mm512_add_ps(x, bias));
+      _mm512_mask_storeu_ps(logits + i, m, x);
+      odd |= _mm512_mask_cmp_ps_mask(m, x, x, _CMP_UNORD_Q);
+      tops = _mm512_mask_max_ps(tops, m, tops, x);
+    }
+    top = _mm512_reduce_max_ps(tops);
+    i64 place = own.from;
+    while (!odd && place < own.to - 1 && logits[place] != top) place++;
+    c->t->peaks[c->me * c->t->rows + r] = odd ? NAN : top;
+    c->t->best[c->me * c->t->rows + r] = (int32_t)place;
+  }
+}
+
+static void agree(const Step *t, i64 of) {
+  for (i64 r = 0; r < t->rows; r++) {
+    i64 found = 0;
+    for (i64 i = 1; i < of; i++) {
+      const float top = t->peaks[found * t->rows + r], other = t->peaks[i * t->rows + r];
+      if (top == top && !(other <= top)) found = i;
+    }
+    t->peaks[t->threads * t->rows + r] = t->peaks[found * t->rows + r];
+    t->best[t->threads * t->rows + r] = t->best[found * t->rows + r];
+  }
+}
+
+#define BARRIER _Pragma("omp barrier")
+
+FLAT void run(int half, const Stack *s, const Step *t, i64 me, i64 of) {
+  const Crew crew = {s, t, me, of}, *c = &crew;
+  const i64 C = s->hidden, wide = s->heads * s->size, far = larger(s->room, s->texts_room) + 15;
+  const i64 widest = larger(larger(C, wide), s->width);
+  const void *seen = s->before ? s->y : s->x;
+  float *scores = s->scores + me * far;
+  if (me == 0)
+    for (i64 r = 0; r < t->rows; r++) t->from[r * s->room + t->position] = (int32_t)r;
+  embed(half, c);
+  for (const Layer *l = s->layers; l < s->layers + s->count; l++) {
+    if (s->before) norm(half, c, &l->norms[0], s->x, s->y);
+    BARRIER
+    const bf16 *packed = packed_of(half, c, seen, C, widest);
+    linear(half, c, &l->q, seen, packed, C, s->q, wide);
+    linear(half, c, &l->k, seen, packed, C, s->k, wide);
+    linear(half, c, &l->v, seen, packed, C, s->v, wide);
+    BARRIER
+    look(half, c, l, scores);
+    BARRIER
+    add(half, c, &l->out, s->inner, wide, widest);
+    BARRIER
+    norm(half, c, &l->norms[s->before], s->x, s->before ? s->y : s->x);
+    BARRIER
+    packed = packed_of(half, c, seen, C, widest);
+    linear(half, c, &l->query, seen, packed, C, s->q, wide);
+    BARRIER
+    cross(half, c, l, scores);
+    BARRIER
+    add(half, c, &l->cross_out, s->inner, wide, widest);
+    BARRIER
+    norm(half, c, &l->norms[1 + s->before], s->x, s->before ? s->y : s->x);
+    BARRIER
+    widen_feed(half, c, l, seen, widest);
+    BARRIER
+    add(half, c, &l->down, s->inner, s->width, widest);
+    BARRIER
+    if (!s->before) norm(half, c, &l->norms[2], s->x, s->x);
+  }
+  for (i64 r = me; r < t->rows; r += of) {
+    void *y = at(half, s->y, r * C);
+    memcpy(y, at(half, s->x, r * C), C * (half ? 2 : 4));
+    if (s->last.weight) norm_row(half, s, &s->last, y, y);
+    for (i64 i = 0; s->head_scale != 1 && i < C; i += 16)
+      store(half, y, i, _mm512_mul_ps(load(half, y, i), ALL(s->head_scale)));
+  }
+  BARRIER
+  finish(half, c, widest);
+  BARRIER
+  if (me == 0) agree(t, of);
+}
+
+static __attribute__((noinline)) void run_wide(const Stack *s, const Step *t, i64 me, i64 of) {
+  run(0, s, t, me, of);
+}
+static __attribute__((noinline)) void run_half(const Stack *s, const Step *t, i64 me, i64 of) {
+  run(1, s, t, me, of);
+}
+
+void topwork_crossed(const Stack *s, const Step *t) {
+#pragma omp parallel num_threads((int)t->threads)
+    (s->half ? run_half : run_wide)(s, t, omp_get_thread_num(), omp_get_num_threads());
+}
+#endif

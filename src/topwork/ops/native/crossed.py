@@ -1,0 +1,181 @@
+"""A token of a few rows through a decoder that looks at a memory (`crossed.c`)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from topwork.ops.native.attention import has_amx
+from topwork.ops.native.build import library
+
+MOST_ROWS = 32
+ACTIVATIONS = {
+    "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
+}  # fmt: skip
+PAIRS = ("norm_0", "norm_1", "norm_2", "q", "k", "v", "out", "query", "cross_out", "gate", "up",
+         "down")  # fmt: skip
+
+Pair = tuple[Tensor, Tensor | None]
+"""The weight and the bias of a linear or a norm."""
+
+
+def _structure(name: str, **fields: str) -> Any:
+    """A C structure with fields of these kinds, whose names are words of one string."""
+    kinds = {"at": ctypes.c_void_p, "whole": ctypes.c_int64, "real": ctypes.c_float}
+    made = [(n, kinds[kind.rstrip("_")]) for kind, names in fields.items() for n in names.split()]
+    return type(name, (ctypes.Structure,), {"_fields_": made})
+
+
+def _halves(names: Sequence[str]) -> str:
+    return " ".join(f"{name}_weight {name}_bias" for name in names)
+
+
+_Layer = _structure("_Layer", at=f"{_halves(PAIRS)} keys values memory_keys memory_values")
+_Stack = _structure(
+    "_Stack",
+    at=f"layers words places {_halves(('first', 'last', 'head'))} more near",
+    whole="count hidden heads size width vocab room texts_room reach activation centred before "
+    "half tiles",
+    real="eps scale word_scale head_scale",
+    at_="x y q k v inner open said packed scores",
+)
+_Step = _structure(
+    "_Step", whole="rows position threads", at="ids from_ owner lengths logits peaks best"
+)
+
+
+@functools.cache
+def _kernel() -> Any:
+    run = getattr(library(), "topwork_crossed", None)
+    if run is not None:
+        run.argtypes = [ctypes.c_void_p, ctypes.c_void_p]
+        run.restype = None
+    return run
+
+
+def ready() -> bool:
+    """Whether the kernel is there."""
+    return _kernel() is not None
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Of a decoder: C, H, D, the feed-forward part's width and V, all but V multiples of 16."""
+
+    hidden: int
+    heads: int
+    size: int
+    width: int
+    vocab: int
+
+    def fit(self) -> bool:
+        return not any(n % 16 for n in (self.hidden, self.size, self.width))
+
+
+@dataclass(frozen=True)
+class Means:
+    """What `crossed.c` computes with: see there, and `StackSpec`."""
+
+    activation: str
+    centred: bool
+    before: bool
+    eps: float
+    scale: float
+    word_scale: float = 1.0
+    head_scale: float = 1.0
+
+
+class Program:
+    """The decoder's parts written down; then `bind` keys and values, and `run` token by token.
+
+    `layers`: the PAIRS of each, less the gate where there is none. `ends`: the pairs "first" and
+    "last" where there are such norms, and "head". `more` [V] is added to the logits; `near`
+    [H, reach] fp32 to the scores of own keys, by distance; `places` [room, C] to the words [V, C].
+    """
+
+    def __init__(
+        self, sizes: Sizes, means: Means, layers: Sequence[dict[str, Pair]], ends: dict[str, Pair],
+        words: Tensor, room: int, *, places: Tensor | None = None, more: Tensor | None = None,
+        near: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.sizes, self.room, self.dtype = sizes, room, words.dtype
+        self.kept: list[Any] = [layers, ends, words, places, more, near]
+        self._layers = (_Layer * len(layers))()
+        for made, pairs in zip(self._layers, layers):
+            _fill(made, pairs)
+        self._stack = _Stack(
+            layers=ctypes.addressof(self._layers), count=len(layers),
+            room=room, reach=0 if near is None else near.shape[1],
+            activation=ACTIVATIONS[means.activation], half=self.dtype is torch.bfloat16,
+            tiles=has_amx(), **vars(sizes),
+            **{k: v for k, v in vars(means).items() if k != "activation"},
+        )  # fmt: skip
+        _fill(self._stack, ends)
+        for name, tensor in {"words": words, "places": places, "more": more, "near": near}.items():
+            setattr(self._stack, name, None if tensor is None else tensor.data_ptr())
+        self._rows = 0
+        self._bound: list[Any] = []
+
+    def bind(
+        self, own: Sequence[tuple[Tensor, Tensor]], memory: Sequence[tuple[Tensor, Tensor]]
+    ) -> None:
+        """Use these keys and values of each layer: [R, H, room, D] and of texts [N, H, S, D]."""
+        self._bound = [own, memory]
+        for made, (keys, values), (seen, told) in zip(self._layers, own, memory):
+            made.keys, made.values = keys.data_ptr(), values.data_ptr()
+            made.memory_keys, made.memory_values = seen.data_ptr(), told.data_ptr()
+        self._stack.room, self._stack.texts_room = own[0][0].shape[2], memory[0][0].shape[2]
+        self._rows = 0
+
+    def _make_room(self, rows: int, threads: int) -> None:
+        """Buffers for what passes between the parts."""
+        s, stack = self.sizes, self._stack
+        wide, widest = s.heads * s.size, max(s.hidden, s.width, s.heads * s.size)
+        widths = {
+            "x": s.hidden, "y": s.hidden, "q": wide, "k": wide, "v": wide, "inner": widest,
+            "open": widest, "said": s.vocab if stack.half else 0,
+        }  # fmt: skip
+        made = {name: torch.empty(rows, width, dtype=self.dtype) for name, width in widths.items()}
+        made["packed"] = torch.empty(threads, 64 * widest * bool(stack.half), dtype=torch.bfloat16)
+        made["scores"] = torch.empty(threads, max(stack.room, stack.texts_room) + 15)
+        for name, tensor in made.items():
+            setattr(stack, name, tensor.data_ptr())
+        self.logits = torch.empty(rows, s.vocab)
+        self._peaks = torch.empty(threads + 1, rows)
+        self._best = torch.empty(threads + 1, rows, dtype=torch.int32)
+        self._rows, self._threads, self._made = rows, threads, made
+
+    def run(
+        self, ids: Tensor, position: int, origin: Tensor, owner: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """Logits [R, V] fp32 of `ids` [R] at `position`, and their `best`; overwritten by the next.
+
+        `origin` [R, room], `owner` [R] (which text) and `lengths` [N] are int32.
+        """
+        rows, threads = len(ids), torch.get_num_threads()
+        if (rows, threads) != (self._rows, getattr(self, "_threads", 0)):
+            self._make_room(rows, threads)
+        step = _Step(
+            rows, position, threads,
+            *(t.data_ptr() for t in (ids, origin, owner, lengths)),
+            *(t.data_ptr() for t in (self.logits, self._peaks, self._best)),
+        )  # fmt: skip
+        _kernel()(ctypes.addressof(self._stack), ctypes.addressof(step))
+        return self.logits
+
+    @property
+    def best(self) -> tuple[Tensor, Tensor]:
+        """The largest logit of each row [R] (NaN if one is) and where it first stands [R]."""
+        return self._peaks[-1], self._best[-1].long()
+
+
+def _fill(made: Any, pairs: dict[str, Pair]) -> None:
+    for name, (weight, bias) in pairs.items():
+        setattr(made, f"{name}_weight", weight.data_ptr())
+        setattr(made, f"{name}_bias", None if bias is None else bias.data_ptr())
