@@ -78,7 +78,7 @@ class CompiledStep:
             self._bind(len(ids))
         if cache.origin is None:
             every = torch.arange(len(ids), dtype=torch.int32)[:, None]
-            cache.origin = every.repeat(1, self._bound[0].shape[1])
+            cache.origin = every.repeat(1, stores[0].buffers[0].shape[1])
         if self._owner is None or self._owner[0] is not cache.owner:
             self._owner = cache.owner, cache.owner.to(torch.int32)
         logits = self._program.run(
