@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from topwork import hub, quant, weights
 from topwork.errors import ConfigError, TopworkWarning, nearest
@@ -16,6 +17,18 @@ from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
 from topwork.models.decoder import DECODER_MODELS
 from topwork.weights.coded import check as check_coding
+
+
+class Unfilled(TorchFunctionMode):
+    """Within it no parameter is given its first values: those of the meta device have none, and
+    torch would import its compiler (80 MB) to find that out."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(func, "__module__", "") == "torch.nn.init":
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 class AutoConfig:
@@ -126,7 +139,7 @@ class _Auto:
         config.__dict__["_name_or_path"] = str(
             name_or_path
         )  # an adapter's file says what its base is
-        with torch.device("meta"):
+        with torch.device("meta"), Unfilled():
             model = build(config, cls.task)
         quantised = _quantised(model, config, quantization_config, as_dtype(dtype))
         report = weights.load_weights(

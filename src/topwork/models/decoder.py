@@ -17,7 +17,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.models.base import CausalLMOutput, CausalModel, Model
@@ -33,7 +32,7 @@ from topwork.nn.layers import ScaledEmbedding
 from topwork.nn.moe import RouterLoss, balance, router_logits
 from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
-from topwork.nn.recompute import remembered
+from topwork.ops.recompute import recomputed
 from topwork.weights import PLAIN, Rename, Table
 
 
@@ -210,7 +209,7 @@ class Decoder(nn.Module):
         tables = {part: part.table(positions, x.dtype) for part in parts}
         for block in self.layers:
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, layout, cache, use_reentrant=False, **remembered())
+                x = recomputed(block, x, tables, layout, cache)
             else:
                 x = block(x, tables, layout, cache)
         return self.norm(x)

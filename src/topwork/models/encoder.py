@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError
@@ -25,6 +24,7 @@ from topwork.models.pooling import first_tokens
 from topwork.nn.layers import activated, linears
 from topwork.nn.paths import part, place
 from topwork.ops.cross import cross_attention
+from topwork.ops.recompute import recomputed
 
 Pair = tuple[Tensor, Tensor]
 
@@ -281,7 +281,7 @@ class Encoder(Model):
             block = part(self, path)
             rest = (shared, layout) if self._prefix is None else (shared, layout, self._prefix[i])
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, *rest, use_reentrant=False)
+                x = recomputed(block, x, *rest)
             else:
                 x = block(x, *rest)
         return part(self, self.spec.final_norm)(x) if self.spec.final_norm else x

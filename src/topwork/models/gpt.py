@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError, nearest
@@ -35,6 +34,7 @@ from topwork.nn.cache import KVCache
 from topwork.nn.conv1d import Conv1D
 from topwork.nn.layers import ACTIVATIONS, linears
 from topwork.nn.rotary import RotarySpec, rotary_table
+from topwork.ops.recompute import recomputed
 from topwork.weights import Rename, Table
 
 Fn = Callable[[Tensor], Tensor]
@@ -376,7 +376,7 @@ class Gpt(nn.Module):
             if skip and float(torch.rand(())) < skip:
                 continue
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tables, terms, layout, cache, use_reentrant=False)
+                x = recomputed(block, x, tables, terms, layout, cache)
             else:
                 x = block(x, tables, terms, layout, cache)
         if spec.final_norm:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError
 from topwork.nn.layers import Mlp, MlpSpec, PlainMlp, PlainMlpSpec, linears
 from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
+from topwork.ops.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class GridTower(nn.Module):
             near = spec.window is not None and i not in spec.full
             layout = rows.windows if near else rows.frames
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, rows.cos, rows.sin, use_reentrant=False)
+                x = recomputed(block, x, layout, rows.cos, rows.sin)
             else:
                 x = block(x, layout, rows.cos, rows.sin)
         x = part(self, "merger.ln_q")(x).view(-1, merged * spec.hidden)

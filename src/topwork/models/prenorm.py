@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError
 from topwork.nn.layers import ACTIVATIONS, activation, linears
 from topwork.nn.paths import part, place, place_parameter
 from topwork.ops.cross import cross_attention
+from topwork.ops.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -131,5 +131,5 @@ class PreNormBlock(nn.Module):
 def run_block(block: nn.Module, x: Tensor, layout: ops.Layout, again: bool) -> Tensor:
     """One block; `again`: its inner values are computed a second time in the backward pass."""
     if again and torch.is_grad_enabled():
-        return checkpoint(block, x, layout, use_reentrant=False)
+        return recomputed(block, x, layout)
     return block(x, layout)

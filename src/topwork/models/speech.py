@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError
@@ -20,6 +19,7 @@ from topwork.models.packing import Padding
 from topwork.nn.convs import SpeechConv, TunedConv1d, frames_after
 from topwork.nn.layers import ACTIVATIONS, linears
 from topwork.nn.spans import Augment
+from topwork.ops.recompute import recomputed
 from topwork.weights import Rename, Table
 
 
@@ -222,7 +222,7 @@ class Blocks(nn.Module):
             if self.training and float(torch.rand(())) < self.spec.layer_dropout:
                 continue
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, layout, use_reentrant=False)
+                x = recomputed(layer, x, layout)
             else:
                 x = layer(x, layout)
         if states is not None:

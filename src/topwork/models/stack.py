@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.nn.cache import KVCache
@@ -22,6 +21,7 @@ from topwork.nn.norms import NormSpec
 from topwork.nn.paths import part, place
 from topwork.nn.relative import relative_bias
 from topwork.ops.cross import cross_attention
+from topwork.ops.recompute import recomputed
 
 
 @dataclass(frozen=True)
@@ -379,7 +379,7 @@ class Stack(nn.Module):
             if skip and float(torch.rand(())) < skip:
                 continue
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, layout, terms, memory, cache, use_reentrant=False)
+                x = recomputed(block, x, layout, terms, memory, cache)
             else:
                 x = block(x, layout, terms, memory, cache)
         if spec.names.final_norm is not None:

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.dispatch import Op
 from topwork.ops.dropout import dropped, new_seed
 from topwork.ops.native.attention import has_amx, packed_attention
+from topwork.ops.recompute import recomputed
 
 Lengths = tuple[int | tuple[int, ...], ...]
 
@@ -395,10 +395,9 @@ def dropping_attention(
         stop = layout.past + at + block.shape[1] if rule.causal else k.shape[1]
         keep = None if layout.keep is None else layout.keep[:, :stop]
         outputs.append(
-            checkpoint(
+            recomputed(
                 _attended, block, k[:, :stop], v[:, :stop],
                 Layout(None, layout.past + at, keep), rule, terms, new_seed(),
-                use_reentrant=False, preserve_rng_state=False,
             )
         )  # fmt: skip
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)

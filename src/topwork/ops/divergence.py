@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+
+from topwork.ops.recompute import recomputed
 
 Head = Callable[[Tensor], Tensor]
 CHUNK = 128  # rows of both models' logits in memory at once
@@ -57,8 +58,7 @@ def token_divergence(
         return torch.cat(pieces) if pieces else student.new_zeros(0, dtype=torch.float32)
     if weights:  # each row's loss may be weighted later, so their gradient cannot be formed yet
         pieces = [
-            checkpoint(one, *part, use_reentrant=False)
-            for part in zip(student.split(CHUNK), teacher.split(CHUNK))
+            recomputed(one, *part) for part in zip(student.split(CHUNK), teacher.split(CHUNK))
         ]
         return torch.cat(pieces)
     return _Rowwise.apply(student, teacher, one)
@@ -86,7 +86,7 @@ def sorted_distance(
 
     sides = (student, student_scale, teacher, teacher_scale)
     pieces = [
-        checkpoint(one, *part, use_reentrant=False) if torch.is_grad_enabled() else one(*part)
+        recomputed(one, *part) if torch.is_grad_enabled() else one(*part)
         for part in zip(*(side.split(CHUNK) for side in sides))
     ]
     return torch.cat(pieces) if len(student) else student.new_zeros(0, dtype=torch.float32)

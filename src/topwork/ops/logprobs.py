@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from topwork.ops.dispatch import apply
 from topwork.ops.native import head as tiled
+from topwork.ops.recompute import recomputed
 
 CHUNK = 128  # rows of logits in memory at once; measured best of 64 … 512 on CPU
 TILED_CHUNK = 2048  # rows whose running sums the kernel holds
@@ -45,7 +45,7 @@ def token_logprobs_of(
     pieces = []
     for rows, wanted in zip(hidden.split(CHUNK), targets.split(CHUNK)):
         if torch.is_grad_enabled():
-            pieces.append(checkpoint(one, rows, wanted, use_reentrant=False))
+            pieces.append(recomputed(one, rows, wanted))
         else:
             pieces.append(one(rows, wanted))
     return torch.cat(pieces) if pieces else hidden.new_zeros(0, dtype=torch.float32)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
-from topwork.nn.recompute import carried
+from topwork.ops.recompute import carried
 
 NEVER = 2**62
 """The start of an adapter that does not act on a row."""

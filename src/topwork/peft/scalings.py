@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.nn.cache import KVCache
-from topwork.nn.recompute import carried
+from topwork.ops.recompute import carried
 from topwork.peft import inject
 from topwork.peft.invocation import laid
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -11,11 +12,20 @@ from torch import Tensor, nn
 from topwork.errors import CheckpointError
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's, without what it does only for torch's compiler: to import that takes 80 MB."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        return unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 def _adamw(groups: Any, args: Any, fused: bool) -> torch.optim.Optimizer:
     betas = (args.adam_beta1, args.adam_beta2)
-    return torch.optim.AdamW(
-        groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=fused
-    )
+    return AdamW(groups, lr=args.learning_rate, betas=betas, eps=args.adam_epsilon, fused=fused)
 
 
 OPTIMISERS: dict[str, Callable[[Any, Any], torch.optim.Optimizer]] = {

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from topwork import ops
 from topwork.errors import ConfigError
@@ -19,6 +18,7 @@ from topwork.models.packing import packed_positions
 from topwork.nn.cache import KVCache
 from topwork.nn.mamba import MambaMixer, MambaSpec, RecurrentStore
 from topwork.nn.norms import NormSpec
+from topwork.ops.recompute import recomputed
 from topwork.weights import Rename, Table
 
 TINY = {
@@ -145,7 +145,7 @@ class Mamba(nn.Module):
             if not isinstance(store, RecurrentStore | None):
                 raise ConfigError("Mamba's memory is its state: use the cache of new_cache()")
             if self.checkpointing and self.training and torch.is_grad_enabled():
-                x = checkpoint(block, x, place, real, store, use_reentrant=False)
+                x = recomputed(block, x, place, real, store)
             else:
                 x = block(x, place, real, store)
         x = self.norm_f(x).to(dtype)

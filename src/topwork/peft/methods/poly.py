@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
-from topwork.nn.recompute import carried
+from topwork.ops.recompute import carried
 from topwork.peft.config import LayerConfig, at_least, one_of
 from topwork.peft.layer import Graft
 
