@@ -16,6 +16,7 @@ from topwork.generation.config import GenerationConfig
 from topwork.generation.processors import Processor, apply
 from topwork.generation.program import CachedProgram
 from topwork.models.compiled import CompiledStep
+from topwork.models.output import Output
 from topwork.models.seq2seq import DecoderView
 
 
@@ -31,8 +32,8 @@ Criterion = Callable[[Tensor, Any], Any]
 
 
 @dataclass
-class GenerateOutput:
-    """What `return_dict_in_generate=True` gives. Also read as `output["sequences"]`."""
+class GenerateOutput(Output):
+    """What `return_dict_in_generate=True` gives."""
 
     sequences: Tensor
     scores: tuple[Tensor, ...] | None = None
@@ -42,9 +43,6 @@ class GenerateOutput:
     sequences_scores: Tensor | None = None
     beam_indices: Tensor | None = None
     past_key_values: Any = None
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self, name)
 
 
 class Stepper:

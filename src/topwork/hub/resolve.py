@@ -28,6 +28,9 @@ SMALL_FILES = {
     # Asked for only where there is no tokenizer.json.
     "sentencepiece": ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model"),
 }
+# The options of `resolve` that say where files are.
+PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder",
+          "allow_bin")  # fmt: skip
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 

@@ -13,10 +13,14 @@ from torch.overrides import TorchFunctionMode
 from topwork import hub, quant, weights
 from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.models import families
+from topwork.models.asked import changed, told_apart
 from topwork.models.base import Model
-from topwork.models.config import Config, ConfigReader
+from topwork.models.config import Config, ConfigReader, Remembered
 from topwork.models.decoder import DECODER_MODELS
 from topwork.weights.coded import check as check_coding
+
+# What names the labels of a classifier.
+LABELS = ("num_labels", "id2label", "label2id", "problem_type")
 
 
 class Unfilled(TorchFunctionMode):
@@ -32,9 +36,20 @@ class Unfilled(TorchFunctionMode):
 
 
 class AutoConfig:
-    """`AutoConfig.from_pretrained(name)` gives a `Config`."""
+    """`AutoConfig.from_pretrained(name)` gives a `Config`; `given` may hold other values for its
+    keys."""
 
-    from_pretrained = Config.from_pretrained
+    @staticmethod
+    def from_pretrained(name_or_path: str | Path, **given: Any) -> Config:
+        _, where, changes = told_apart(given)
+        labels = {k: changes.pop(k) for k in LABELS if k in changes}
+        found = changed(Config.from_pretrained(name_or_path, **where), changes)
+        return found.with_labels(**labels) if labels else found
+
+    @staticmethod
+    def for_model(model_type: str, **values: Any) -> Config:
+        """A configuration of this family; what is not given is as the family has it."""
+        return Config(model_type=model_type, **values)
 
 
 def build(config: Config, task: str) -> Any:
@@ -99,8 +114,12 @@ class _Auto:
     task: ClassVar[str]
 
     @classmethod
-    def from_config(cls, config: Config, dtype: torch.dtype | None = None) -> Any:
+    def from_config(
+        cls, config: Config, dtype: str | torch.dtype | None = None, **given: Any
+    ) -> Any:
         """A model with fresh weights: normal with `initializer_range`, norms one, biases zero."""
+        how, _, changes = told_apart(given)
+        config, dtype = changed(config, changes), as_dtype(how.get("dtype", dtype))
         model = build(config, cls.task)
         initialise(model, [name for name, _ in model.named_parameters()])
         for module in model.modules():
@@ -121,7 +140,8 @@ class _Auto:
         label2id: Mapping[str, Any] | None = None,
         problem_type: str | None = None,
         quantization_config: Any = None,
-        **where: Any,
+        ignore_mismatched_sizes: bool = False,
+        **given: Any,
     ) -> Any:
         """Load a folder, a Hub id or a .gguf file (dequantised to fp32 unless `dtype` says else).
 
@@ -129,12 +149,18 @@ class _Auto:
         may be given in place of the file's; a head that the file lacks starts fresh, with a
         TopworkWarning that names it. `quantization_config` (a `BitsAndBytesConfig`, or a dictionary
         of its fields): each linear is quantised as it is read. A file that is quantised already
-        says so itself: 4 bits of bitsandbytes stay, other codes become plain weights. `where`:
-        revision, token, cache_dir, local_files_only, force_download, subfolder, allow_bin as in
-        `hub.resolve`.
+        says so itself: 4 bits of bitsandbytes stay, other codes become plain weights.
+        `ignore_mismatched_sizes`: a head of another size starts fresh as well. `given`: revision,
+        token, cache_dir, local_files_only, force_download, subfolder, allow_bin as in
+        `hub.resolve`; `device_map`, if it names one device; other values for keys of the
+        configuration.
         """
+        how, where, changes = told_apart(given)
+        dtype, device = how.get("dtype", dtype), how.get("device", device)
+        quantization_config = how.get("quantization_config", quantization_config)
         checkpoint = hub.resolve(name_or_path, want=("config", "weights"), **where)
-        config = config or Config.of(checkpoint)
+        _must_be_a_model(checkpoint)
+        config = changed(config or Config.of(checkpoint), changes)
         config = config.with_labels(num_labels, id2label, label2id, problem_type)
         config.__dict__["_name_or_path"] = str(
             name_or_path
@@ -150,21 +176,16 @@ class _Auto:
             device=device,
             tied=model.tied,
             coding=_coding(config),
+            lenient=ignore_mismatched_sizes,
         )
         model.quantization_config = quantised
         for alias in report.untied:
             model.tied.pop(alias)
         model.tie_weights()
         if report.fresh:
-            _start_fresh(model, report, device)
-            warnings.warn(
-                f"{checkpoint.name} has no {', '.join(report.fresh)}: they start with fresh values "
-                "and must be trained before they mean anything",
-                TopworkWarning,
-                stacklevel=2,
-            )
+            _start_fresh(model, report, device, checkpoint.name, ignore_mismatched_sizes)
         if "generation_config.json" in checkpoint.files:
-            model.generation_config = checkpoint.json("generation_config.json")
+            model.generation_config = Remembered(checkpoint.json("generation_config.json"))
         return model.eval()
 
 
@@ -264,6 +285,17 @@ AutoModelForVision2Seq = AutoModelForImageTextToText
 AUTO: dict[str, Any] = {made.task: made for made in _Auto.__subclasses__()}
 
 
+def _must_be_a_model(checkpoint: hub.Checkpoint) -> None:
+    """ConfigError for the files of an adapter alone."""
+    if "adapter_config.json" in checkpoint.files and "config.json" not in checkpoint.files:
+        base = checkpoint.json("adapter_config.json").get("base_model_name_or_path")
+        raise ConfigError(
+            f"{checkpoint.name} holds an adapter of {base}: load it with AutoPeftModelForCausalLM "
+            "(…ForSequenceClassification …).from_pretrained, or its base and then "
+            "PeftModel.from_pretrained"
+        )
+
+
 def initialise(model: Any, names: Iterable[str]) -> None:
     """Fresh values: matrices normal with `initializer_range`, biases zero, norms as they are."""
     std = model.config.get("initializer_range", 0.02)
@@ -300,15 +332,23 @@ def _coding(config: Config) -> dict[str, Any] | None:
     return own
 
 
-def _start_fresh(model: Model, report: weights.LoadReport, device: str | torch.device) -> None:
+def _start_fresh(
+    model: Model, report: weights.LoadReport, device: str | torch.device, name: str, lenient: bool
+) -> None:
+    """Fresh values for what the file lacks, with a TopworkWarning that names it."""
     dtype = model.get_parameter(report.loaded[0]).dtype if report.loaded else None
-    for name in report.fresh:
-        path, _, leaf = name.rpartition(".")
-        home = model.get_submodule(path)
-        shape = model.get_parameter(name).shape
+    for path in report.fresh:
+        home, _, leaf = path.rpartition(".")
+        shape = model.get_parameter(path).shape
         value = torch.ones(shape, dtype=dtype, device=device)
-        setattr(home, leaf, torch.nn.Parameter(value))
+        setattr(model.get_submodule(home), leaf, torch.nn.Parameter(value))
     initialise(model, report.fresh)
+    warnings.warn(
+        f"{name} has no {', '.join(report.fresh)}{' of this size' if lenient else ''}: they start "
+        "with fresh values and must be trained before they mean anything",
+        TopworkWarning,
+        stacklevel=3,
+    )
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

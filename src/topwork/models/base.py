@@ -14,14 +14,15 @@ from torch import Tensor, nn
 
 from topwork import hub, ops, quant, weights
 from topwork.errors import ConfigError
-from topwork.models.config import Config
+from topwork.models.config import Config, Remembered
+from topwork.models.output import Output
 from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
 from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.cache import KVCache
 
 
 @dataclass
-class CausalLMOutput:
+class CausalLMOutput(Output):
     """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given.
 
     `aux_loss`: the routers' load-balancing loss, where the configuration asks for it.
@@ -45,7 +46,7 @@ class Model(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.generation_config: dict[str, Any] = {}
+        self.generation_config: dict[str, Any] = Remembered()
         self.tied: dict[str, str] = {}
         self.table = weights.PLAIN
         self.quantization_config: quant.BitsAndBytesConfig | None = None
@@ -81,6 +82,24 @@ class Model(nn.Module):
         packed = 0 if only_trainable else quant.Summary.of(self).numbers
         return sum(p.numel() for p in chosen) + packed
 
+    @property
+    def base_model(self) -> Any:
+        """The part below the head."""
+        return self.trunk
+
+    @property
+    def name_or_path(self) -> str:
+        return self.config.get("_name_or_path", "")
+
+    @property
+    def num_labels(self) -> int:
+        return self.config.num_labels
+
+    def get_memory_footprint(self) -> int:
+        """The bytes of its parameters and buffers."""
+        tensors = (*self.parameters(), *self.buffers())
+        return sum(t.numel() * t.element_size() for t in tensors)
+
     def dequantize(self) -> Self:
         """Put plain linears of the same values in place of quantised ones."""
         quant.dequantise(self)
@@ -93,8 +112,27 @@ class Model(nn.Module):
     def get_input_embeddings(self) -> nn.Module:
         return self.trunk.get_submodule(self.trunk.embedding)
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        for path, module in list(self.named_modules(remove_duplicate=False)):
+            if module is self.get_input_embeddings():
+                self.set_submodule(path, value)
+                return
+
     def get_output_embeddings(self) -> nn.Module | None:
         return None
+
+    def enable_input_require_grads(self) -> None:
+        """Let gradients reach the embeddings' output. Adapters and checkpointing do not need it."""
+        self._inputs_hook = self.get_input_embeddings().register_forward_hook(
+            lambda _, inputs, output: output.requires_grad_()
+        )
+
+    def disable_input_require_grads(self) -> None:
+        self._inputs_hook.remove()
+
+    @property
+    def is_gradient_checkpointing(self) -> bool:
+        return self.trunk.checkpointing
 
     def tie_weights(self) -> None:
         """Let each tied alias be its owner's parameter."""
@@ -111,8 +149,12 @@ class Model(nn.Module):
 
     # -- files -----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path, max_shard_size: str | int = "5GB") -> None:
+    def save_pretrained(
+        self, folder: str | Path, max_shard_size: str | int = "5GB", safe_serialization: bool = True
+    ) -> None:
         """Write config.json, generation_config.json and safetensors as they stand on the Hub."""
+        if not safe_serialization:
+            raise ConfigError("safe_serialization=False: weights are saved as safetensors alone")
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         saved = Config(**self.config.to_dict())

@@ -87,6 +87,14 @@ INERT = frozenset(
         "use_cache",
     }
 )
+# What absent keys mean.
+USUAL: dict[str, Any] = {
+    "architectures": None, "bos_token_id": None, "decoder_start_token_id": None,
+    "eos_token_id": None, "is_decoder": False, "is_encoder_decoder": False, "pad_token_id": None,
+    "problem_type": None, "sep_token_id": None, "tokenizer_class": None, "use_cache": True,
+    "output_attentions": False, "output_hidden_states": False, "return_dict": True,
+    "use_return_dict": True, "_name_or_path": "", "name_or_path": "",
+}  # fmt: skip
 # Present, and without effect, only at these values.
 INERT_AT: dict[str, tuple[Any, ...]] = {
     "attention_dropout": (0.0, None),
@@ -95,12 +103,33 @@ INERT_AT: dict[str, tuple[Any, ...]] = {
 }
 
 
+class Remembered(dict[str, Any]):
+    """What `generation_config.json` says, also by attribute; None for what it does not say."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self[name] = value
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+
 class Config:
-    """The keys of a `config.json` as attributes; absent ones raise AttributeError by name."""
+    """The keys of a `config.json` as attributes.
+
+    What a file leaves out as usual reads as that (`usual`); other absent keys raise AttributeError
+    by name.
+    """
 
     def __init__(self, **values: Any) -> None:
         self.__dict__.update(values)
         self.__dict__.setdefault("model_type", "")
+        if isinstance(self.__dict__.get("id2label"), Mapping):
+            self.__dict__["id2label"] = {int(i): label for i, label in values["id2label"].items()}
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **where: Any) -> Config:
@@ -163,7 +192,26 @@ class Config:
         text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
         (Path(folder) / "config.json").write_text(text, encoding="utf-8")
 
+    @property
+    def usual(self) -> dict[str, Any]:
+        """What absent keys of a file mean, of those that are not the network's."""
+        named = self.get("id2label") or {i: f"LABEL_{i}" for i in range(self.get("num_labels", 2))}
+        dtype = self.get("dtype") or self.get("torch_dtype")
+        return {
+            **USUAL, "dtype": dtype, "torch_dtype": dtype, "num_labels": len(named),
+            "id2label": named, "label2id": {label: i for i, label in named.items()},
+        }  # fmt: skip
+
+    def to_json_string(self) -> str:
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True, default=str) + "\n"
+
+    def get_text_config(self, **_: Any) -> Config:
+        """The configuration of the language model within: its own, or that of its `text_config`."""
+        return self.part("text_config") if self.get("text_config") else self
+
     def __getattr__(self, name: str) -> Any:
+        if not name.startswith("__") and name in (usual := self.usual):
+            return usual[name]
         raise AttributeError(f"the configuration has no {name!r}{nearest(name, self.__dict__)}")
 
     def __repr__(self) -> str:

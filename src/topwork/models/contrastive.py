@@ -14,6 +14,7 @@ from topwork import ops
 from topwork.errors import ConfigError, nearest
 from topwork.models.base import Model
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.prenorm import PreNormBlock, PreNormSpec, run_block
 from topwork.models.vision import VisionOutput, VisionSpec, VisionTower
 from topwork.nn.paths import part, place
@@ -179,7 +180,7 @@ class DualSpec:
 
 
 @dataclass
-class DualOutput:
+class DualOutput(Output):
     """`logits_per_image` [images, texts], its transpose, and the unit vectors they come from."""
 
     loss: Tensor | None

@@ -19,8 +19,10 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.packing import Padding, check_lengths, packed_positions
 from topwork.models.pooling import first_tokens
+from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.layers import activated, linears
 from topwork.nn.paths import part, place
 from topwork.ops.cross import cross_attention
@@ -167,11 +169,13 @@ def after_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: Pair, layout: ops.Layo
 
 
 @dataclass
-class EncoderOutput:
-    """`last_hidden_state` [B, T, C]; `pooler_output` [B, C] where the family has a pooler."""
+class EncoderOutput(Output):
+    """`last_hidden_state` [B, T, C]; `pooler_output` [B, C] where the family has a pooler;
+    `hidden_states`, when asked for: what each block was given, and the last."""
 
     last_hidden_state: Tensor
     pooler_output: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 class Encoder(Model):
@@ -206,6 +210,10 @@ class Encoder(Model):
     @property
     def trunk(self) -> Encoder:
         return self
+
+    @property
+    def block_list(self) -> list[nn.Module]:
+        return [part(self, path) for path in self.spec.order]
 
     def get_input_embeddings(self) -> nn.Module:
         return part(self, self.spec.embedding.word)
@@ -294,18 +302,24 @@ class Encoder(Model):
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         lengths: tuple[int, ...] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> EncoderOutput:
         """Padded rows [B, T] with their mask, or texts packed in one row with their `lengths`."""
+        refuse_attentions(output_attentions)
         rows, texts = unpadded(
             self, attention_mask, lengths, input_ids, token_type_ids, position_ids, inputs_embeds
         )
-        hidden = self.encode(**texts)
+        with block_inputs(self, output_hidden_states) as found:
+            hidden = self.encode(**texts)
         pooled = None
         if self.pooled:
             pooled = part(self, str(self.spec.pooler))(
                 first_tokens(hidden, texts["lengths"])
             ).tanh()
-        return EncoderOutput(hidden if rows is None else rows.unpack(hidden), pooled)
+        whole = hidden if rows is None else rows.unpack(hidden)
+        states = hidden_states(found, whole, attention_mask) if output_hidden_states else None
+        return EncoderOutput(whole, pooled, states)
 
 
 def unpadded(

@@ -19,6 +19,7 @@ from topwork.models.config import Config, ConfigReader
 from topwork.models.encoder import Encoder, EncoderSpec, unpadded
 from topwork.models.heads import HeadOutput, answer_loss, classification_loss, label_count
 from topwork.models.pooling import first_tokens, mean_tokens
+from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.layers import ACTIVATIONS
 from topwork.nn.paths import part, place
 from topwork.weights import Rename, Table
@@ -152,6 +153,8 @@ class EncoderWithHead(Model):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
         lengths: tuple[int, ...] | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
     ) -> HeadOutput:
         """Padded rows [B, T] with their mask, or texts packed in one row with their `lengths`.
 
@@ -159,6 +162,7 @@ class EncoderWithHead(Model):
         [B, labels]); of a question's answer `start_positions` and `end_positions` [B]. Multiple
         choice takes rows [B, choices, T]. Padding comes back with logits of zero.
         """
+        refuse_attentions(output_attentions)
         batch = None
         if self.task == "multiple-choice" and lengths is None:
             given = [input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds]
@@ -171,7 +175,8 @@ class EncoderWithHead(Model):
             inputs_embeds,
         )  # fmt: skip
         lengths = texts["lengths"]
-        hidden = self.trunk.encode(**texts)
+        with block_inputs(self.trunk, output_hidden_states) as found:
+            hidden = self.trunk.encode(**texts)
         pool = self.head_spec.pool
         logits = self.logits_of(hidden if pool is None else POOLINGS[pool](hidden, lengths))
         if batch is not None:
@@ -189,7 +194,11 @@ class EncoderWithHead(Model):
             loss = classification_loss(logits, labels, problem)
         if rows is not None and pool is None:
             logits = rows.unpack(logits)
-        return HeadOutput(loss, logits)
+        states = None
+        if output_hidden_states:
+            whole = hidden if rows is None else rows.unpack(hidden)
+            states = hidden_states(found, whole, attention_mask)
+        return HeadOutput(loss, logits, states)
 
 
 def encoder_models(family: Callable[[ConfigReader], FamilySpec]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from topwork import ops
 from topwork.errors import ConfigError, nearest
 from topwork.models.base import Model, backbone
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.packing import document_ends
 from topwork.models.states import block_inputs, hidden_states, refuse_attentions
 from topwork.nn.cache import KVCache
@@ -22,7 +23,7 @@ PROBLEMS = ("regression", "single_label_classification", "multi_label_classifica
 
 
 @dataclass
-class BaseOutput:
+class BaseOutput(Output):
     """`last_hidden_state` [B, T, C] after the final norm; `hidden_states`, when asked for: what
     each block was given, and the last."""
 
@@ -32,11 +33,13 @@ class BaseOutput:
 
 
 @dataclass
-class ClassifierOutput:
-    """`logits` [B, labels] of texts or [B, T, labels] of tokens; `loss` when labels were given."""
+class ClassifierOutput(Output):
+    """`logits` [B, labels] of texts or [B, T, labels] of tokens; `loss` when labels were given;
+    `hidden_states` as in BaseOutput."""
 
     loss: Tensor | None
     logits: Tensor
+    hidden_states: tuple[Tensor, ...] | None = None
 
 
 @dataclass

@@ -18,6 +18,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.packing import Padding, packed_positions
 from topwork.models.seq2seq import DecoderView, Seq2SeqModel, Seq2SeqSpec
 from topwork.models.stack import Memory, Stack, StackSpec
@@ -44,7 +45,7 @@ class ReaderSpec:
 
 
 @dataclass
-class ReaderOutput:
+class ReaderOutput(Output):
     """`logits` [B, T, V]; `loss`, the mean over the labelled tokens; the tower's states."""
 
     loss: Tensor | None

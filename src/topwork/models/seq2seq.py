@@ -15,6 +15,7 @@ from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.compiled import CompiledStep
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.packing import Padding, packed_positions
 from topwork.models.stack import DecoderCache, Memory, Stack, StackSpec
 from topwork.models.step import StackStep
@@ -49,7 +50,7 @@ class Seq2SeqSpec:
 
 
 @dataclass
-class Seq2SeqOutput:
+class Seq2SeqOutput(Output):
     """`logits` [B, T, V]; `loss`, the mean over the labelled tokens, when labels were given."""
 
     loss: Tensor | None

@@ -15,6 +15,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.packing import Padding
 from topwork.nn.convs import SpeechConv, TunedConv1d, frames_after
 from topwork.nn.layers import ACTIVATIONS, linears
@@ -294,7 +295,7 @@ def names_on_disk(prefix: str, own: tuple[str, ...]) -> Table:
 
 
 @dataclass
-class SpeechOutput:
+class SpeechOutput(Output):
     """`last_hidden_state` [B, T, C]; `extract_features` [B, T, F], the normed frames below."""
 
     last_hidden_state: Tensor

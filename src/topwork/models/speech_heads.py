@@ -14,6 +14,7 @@ from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.config import Config, ConfigReader
 from topwork.models.heads import ClassifierOutput, classification_loss, label_count
+from topwork.models.output import Output
 from topwork.models.speech import Blocks, SpeechEncoder, SpeechSpec, names_on_disk
 from topwork.models.speech_seq2seq import mixed
 
@@ -47,7 +48,7 @@ class _OnSpeech(Model):
 
 
 @dataclass
-class CtcOutput:
+class CtcOutput(Output):
     """`logits` [B, T, V] of each frame; `loss` when labels were given; `sizes`: real frames."""
 
     loss: Tensor | None

@@ -20,7 +20,8 @@ def block_inputs(trunk: Any, wanted: bool) -> Iterator[list[Tensor]]:
     def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
         found.append(inputs[0])
 
-    hooks = [block.register_forward_pre_hook(note) for block in trunk.block_list] if wanted else []
+    blocks = dict.fromkeys(trunk.block_list) if wanted else ()  # some use one block several times
+    hooks = [block.register_forward_pre_hook(note) for block in blocks]
     try:
         yield found
     finally:

@@ -18,6 +18,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.models.base import Model
 from topwork.models.config import Config
+from topwork.models.output import Output
 from topwork.models.prenorm import PreNormBlock, PreNormSpec, run_block
 from topwork.nn.layers import ACTIVATIONS, activation, linears
 from topwork.nn.paths import part, place, place_parameter
@@ -269,7 +270,7 @@ class VisionSpec:
 
 
 @dataclass
-class VisionOutput:
+class VisionOutput(Output):
     """`last_hidden_state` [B, T, C]; `pooler_output` [B, C] where the model pools.
 
     `hidden_states`, where asked for: what enters the first block, and what comes out of each.

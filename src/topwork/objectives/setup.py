@@ -8,14 +8,12 @@ from typing import Any
 
 from torch import nn
 
+from topwork import hub
 from topwork.errors import ConfigError, nearest
 from topwork.models import AutoModelForCausalLM
 from topwork.nn.moe import RouterLoss
 from topwork.peft import PeftConfig, PeftModel, get_peft_model
 from topwork.text import AutoTokenizer, Tokenizer
-
-# The options of `from_pretrained` that find files.
-WHERE = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 def load_pair(
@@ -75,7 +73,7 @@ def load_teacher(model: nn.Module | str | Path, args: Any) -> nn.Module:
 
 def where(args: Any, init: str = "model_init_kwargs") -> dict[str, Any]:
     """What of the field `init` says where files are found: the tokenizer's are beside them."""
-    return {k: v for k, v in (getattr(args, init) or {}).items() if k in WHERE}
+    return {k: v for k, v in (getattr(args, init) or {}).items() if k in hub.PLACES}
 
 
 def adapted(model: nn.Module, config: PeftConfig | None) -> nn.Module:

@@ -51,19 +51,21 @@ def load_weights(
     device: str | torch.device = "cpu",
     tied: Mapping[str, str] | None = None,
     coding: Mapping[str, Any] | None = None,
+    lenient: bool = False,
 ) -> LoadReport:
     """Fill `module` (it may stand on the meta device) from the checkpoint, one tensor at a time.
 
     `table` says how the file's names and layouts become the module's. `dtype` None keeps the
     file's. `tied` maps an alias to its owner: either name may be absent from the file. `coding`:
-    the `quantization_config` of a file whose weights are to be decoded. Raises
-    CheckpointError that lists every missing, unexpected or wrong-shaped tensor.
+    the `quantization_config` of a file whose weights are to be decoded. `lenient`: tensors that a
+    file may lack may have another shape there, too. Raises CheckpointError that lists every
+    missing, unexpected or wrong-shaped tensor.
     """
     intake = _Intake(module, table, dtype, device, dict(tied or {}))
     tensors = _tensors(checkpoint)
     for key, read in tensors if coding is None else decoded(tensors, coding):
         intake.take(key, read)
-    return intake.report(checkpoint.name)
+    return intake.report(checkpoint.name, lenient)
 
 
 class _Intake:
@@ -184,7 +186,9 @@ class _Intake:
             self.untied.append(alias)
             self.loaded[alias] = alias
 
-    def report(self, source: str) -> LoadReport:
+    def report(self, source: str, lenient: bool) -> LoadReport:
+        if lenient:
+            self.wrong = {n: w for n, w in self.wrong.items() if not self.table.may_lack(n)}
         aliases = set(self.owners) - set(self.untied)
         absent = set(self.wanted) - set(self.loaded) - aliases - set(self.wrong)
         fresh = sorted(n for n in absent if self.table.may_lack(n) and n not in self.packed)
