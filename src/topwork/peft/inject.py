@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -151,17 +151,28 @@ def activate(
     model: nn.Module, names: tuple[str, ...], train: bool = True, home: nn.Module | None = None
 ) -> None:
     """Let the adapters `names` compute, and (`train`) be the ones that are trained."""
+    for part in (*layers_of(model), *saved_of(model)):
+        part.active = names
+    set_trained(model, None, False, home)
+    set_trained(model, names, train, home)
+
+
+def set_trained(
+    model: nn.Module, names: Collection[str] | None, train: bool, home: nn.Module | None = None
+) -> None:
+    """Mark the parameters of the adapters `names` (None: of all) as trained or not."""
     for _, bank in banks_of(model if home is None else home):
         for name, tensor in bank.named_parameters():
-            tensor.requires_grad_(train and name in names)
+            if names is None or name in names:
+                tensor.requires_grad_(train)
     for layer in layers_of(model):
-        layer.active = names
         for name, graft in layer.grafts.items():
-            graft.trains(train and name in names)
+            if names is None or name in names:
+                graft.trains(train)
     for module in saved_of(model):
-        module.active = names
-        for name, trained in module.modules_to_save.items():
-            trained.requires_grad_(train and name in names)
+        for name, copied in module.modules_to_save.items():
+            if names is None or name in names:
+                copied.requires_grad_(train)
 
 
 def remove(model: nn.Module, name: str, home: nn.Module | None = None) -> None:
@@ -231,16 +242,21 @@ def strip(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """Within it the model computes as without adapters (merged ones stay)."""
+    """Within it the model computes as without adapters; merged ones are out of the weights."""
     parts = [*layers_of(model), *saved_of(model)]
     before = [part.disabled for part in parts]
+    merged = [(layer, layer.merged_adapters) for layer in layers_of(model) if layer.merged]
     for part in parts:
         part.disabled = True
+    for layer, _ in merged:
+        layer.unmerge()
     try:
         yield
     finally:
         for part, was in zip(parts, before):
             part.disabled = was
+        for layer, names in merged:
+            layer.merge(adapter_names=names)
 
 
 @contextmanager

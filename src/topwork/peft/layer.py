@@ -24,6 +24,7 @@ from topwork.peft.invocation import narrowed
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
 from topwork.peft.tensors import Bare, Matrix, Tensors
+from topwork.peft.views import ByAdapter
 
 
 class Shared:
@@ -51,6 +52,8 @@ class Graft:
     """The layers it goes to."""
     USUAL: ClassVar[dict[str, Any]] = usual.LINEARS
     """model_type → the modules it goes to where none are named."""
+    SHOWN: ClassVar[dict[str, str]] = {}
+    """What the layer shows of its adapters, by their names: peft's attribute → the graft's."""
 
     @classmethod
     def settle(cls, config: Any, model: nn.Module) -> Any:
@@ -223,7 +226,7 @@ class AdaptedLayer(nn.Module):
         self.site = sites.site_of(base)
         self.grafts: dict[str, Graft] = {}
         self.active: tuple[str, ...] = ()
-        self.merged: list[str] = []
+        self.merged_adapters: list[str] = []
         self.disabled = False
         self.rows: Rows | None = None
         self.original: tuple[Tensor | nn.Module, Tensor | None] | None = None
@@ -233,9 +236,12 @@ class AdaptedLayer(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "base_layer":
+            if name in ("base_layer", "grafts"):
                 raise
+        showing = {n: g for n, g in self.grafts.items() if name in g.SHOWN}
+        if not showing:
             return getattr(self.base_layer, name)
+        return ByAdapter(showing, next(iter(showing.values())).SHOWN[name])
 
     @property
     def wrapped_module(self) -> nn.Module:
@@ -246,7 +252,46 @@ class AdaptedLayer(nn.Module):
         base = self.base_layer
         return next(chain(base.parameters(), base.buffers(), [torch.empty(0)])).device
 
+    def get_base_layer(self) -> nn.Module:
+        return self.base_layer
+
+    @property
+    def in_features(self) -> int:
+        return self.site.inputs or self.base_layer.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.site.outputs or self.base_layer.out_features  # type: ignore[return-value]
+
     # -- adapters --------------------------------------------------------------------------------
+
+    @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def merged(self) -> bool:
+        return bool(self.merged_adapters)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Compute with the adapters or without."""
+        self.disabled = not enabled
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Make these adapters the active ones, and (unless `inference_mode`) the trainable ones."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.active = tuple(names)
+        for name, graft in self.grafts.items():
+            graft.trains(name in names and not inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter adds to the weight, in the layout in which the layer stores it."""
+        delta = self.grafts[adapter].delta()
+        return delta.t() if self.site.transposed else delta
 
     def add(self, name: str, graft: Graft) -> None:
         """Put the parameters of `graft` in place under `name`."""
@@ -287,7 +332,7 @@ class AdaptedLayer(nn.Module):
     # -- computing -------------------------------------------------------------------------------
 
     def _using(self) -> list[Graft]:
-        if self.disabled or self.merged:
+        if self.disabled or self.merged_adapters:
             return []
         return [self.grafts[name] for name in self.active if name in self.grafts]
 
@@ -302,7 +347,7 @@ class AdaptedLayer(nn.Module):
         return replace(parts, terms=(*parts.terms, *(t for t in terms if t is not None)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.rows is not None and not self.disabled and not self.merged:
+        if self.rows is not None and not self.disabled and not self.merged_adapters:
             return self._by_rows(x, self.rows)
         parts = self.linear_parts()
         if parts is not None:
@@ -362,12 +407,18 @@ class AdaptedLayer(nn.Module):
     # -- merging ---------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def merge(self, names: list[str], safe: bool, keep: bool) -> Rounding | None:
-        """Put the adapters `names` into the base's weight; `keep` the original for `unmerge`.
+    def merge(
+        self, safe_merge: bool = False, adapter_names: list[str] | None = None, keep: bool = True
+    ) -> Rounding | None:
+        """Put adapters (default: the active ones) into the base's weight; `keep` the original for
+        `unmerge`.
 
         Returns what a quantised weight lost of it.
         """
-        chosen = [self.grafts[n] for n in names if n in self.grafts and n not in self.merged]
+        names, safe = adapter_names or list(self.active), safe_merge
+        chosen = [
+            self.grafts[n] for n in names if n in self.grafts and n not in self.merged_adapters
+        ]
         if not chosen:
             return None
         names = [graft.name for graft in chosen]
@@ -375,12 +426,12 @@ class AdaptedLayer(nn.Module):
         # A tied weight is merged into once, by the layer that owns the adapter.
         chosen = [g for g in chosen if g.owner is None or g.owner.base.weight is not weight]
         if not chosen:
-            self.merged += names
+            self.merged_adapters += names
             return None
         changes = [graft.changes() for graft in chosen]
         if any(changes):
             self._merge_changes(changes, safe, keep)
-            self.merged += names
+            self.merged_adapters += names
             return None
         held: Tensor | None = getattr(base, "bias", None)
         before = sites.read_weight(base)
@@ -398,7 +449,7 @@ class AdaptedLayer(nn.Module):
         sites.write_weight(base, weight)
         if bias is not None and held is not None:
             held.copy_(bias)
-        self.merged += names
+        self.merged_adapters += names
         return Rounding.of(chosen[0].path, base, before, weight)
 
     def _merge_changes(self, changes: list[dict[str, Tensor]], safe: bool, keep: bool) -> None:
@@ -415,7 +466,7 @@ class AdaptedLayer(nn.Module):
         """Put the original weight back, exactly."""
         for name, weight in self.kept.items():
             self.base_layer.get_parameter(name).copy_(weight)
-        self.merged, self.kept = [], {}
+        self.merged_adapters, self.kept = [], {}
         if self.original is None:
             return
         (weight, bias), self.original = self.original, None

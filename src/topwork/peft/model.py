@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +12,18 @@ from typing import Any, Self
 from torch import Tensor, nn
 
 from topwork import hub
-from topwork.errors import ConfigError, nearest
-from topwork.peft import card, entry, inject, methods, prompts, rounding, state, status, weighted
+from topwork.errors import ConfigError, TopworkWarning, nearest
+from topwork.peft import (
+    entry,
+    inject,
+    methods,
+    prompts,
+    rounding,
+    state,
+    status,
+    store,
+    weighted,
+)
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import AdaptedLayer, check_name
 from topwork.peft.methods import xlora
@@ -175,6 +186,7 @@ class PeftModel(nn.Module):
         self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
         if not autocast_adapter_dtype:
             inject.cast_to_base(model, adapter_name)
+        inject.set_trained(model, (adapter_name,), False, self.base_model)
 
     def _add_prompt(self, name: str, config: prompts.PromptLearningConfig) -> PeftConfig:
         model: Any = self.get_base_model()
@@ -214,11 +226,10 @@ class PeftModel(nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Take an adapter out. If it was the only active one, the first that is left becomes so."""
         self._known(adapter_name)
-        if len(self.peft_config) == 1:
-            raise ConfigError(
-                f"{adapter_name!r} is the only adapter; use unload() for the bare model"
-            )
-        for name in self._expanded((adapter_name,)):
+        names = self._expanded((adapter_name,))
+        if any(name in layer.merged_adapters for layer in self._layers() for name in names):
+            raise ConfigError(f"{adapter_name!r} is merged; unmerge_adapter() before deleting it")
+        for name in names:
             inject.remove(self.get_base_model(), name, self.base_model)
         xlora.detach(self.base_model, adapter_name)
         del self.peft_config[adapter_name]
@@ -226,11 +237,46 @@ class PeftModel(nn.Module):
             del self.prompt_encoder[adapter_name]
         left = tuple(n for n in self._active if n != adapter_name)
         if left != self._active:
-            self.set_adapter(list(left) or next(iter(self.peft_config)))
+            self._active = left or tuple(self.peft_config)[:1]
+        if self._active:
+            self.set_adapter(list(self._active))
+
+    def set_requires_grad(self, adapter_names: str | list[str], requires_grad: bool = True) -> None:
+        """Let adapters be trained, or not; which ones are active stays."""
+        names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
+        for name in names:
+            self._known(name)
+            if name in self.prompt_encoder:
+                self.prompt_encoder[name].requires_grad_(requires_grad)
+        layers = self._expanded(names)
+        inject.set_trained(self.get_base_model(), layers, requires_grad, self.base_model)
+        for name in names:
+            if isinstance(self.peft_config[name], xlora.XLoraConfig):
+                xlora.train(self.base_model, self.peft_config, (name,), requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Compute as without adapters from now on."""
+        self.entry.off = True
+        for part in (*self._layers(), *inject.saved_of(self.base_model)):
+            part.enable_adapters(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Compute with the active adapters again."""
+        self.entry.off = False
+        for part in (*self._layers(), *inject.saved_of(self.base_model)):
+            part.enable_adapters(True)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """Within it the model computes as without adapters (merged ones stay)."""
+        """Within it the model computes as without adapters; merged ones are out of the weights."""
+        biased = [n for n in self._active if getattr(self.peft_config[n], "bias", "none") != "none"]
+        if biased:
+            warnings.warn(
+                f"disable_adapter: the biases that {', '.join(biased)} trains are the base's own, "
+                "so they stay as trained",
+                TopworkWarning,
+                stacklevel=3,
+            )
         before, self.entry.off = self.entry.off, True
         try:
             with inject.disabled(self.get_base_model()):
@@ -305,7 +351,6 @@ class PeftModel(nn.Module):
         how = (kind, density, majority_sign_method, svd_clamp)
         for layer in self._layers():
             weighted.fill(layer.grafts, adapter_name, sources, how)
-        self.set_adapter(list(self._active))
 
     def get_layer_status(self) -> list[status.LayerStatus]:
         return status.get_layer_status(self)
@@ -328,7 +373,10 @@ class PeftModel(nn.Module):
                 raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
         inject.own_weights(self.get_base_model())
         chosen = list(self._expanded(tuple(names or self._active)))
-        lost = [layer.merge(chosen, safe, keep) for layer in self._layers()]
+        waiting = {n for la in self._layers() for n in la.grafts if n not in la.merged_adapters}
+        if keep and not waiting & set(chosen):
+            warnings.warn("all these adapters are merged already", TopworkWarning, stacklevel=3)
+        lost = [layer.merge(safe, chosen, keep) for layer in self._layers()]
         rounding.report(lost)
 
     def unmerge_adapter(self) -> None:
@@ -372,14 +420,8 @@ class PeftModel(nn.Module):
 
     def adapter_state(self, name: str = "default") -> dict[str, Tensor]:
         """The adapter's tensors under the names of `adapter_model.safetensors`."""
-        config = self._known(name)
-        # In peft a tuner that adapts layers stands around the model, and its name in the path.
-        home = self.get_base_model() if config.is_prompt_learning else self.base_model
-        found = state.tensors_of(home, config, name)
-        named = {state.PREFIX + key: tensor for key, tensor in found.items()}
-        named = state.in_files(self.get_base_model(), named)
-        named |= self.prompt_encoder[name].saved() if name in self.prompt_encoder else {}  # type: ignore[operator]
-        return config.to_file(named)
+        self._known(name)
+        return store.tensors_of(self, name)
 
     def save_pretrained(
         self,
@@ -388,24 +430,21 @@ class PeftModel(nn.Module):
         selected_adapters: list[str] | None = None,
         save_embedding_layers: bool | str = "auto",
         is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | Path | None = None,
     ) -> None:
         """Write each adapter as peft does: "default" into the folder, others below it by name.
 
         `save_embedding_layers=True` writes the base's embeddings too, for those that were changed.
+        `path_initial_model_for_weight_conversion`: the adapter as it was before training, where
+        its start changed the base (PiSSA …); what is written then goes with the base as it was.
         """
         if not safe_serialization:
             raise ConfigError("safe_serialization=False is refused: pickles run code when read")
+        initial = path_initial_model_for_weight_conversion
         for name in (selected_adapters or list(self.peft_config)) if is_main_process else ():
-            config = self._known(name)
-            home = Path(save_directory)
-            home = home if name == "default" else home / name
-            tensors = self.adapter_state(name)
-            numbers = sum(t.numel() for t in tensors.values())
-            if save_embedding_layers is True:
-                words = state.embeddings_of(self.base_model, self.get_base_model())
-                tensors |= {state.PREFIX + key: tensor for key, tensor in words.items()}
-            state.write(tensors, config, home)
-            card.write(home, config, numbers)
+            self._known(name)
+            folder = Path(save_directory)
+            store.save(self, name, folder, save_embedding_layers is True, initial)
 
     def push_to_hub(self, repo_id: str, **where: Any) -> str:
         """Put the adapters' files into a repository of the Hub; `where` as in `hub.upload`."""
@@ -420,14 +459,18 @@ class PeftModel(nn.Module):
         is_trainable: bool = False,
         config: PeftConfig | None = None,
         autocast_adapter_dtype: bool = True,
+        key_mapping: dict[str, str] | None = None,
         **where: Any,
     ) -> Self:
-        """`model` with the adapter of a folder or Hub id that Topwork, peft or `adapters` wrote."""
-        folder = hub.resolve(model_id, want=("adapter",), **where).folder
+        """`model` with the adapter of a folder or Hub id that Topwork, peft or `adapters` wrote.
+
+        `key_mapping`: patterns of names in the file and what stands for them in `model`.
+        """
+        folder = store.folder_of(model_id, where)
         read = config or PeftConfig.from_pretrained(folder)
         config = replace(state.retargeted(read, model, folder), inference_mode=not is_trainable)
         peft_model = cls(model, config, adapter_name, autocast_adapter_dtype)
-        peft_model._fill(folder, adapter_name, where.get("allow_bin", False))
+        store.fill(peft_model, adapter_name, folder, where.get("allow_bin", False), key_mapping)
         return peft_model.eval()
 
     def load_adapter(
@@ -436,26 +479,14 @@ class PeftModel(nn.Module):
         adapter_name: str,
         is_trainable: bool = False,
         autocast_adapter_dtype: bool = True,
+        key_mapping: dict[str, str] | None = None,
         **where: Any,
     ) -> None:
         """Add the adapter of a folder or Hub id under `adapter_name`; it does not become active."""
-        folder = hub.resolve(model_id, want=("adapter",), **where).folder
+        folder = store.folder_of(model_id, where)
         config = PeftConfig.from_pretrained(folder)
         config = state.retargeted(config, self.get_base_model(), folder)
         config = replace(config, inference_mode=not is_trainable)
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
-        self._fill(folder, adapter_name, where.get("allow_bin", False))
-
-    def _fill(self, folder: Path, name: str, allow_bin: bool) -> None:
-        wanted, source = self.adapter_state(name), str(state.weights_file(folder, allow_bin))
-        given = self.peft_config[name].from_file(state.read(folder, allow_bin), wanted)
-        if state.meet(self.get_base_model(), name, given):
-            wanted = self.adapter_state(name)
-        if name in self.prompt_encoder:
-            prompt: Any = self.prompt_encoder[name]
-            wanted = {k: v for k, v in wanted.items() if k not in prompt.saved()}
-            prompt.load(given, source)
-        words = state.embeddings_of(self.base_model, self.get_base_model())
-        words = {state.PREFIX + key: tensor for key, tensor in words.items()}
-        wanted |= {key: words[key] for key in words.keys() & given.keys()}
-        state.fill(wanted, state.recognised(self.get_base_model(), given, wanted), source)
+        store.fill(self, adapter_name, folder, where.get("allow_bin", False), key_mapping)
+        self.set_requires_grad(adapter_name, is_trainable)

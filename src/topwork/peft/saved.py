@@ -26,6 +26,18 @@ class SavedModule(nn.Module):
             return getattr(self.chosen, name)
 
     @property
+    def active_adapters(self) -> list[str]:
+        return list(self.active)
+
+    @property
+    def disable_adapters(self) -> bool:
+        return self.disabled
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Compute with the adapters' copies or with the original."""
+        self.disabled = not enabled
+
+    @property
     def wrapped_module(self) -> nn.Module:
         return self.original_module
 

@@ -71,7 +71,7 @@ def _layer(name: str, module: Any, tensors: dict[str, list[Any]]) -> LayerStatus
         module_type=type(module.wrapped_module).__name__,
         enabled=not module.disabled,
         active_adapters=[n for n in module.active if n in tensors],
-        merged_adapters=list(getattr(module, "merged", [])),
+        merged_adapters=list(getattr(module, "merged_adapters", [])),
         requires_grad={n: _same(t.requires_grad for t in ts) for n, ts in floating.items()},
         available_adapters=sorted(tensors),
         devices={n: sorted({t.device.type for t in ts}) for n, ts in tensors.items()},

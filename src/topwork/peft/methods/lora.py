@@ -149,6 +149,14 @@ class Lora(Graft):
     """scale · B A, A [r, in], B [out, r]."""
 
     KINDS = ("linear", "conv", "embedding", "multihead")
+    SHOWN: ClassVar[dict[str, str]] = {
+        "r": "r",
+        "scaling": "scale",
+        "lora_alpha": "config.lora_alpha",
+        "use_rslora": "config.use_rslora",
+        "use_dora": "config.use_dora",
+        "lora_bias": "config.lora_bias",
+    }
     config: LoraConfig
 
     def __init__(self, *args: Any) -> None:

@@ -1,0 +1,158 @@
+"""What scripts written for peft rely on beside the verbs: the layers' attributes and methods, what
+is trained when, warnings, files."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from topwork.errors import CheckpointError, ConfigError, TopworkWarning
+from topwork.peft import LoraConfig, PeftModel, get_peft_model
+
+X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4, bias=False))
+
+
+def tuned(seed=1, name="default", **options):
+    torch.manual_seed(seed)
+    settings = {"target_modules": ["0", "2"], "r": 2, "init_lora_weights": False, **options}
+    return get_peft_model(net(), LoraConfig(**settings), name)
+
+
+def trained(model):
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_layer_shows_its_adapters_by_name():
+    model = tuned(lora_alpha=6, use_rslora=True)
+    layer = model.base_model.model[0]
+    assert dict(layer.r) == {"default": 2}
+    assert layer.use_rslora["default"]
+    assert not layer.use_dora["default"]
+    assert (layer.in_features, layer.out_features) == (6, 8)
+    assert layer.get_base_layer().weight is layer.weight
+    delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 6 / 2**0.5
+    torch.testing.assert_close(layer.get_delta_weight("default"), delta)
+    before = model(X) - net()(X)
+    for one in (layer, model.base_model.model[2]):
+        one.scaling["default"] = 0.0
+    torch.testing.assert_close(model(X), net()(X))
+    assert before.abs().max() > 1e-2
+    with pytest.raises(ConfigError, match="follows from"):
+        layer.use_dora["default"] = True
+
+
+def test_a_layer_is_switched_merged_and_unmerged_by_itself():
+    model, bare = tuned(), net()
+    wanted = model(X)
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        layer.merge()
+        assert layer.merged
+        assert layer.merged_adapters == ["default"]
+    torch.testing.assert_close(model(X), wanted)
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        layer.unmerge()
+        layer.enable_adapters(False)
+        assert layer.disable_adapters
+        assert not layer.merged
+    assert torch.equal(model(X), bare(X))
+    model.enable_adapter_layers()
+    torch.testing.assert_close(model(X), wanted)
+    model.disable_adapter_layers()
+    assert torch.equal(model(X), bare(X))
+
+
+def test_disabling_takes_merged_adapters_out_of_the_weights_for_the_while():
+    model = tuned()
+    model.merge_adapter()
+    merged = model(X)
+    with model.disable_adapter():
+        assert torch.equal(model(X), net()(X))
+    assert torch.equal(model(X), merged)
+    assert model.base_model.model[0].merged
+
+
+def test_merging_twice_is_told_and_changes_nothing():
+    model = tuned()
+    model.merge_adapter()
+    merged = model(X)
+    with pytest.warns(TopworkWarning, match="merged already"):
+        model.merge_adapter()
+    assert torch.equal(model(X), merged)
+    model.add_adapter("other", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.delete_adapter("other")
+    with pytest.raises(ConfigError, match="is merged"):
+        model.delete_adapter("default")
+
+
+def test_trained_biases_are_told_where_adapters_are_disabled():
+    model = tuned(bias="lora_only")
+    with pytest.warns(TopworkWarning, match="biases that default trains"), model.disable_adapter():
+        model(X)
+
+
+def test_an_adapter_that_is_added_or_loaded_is_trained_only_where_asked(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    model = tuned()
+    model.get_base_model()[1].register_parameter("gain", nn.Parameter(torch.ones(1)))
+    before = trained(model)
+    model.add_adapter("added", LoraConfig(target_modules=["0"]))
+    model.load_adapter(tmp_path, "loaded", torch_device="cpu", low_cpu_mem_usage=True)
+    assert trained(model) == before
+    model.load_adapter(tmp_path, "more", is_trainable=True)
+    more = trained(model) - before
+    assert len(more) == 4
+    assert all(".more." in name for name in more)
+    model.set_requires_grad(["default", "more"], False)
+    assert trained(model) == {"base_model.model.1.gain"}
+    model.set_requires_grad("added")
+    assert len(trained(model)) == 3
+
+
+def test_combining_adapters_for_inference_leaves_them_untrained(tmp_path):
+    tuned().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(net(), tmp_path, ephemeral_gpu_offload=False)
+    model.load_adapter(tmp_path, "other")
+    model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "both", "cat")
+    assert trained(model) == set()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_start_that_changed_the_base_is_taken_off_in_the_file(tmp_path, rslora):
+    options = {"init_lora_weights": "pissa", "use_rslora": rslora, "rank_pattern": {"2": 1}}
+    model = tuned(**options)
+    model.save_pretrained(tmp_path / "start")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(parameter)
+    model.save_pretrained(
+        tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path / "start"
+    )
+    loaded = PeftModel.from_pretrained(net(), tmp_path / "end")
+    torch.testing.assert_close(loaded(X), model(X), rtol=1e-4, atol=1e-5)
+    assert loaded.peft_config["default"].r == 4
+
+
+def test_a_start_of_another_adapter_is_refused(tmp_path):
+    tuned(r=3).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="before training"):
+        tuned().save_pretrained(tmp_path / "end", path_initial_model_for_weight_conversion=tmp_path)
+
+
+def test_names_of_a_file_are_replaced_by_patterns(tmp_path):
+    model = tuned()
+    model.save_pretrained(tmp_path)
+    other = nn.ModuleDict({"body": net()})
+    config = copy.copy(model.peft_config["default"])
+    config.target_modules = ["body.0", "body.2"]
+    loaded = PeftModel.from_pretrained(
+        other, tmp_path, config=config, key_mapping={r"^(\d)": r"body.\1"}
+    )
+    torch.testing.assert_close(loaded.base_model.model["body"](X), model(X))
