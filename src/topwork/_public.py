@@ -88,6 +88,8 @@ HOMES = {
     "XPOTrainer": "topwork.objectives",
     "GKDConfig": "topwork.objectives",
     "GKDTrainer": "topwork.objectives",
+    "SDPOConfig": "topwork.objectives",
+    "SDPOTrainer": "topwork.objectives",
     "SelfDistillationConfig": "topwork.objectives",
     "SelfDistillationTrainer": "topwork.objectives",
     "TPOConfig": "topwork.objectives",

@@ -22,6 +22,7 @@ from topwork.objectives.ppo import PPO, PPOConfig, PPOTrainer
 from topwork.objectives.prm import PRM, PRMConfig, PRMTrainer
 from topwork.objectives.reward import Reward, RewardConfig, RewardTrainer
 from topwork.objectives.rloo import RLOOConfig, RLOOTrainer
+from topwork.objectives.sdpo import SDPO, SDPOConfig, SDPOTrainer
 from topwork.objectives.selfdistill import (
     SelfDistillation,
     SelfDistillationConfig,
@@ -83,6 +84,9 @@ __all__ = [
     "RewardTrainer",
     "RLOOConfig",
     "RLOOTrainer",
+    "SDPO",
+    "SDPOConfig",
+    "SDPOTrainer",
     "SFT",
     "SFTConfig",
     "SFTTrainer",

@@ -5,13 +5,13 @@ One token of an unlikely ratio moves such a mean little, so the clip can be wide
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 from topwork.objectives.grpo import GRPOConfig, GRPOTrainer
+from topwork.training.familiar import settings
 
 
-@dataclass(kw_only=True)
+@settings
 class GMPOConfig(GRPOConfig):
     """A run of GMPO: GRPO with its loss and its authors' constants."""
 

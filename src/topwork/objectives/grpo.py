@@ -185,9 +185,13 @@ class GRPO(OverDraws):
     # -- the loss --------------------------------------------------------------------------------
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
-        spread, settings = batch.spread, self.args.loss()
         with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
             new = self._logprobs(model, batch)
+        return routers.beside(self.compared(batch, new), self.weight(batch))
+
+    def compared(self, batch: Rollout, new: Tensor) -> Loss:
+        """The loss of these answers from the policy's log-probabilities [N]."""
+        spread, settings = batch.spread, self.args.loss()
         old = new.detach() if batch.old is None else batch.old
         correction, told = corrected(self.args, batch, old)
         losses = policy.token_losses(
@@ -198,8 +202,7 @@ class GRPO(OverDraws):
         if batch.ref is not None:
             told["kl"] = policy.kl_k3(new.detach(), batch.ref)
         metrics = {**batch.metrics, **sums_of(told)}
-        found = Loss(policy.total(losses, spread, settings.loss_type), metrics)
-        return routers.beside(found, self.weight(batch))
+        return Loss(policy.total(losses, spread, settings.loss_type), metrics)
 
 
 def corrected(args: Any, batch: Any, old: Tensor) -> tuple[Tensor | None, dict[str, Tensor]]:

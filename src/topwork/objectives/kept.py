@@ -17,15 +17,20 @@ FACTS = "kept"
 
 
 def packed(rounds: int, batches: Sequence[Any]) -> dict[str, Tensor]:
-    """`batches` (dataclasses of tensors, a `Batch`, and `metrics`) drawn in this round."""
+    """`batches` (dataclasses of tensors, `Batch`es, and `metrics`) drawn in this round."""
     found: dict[str, Tensor] = {}
     facts = []
     for i, one in enumerate(batches):
-        whole = {**vars(one), **{f"batch.{k}": v for k, v in vars(one.batch).items()}}
+        inner = {name: v for name, v in vars(one).items() if isinstance(v, Batch)}
+        whole = {
+            **vars(one),
+            **{f"{n}.{k}": v for n, b in inner.items() for k, v in vars(b).items()},
+        }
         for name, value in whole.items():
             if isinstance(value, Tensor):
                 found[f"{FACTS}.{i}.{name}"] = value.detach().clone()
-        facts.append({"lengths": one.batch.lengths, "rows": one.batch.rows, "metrics": one.metrics})
+        shapes = {name: {"lengths": b.lengths, "rows": b.rows} for name, b in inner.items()}
+        facts.append({"inner": shapes, "metrics": one.metrics})
     text = json.dumps({"round": rounds, "batches": facts}).encode()
     return {FACTS: torch.frombuffer(bytearray(text), dtype=torch.uint8), **found}
 
@@ -37,18 +42,23 @@ def unpacked(found: dict[str, Tensor], kind: type) -> tuple[int, list[Any]]:
     for i, fact in enumerate(facts["batches"]):
         start = f"{FACTS}.{i}."
         own = {k.removeprefix(start): v for k, v in found.items() if k.startswith(start)}
-        lengths = tuple(tuple(n) if isinstance(n, list) else n for n in fact["lengths"])
-        inner: dict[str, Any] = {
-            k.removeprefix("batch."): v for k, v in own.items() if k.startswith("batch.")
-        }
-        batch = Batch(lengths=lengths, rows=tuple(fact["rows"]), **inner)
+        inner = {name: _batch(name, shape, own) for name, shape in fact["inner"].items()}
         metrics = {name: (total, count) for name, (total, count) in fact["metrics"].items()}
         rest = {f.name: own[f.name] for f in fields(kind) if f.name in own}
-        batches.append(kind(batch=batch, metrics=metrics, **rest))
+        batches.append(kind(**inner, metrics=metrics, **rest))
     return facts["round"], batches
+
+
+def _batch(name: str, shape: dict[str, Any], tensors: dict[str, Tensor]) -> Batch:
+    start = f"{name}."
+    own: dict[str, Any] = {
+        k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)
+    }
+    lengths = tuple(tuple(n) if isinstance(n, list) else n for n in shape["lengths"])
+    return Batch(lengths=lengths, rows=tuple(shape["rows"]), **own)
 
 
 def moved(one: Any, device: torch.device) -> Any:
     """`one` with its tensors on `device`."""
-    tensors = {k: v.to(device) for k, v in vars(one).items() if isinstance(v, Tensor)}
-    return replace(one, batch=one.batch.to(device), **tensors)
+    held = {k: v.to(device) for k, v in vars(one).items() if isinstance(v, Tensor | Batch)}
+    return replace(one, **held)

@@ -19,6 +19,7 @@ from topwork.objectives import (
     prm,
     reward,
     rloo,
+    sdpo,
     selfdistill,
     sft,
     tpo,
@@ -85,6 +86,9 @@ OBJECTIVES = {
     ),
     "gmpo": Entry(
         gmpo.GMPOConfig, gmpo.GMPOTrainer, preview_prompts, DRAWN
+    ),
+    "sdpo": Entry(
+        sdpo.SDPOConfig, sdpo.SDPOTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN

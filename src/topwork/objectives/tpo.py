@@ -24,15 +24,17 @@ from topwork.objectives.answers import (
 )
 from topwork.objectives.free import WithoutReference
 from topwork.objectives.logprobs import token_logprobs
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.training import Loss
 from topwork.training.distributed import World
+from topwork.training.familiar import settings
 
 LOSSES = {"sigmoid": "sigmoid", "hinge": "hinge", "ipo": "ipo", "tpo-l": "simpo"}
 """TPO's name of a loss → the one in `formulas.cpo`."""
 
 
-@dataclass(kw_only=True)
+@settings
 class TPOConfig(AnswersConfig):
     """A run of triple preference optimisation."""
 
@@ -84,7 +86,8 @@ class TPO(OverAnswers):
 
     def loss(self, model: nn.Module, batch: AnswerBatch) -> Loss:
         args = self.args
-        sums = batch.sums(token_logprobs(model, batch.batch))
+        with routed(model, batch.batch, self.router) as routers:
+            sums = batch.sums(token_logprobs(model, batch.batch))
         by_token = args.loss_type in ("ipo", "tpo-l")
         chosen, rejected, _ = thirds(sums / batch.counts() if by_token else sums)
         kind = LOSSES[args.loss_type]
@@ -92,7 +95,7 @@ class TPO(OverAnswers):
             chosen - rejected, kind, args.beta, args.label_smoothing, args.tpo_l_gamma
         )
         nll = -thirds(sums)[2].sum()
-        return Loss(
+        told = Loss(
             torch.stack((losses.sum(), args.tpo_alpha * nll)),
             {
                 **pair_metrics(args.beta * chosen, args.beta * rejected),
@@ -100,6 +103,7 @@ class TPO(OverAnswers):
                 "nll_loss": (float(nll.detach()), self.weight(batch)[1]),
             },
         )
+        return routers.beside(told, float(len(losses)))
 
 
 class TPOTrainer(WithoutReference):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,6 +35,29 @@ def _kl(p: Tensor, q: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(1)
 
 
+@dataclass(frozen=True)
+class Likeliest:
+    """The tokens on which two distributions are compared: the `k` that the student finds likeliest.
+    The others count as one more token (`rest`), or not at all, both sides' k then adding up to 1.
+    """
+
+    k: int
+    rest: bool = False
+
+    def of(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [N, V] of both as [N, k], or [N, k + 1] with the rest."""
+        own, places = student.topk(min(self.k, student.shape[1]), 1)
+        other = teacher.gather(1, places)
+        if self.rest:
+            return _with_rest(own), _with_rest(other)
+        return own.log_softmax(1), other.log_softmax(1)
+
+
+def _with_rest(logprobs: Tensor) -> Tensor:
+    held = logprobs.logsumexp(1, keepdim=True).clamp(max=-1e-7)
+    return torch.cat([logprobs, (-held.expm1()).log()], 1)
+
+
 def token_divergence(
     student_head: Head,
     student: Tensor,
@@ -41,8 +65,10 @@ def token_divergence(
     teacher: Tensor,
     beta: float = 1.0,
     temperature: float = 1.0,
+    among: Likeliest | None = None,
 ) -> Tensor:
-    """`divergence` [N] fp32 at the hidden states `student` [N, C] and `teacher` [N, C'].
+    """`divergence` [N] fp32 at the hidden states `student` [N, C] and `teacher` [N, C'], over all
+    tokens or `among` some.
 
     The student's gradients, its head's included, are formed while a chunk's logits are there.
     """
@@ -51,7 +77,8 @@ def token_divergence(
     def one(rows: Tensor, other: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = (teacher_head(other).float() / temperature).log_softmax(1)
-        return divergence((student_head(rows).float() / temperature).log_softmax(1), wanted, beta)
+        own = (student_head(rows).float() / temperature).log_softmax(1)
+        return divergence(*((own, wanted) if among is None else among.of(own, wanted)), beta)
 
     if not torch.is_grad_enabled():
         pieces = [one(*part) for part in zip(student.split(CHUNK), teacher.split(CHUNK))]
