@@ -76,6 +76,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "pvera": ("PveraConfig", {"r": 64}),
     "randlora": ("RandLoraConfig", {"r": 32}),
     "road": ("RoadConfig", {}),
+    "shadow": ("ShadowConfig", {"task_type": "CAUSAL_LM", **WORDS}),
     "shira": ("ShiraConfig", {"r": 16, "random_seed": 0}),
     "tinylora": ("TinyLoraConfig", {}),
     "trainable_tokens": ("TrainableTokensConfig", {

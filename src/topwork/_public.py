@@ -124,6 +124,7 @@ HOMES = {
     "RoadConfig": "topwork.peft",
     "SFTConfig": "topwork.objectives",
     "SFTTrainer": "topwork.objectives",
+    "ShadowConfig": "topwork.peft",
     "ShiraConfig": "topwork.peft",
     "SupertuningConfig": "topwork.peft",
     "TaskType": "topwork.peft",

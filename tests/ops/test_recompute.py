@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from contextvars import ContextVar
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from topwork.ops.recompute import carried, recomputed
+from topwork.ops.recompute import Carried, recomputed
 
 
 def inner(x: Tensor, layer: nn.Module) -> Tensor:
@@ -70,7 +69,7 @@ def test_the_generator_goes_on_as_if_nothing_was_run_again() -> None:
 
 
 def test_carried_variables_hold_again() -> None:
-    times = carried(ContextVar("times"))
+    times: Carried[int] = Carried("times")
 
     def run(x: Tensor, w: Tensor) -> Tensor:
         return (x * w * times.get(1.0)).tanh()

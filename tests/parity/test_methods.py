@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from torch import nn
 
 import peft
 import topwork
@@ -178,6 +179,11 @@ ROWS = [
     row("SupertuningConfig", sparsity=0.9),
     row("SupertuningConfig", sparsity=0.7, select_top=False, r=3, init_weights=False),
     row("SupertuningConfig", "gpt2", sparsity=0.8, target_modules=["lm_head"]),
+    row("ShadowConfig", "llama", merges=False, target_modules=None, r=4),
+    row("ShadowConfig", "qwen2", merges=False, target_modules=None, r=4, shadow_hidden_size=12,
+        shadow_num_attention_heads=2, shadow_num_hidden_layers=2, update_hidden_size=6,
+        init_weights=False),
+    row("ShadowConfig", "gpt2", merges=False, target_modules=r".*h\.\d", shadow_dropout=0.0),
     row("PolyConfig", r=3, n_tasks=3, n_skills=2, n_splits=2, merges=False,
         task_type="CAUSAL_LM"),
 ]  # fmt: skip
@@ -328,7 +334,9 @@ def test_on_our_models_two_adapters_train_apart_in_bf16(row):
     ours.add_adapter("other", our_config(row))
     ours.set_adapter("other")
     trained = [p for p in ours.parameters() if p.requires_grad]
-    assert all(p.dtype == torch.float32 for p in trained)
+    whole = list(getattr(ours.base_model, "shadow_backbone", nn.Module()).parameters())
+    whole += getattr(ours.base_model, "shadow_projection", nn.Module()).parameters()
+    assert all(p.dtype == torch.float32 for p in trained if not any(p is w for w in whole))
     untouched = {k: v.clone() for k, v in ours.adapter_state("default").items()}
     optimizer = torch.optim.Adam(trained, lr=2e-2)
     losses = []

@@ -39,7 +39,8 @@ def hidden_states(
     if found and found[0].shape[:2] != last.shape[:2] and attention_mask is not None:
         rows = Padding.of(attention_mask)
         found = [rows.unpack(state) for state in found]
-    return (*found, last)
+    # Some adapters carry more than the hidden states from block to block, behind them.
+    return (*(state[..., : last.shape[-1]] for state in found), last)
 
 
 def refuse_attentions(wanted: bool) -> None:

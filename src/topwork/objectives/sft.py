@@ -34,6 +34,7 @@ from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, distributed
 from topwork.training.familiar import settings
+from topwork.training.objective import beside
 
 LOSSES = ("nll", "dft")
 
@@ -132,11 +133,12 @@ class SFT:
 
     def loss(self, model: nn.Module, batch: Batch) -> Loss:
         learns = torch.is_grad_enabled()
-        with routed(model, batch, self.router) as routers:
+        with routed(model, batch, self.router) as routers, beside(model) as tell:
             scored = score(
                 model, batch, noise=self.noise if learns else 0.0,
                 smoothing=self.smoothing if learns else 0.0,
             )  # fmt: skip
+            own = tell(batch.positions, batch.targets)
         logprobs = scored.logprobs
         if self.loss_type == "dft":
             logprobs = logprobs * logprobs.detach().exp()
@@ -147,7 +149,8 @@ class SFT:
                 "entropy": (float(found.entropy.sum()), float(len(batch.targets))),
                 "mean_token_accuracy": (float(found.hit.sum()), float(len(batch.targets))),
             }
-        return routers.beside(Loss(-logprobs.sum(), metrics), float(len(batch.targets)))
+        total = -logprobs.sum() if own is None else own - logprobs.sum()
+        return routers.beside(Loss(total, metrics), float(len(batch.targets)))
 
 
 def _flat(group: Sequence[Any]) -> list[Sample]:

@@ -8,20 +8,41 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+T = TypeVar("T")
 _CARRIED: list[ContextVar[Any]] = []
 
 
-def carried(variable: ContextVar[Any]) -> ContextVar[Any]:
-    """Register `variable`: its value in the forward pass holds in the recomputation too."""
-    _CARRIED.append(variable)
-    return variable
+class Carried(Generic[T]):
+    """A `ContextVar` whose value in the forward pass holds in the recomputation too. Graphs, which
+    know of no context, read and set it as a plain attribute."""
+
+    def __init__(self, name: str) -> None:
+        self.variable: ContextVar[T | None] = ContextVar(name, default=None)
+        self.traced: T | None = None
+        _CARRIED.append(self.variable)
+
+    def get(self) -> T | None:
+        if torch.compiler.is_compiling():
+            return self.traced
+        found = self.variable.get()
+        return self.traced if found is None else found
+
+    def set(self, value: T) -> Any:
+        """Returns what `reset` wants."""
+        before, self.traced = self.traced, value
+        return before, None if torch.compiler.is_compiling() else self.variable.set(value)
+
+    def reset(self, token: Any) -> None:
+        self.traced, inner = token
+        if inner is not None:
+            self.variable.reset(inner)
 
 
 def recomputed(run: Callable[..., Any], *args: Any) -> Any:

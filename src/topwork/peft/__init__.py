@@ -83,6 +83,7 @@ from topwork.peft.methods.psoft import PsoftConfig
 from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
 from topwork.peft.methods.road import RoadConfig
+from topwork.peft.methods.shadow import ShadowConfig
 from topwork.peft.methods.shira import ShiraConfig
 from topwork.peft.methods.supertuning import SupertuningConfig
 from topwork.peft.methods.tinylora import TinyLoraConfig
@@ -161,6 +162,7 @@ __all__ = [
     "RandLoraConfig",
     "RoadConfig",
     "SeqBnConfig",
+    "ShadowConfig",
     "ShiraConfig",
     "SupertuningConfig",
     "TaskType",

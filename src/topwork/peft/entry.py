@@ -1,16 +1,18 @@
 """How a call enters the model under its adapters: with virtual tokens, with what adapters must know
-of the tokens (aLoRA's invocation, X-LoRA's scalings, Poly's tasks), or as it is."""
+of the tokens (aLoRA's invocation, X-LoRA's scalings, a shadow, Poly's tasks), or as it is."""
 
 from __future__ import annotations
 
 import copy
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
-from topwork.peft import calls, inject, methods, prompts, scalings, state
+from topwork.peft import calls, inject, methods, prompts, scalings, shadowing, state
 from topwork.peft.invocation import Invocations, invocations
 from topwork.peft.layer import Graft
 
@@ -28,9 +30,13 @@ class Entry:
         self._task_ids: Tensor | None = None
         self._aside: list[Tensor] | None = None
         self._told: dict[str, type[Graft]] = {}
+        self._made: Any = None
 
     def added(self, name: str, peft_type: str) -> None:
         """There is an adapter `name`: see whether calls tell its method something."""
+        if callable(getattr(self.model, "backbone", None)):
+            self._made = None
+            self._view()  # which a graph cannot make
         kind = getattr(methods.method(peft_type), "GRAFT", Graft)
         self._told.pop(name, None)
         if kind.during.__func__ is not Graft.during.__func__:
@@ -48,11 +54,13 @@ class Entry:
         return encoders[found[0]] if found else None
 
     @property
-    def router(self) -> scalings.Router | None:
-        """X-LoRA's, where it is active."""
-        found = getattr(self.owner.base_model, state.ROUTER, None)
-        active = found is not None and found.owner in self.owner.active_adapters
-        return found if active and not self.off else None
+    def router(self) -> scalings.Router | shadowing.Runner | None:
+        """What reads the tokens before the layers do: X-LoRA's classifier, a shadow."""
+        owner = self.owner
+        found = getattr(owner.base_model, state.ROUTER, None)
+        if self.off or (found is not None and found.owner in owner.active_adapters):
+            return None if self.off else found
+        return shadowing.runner_of(owner.base_model, owner.active_adapters, owner.peft_config)
 
     @property
     def invocations(self) -> Invocations | None:
@@ -63,6 +71,13 @@ class Entry:
 
     def call(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The wrapped model's method `name`."""
+        if name == "forward" and kwargs.get("labels") is not None:
+            router = self.router
+            if isinstance(router, shadowing.Runner):
+                return self._shadowed(router, args, kwargs)
+        return self._run(name, args, kwargs)
+
+    def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours = callable(getattr(self.model, "backbone", None))
         run = self._ours if ours else self._theirs
         kinds = [self._told[n] for n in self.owner.active_adapters if n in self._told]
@@ -81,15 +96,20 @@ class Entry:
             waiting.prompts = waiting.starts(args[0] if args else kwargs["input_ids"])
             self._invoked = waiting
         self._task_ids = kwargs.pop("task_ids", None)
-        # The same modules, whose own methods find this object's `backbone` and `new_cache`.
-        view: Any = copy.copy(model)
-        view.backbone, view.new_cache = self.backbone, self.new_cache
+        view = self._view()
         try:
             if name == "forward" and self.prompt is not None and self.prompt.weighs:
                 return self._weighed(view, self.prompt, args, kwargs)
             return getattr(view, name)(*args, **kwargs)
         finally:
             self._invoked = None
+
+    def _view(self) -> Any:
+        """The model's modules, whose own methods find this object's `backbone` and `new_cache`."""
+        if self._made is None or not torch.compiler.is_compiling():
+            self._made = copy.copy(self.model)
+            self._made.backbone, self._made.new_cache = self.backbone, self.new_cache
+        return self._made
 
     def _weighed(
         self, view: Any, prompt: prompts.Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -102,16 +122,42 @@ class Entry:
             )
         if labels is None:
             return view.forward(*args, **kwargs)
-        self._aside = []
-        try:
+        with self.kept() as states:
             output = view.forward(*args, **kwargs)
-            if not self._aside:
-                raise ConfigError("labels do not go with a cache that holds the virtual tokens")
-            context = view.head(self._aside[0])
-        finally:
-            self._aside = None
+        if not states:
+            raise ConfigError("labels do not go with a cache that holds the virtual tokens")
+        context = view.head(states[0])
         output.loss = prompt.loss(context, output.logits, labels, kinds, kwargs.get("lengths"))
         return output
+
+    def _shadowed(
+        self, shadow: shadowing.Runner, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A call whose loss has the shadow's own in it."""
+        with self.kept() as states:
+            output = self._run("forward", args, kwargs)
+        own = shadow.loss(self.model, states[0], kwargs)
+        if own is not None and getattr(output, "loss", None) is not None:
+            output.loss = output.loss + shadow.config.auxiliary_loss_weight * own
+            output.shadow_loss = own.detach()
+        return output
+
+    @contextmanager
+    def kept(self) -> Iterator[list[Tensor]]:
+        """Within it the states of which the active method has a loss of its own are kept: those of
+        virtual tokens [documents, n, C], of a shadow [B, T, C]."""
+        self._aside = []
+        try:
+            yield self._aside
+        finally:
+            self._aside = None
+
+    def own_loss(self, states: list[Tensor], positions: Tensor, targets: Tensor) -> Tensor | None:
+        """The summed loss that is of kept `states`, beside that of `targets` at `positions`."""
+        router = self.router
+        if not states or not isinstance(router, shadowing.Runner):
+            return None
+        return router.total(self.model, states[0], positions, targets)
 
     def _theirs(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, prompt, waiting, router = self.model, self.prompt, self.invocations, self.router
@@ -120,7 +166,7 @@ class Entry:
             if waiting is not None:
                 around = waiting.hooked(model)
             elif router is not None:
-                around = router.hooked(model)
+                around = router.hooked(model, **self._keep(router))
                 kwargs |= {"use_cache": False} if name == "generate" else {}
             with around:
                 return (model if name == "forward" else getattr(model, name))(*args, **kwargs)
@@ -134,7 +180,7 @@ class Entry:
             kwargs.setdefault("task_ids", self._task_ids)
             return prompts.through_backbone(model, prompt, input_ids, aside=self._aside, **kwargs)
         if router is not None:
-            return router.through(model, input_ids, **kwargs)
+            return router.through(model, input_ids, **kwargs, **self._keep(router))
         waiting = self._invoked or self.invocations
         if waiting is None:
             return model.backbone(input_ids, **kwargs)
@@ -143,13 +189,16 @@ class Entry:
         with waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past):
             return model.backbone(input_ids, **kwargs)
 
+    def _keep(self, router: Any) -> dict[str, Any]:
+        return {"aside": self._aside} if router.weighs else {}
+
     def new_cache(self, *args: Any, **kwargs: Any) -> Any:
         """A cache of the wrapped model, with room for virtual tokens or for X-LoRA's first pass."""
         cache = self.model.new_cache(*args, **kwargs)
         if self.prompt is not None:
             return prompts.PromptCache(cache, self.prompt.config.num_virtual_tokens)
         if self.router is not None:
-            return scalings.TwinCache(cache, self.model.new_cache(*args, **kwargs))
+            return self.router.new_cache(self.model, cache, *args, **kwargs)
         return cache
 
 

@@ -21,6 +21,10 @@ from topwork.peft.targets import base_of, ends, is_wrapper, sharing, walk
 from topwork.peft.tensors import Tensors
 
 
+class Modules(nn.ModuleDict):
+    """Whole modules that a method keeps for the model, by adapter."""
+
+
 def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
     return (m for m in model.modules() if isinstance(m, AdaptedLayer))
 
@@ -48,10 +52,10 @@ def inject(
         raise ConfigError(f"{', '.join(both)} would carry two parts of one adapter")
     save_whole(model, config, name)
     found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
-    for key, tensor in graft.share_from(config, found, model).items():
+    for key, made in graft.share_from(config, found, model).items():
         if not hasattr(home, key):
-            home.add_module(key, Tensors())
-        getattr(home, key)[name] = tensor
+            home.add_module(key, Modules() if isinstance(made, nn.Module) else Tensors())
+        getattr(home, key)[name] = made
     shared = Shared(home, name, found)
     made = {path: place(model, path, name, graft, config, shared) for path in paths}
     for path, kind, own in parts:
@@ -147,6 +151,11 @@ def banks_of(home: nn.Module) -> Iterator[tuple[str, Tensors]]:
     return ((key, m) for key, m in home.named_children() if isinstance(m, Tensors))
 
 
+def modules_of(home: nn.Module) -> Iterator[tuple[str, Modules]]:
+    """The whole modules that methods keep."""
+    return ((key, m) for key, m in home.named_children() if isinstance(m, Modules))
+
+
 def activate(
     model: nn.Module, names: tuple[str, ...], train: bool = True, home: nn.Module | None = None
 ) -> None:
@@ -161,10 +170,15 @@ def set_trained(
     model: nn.Module, names: Collection[str] | None, train: bool, home: nn.Module | None = None
 ) -> None:
     """Mark the parameters of the adapters `names` (None: of all) as trained or not."""
-    for _, bank in banks_of(model if home is None else home):
+    home = model if home is None else home
+    for _, bank in banks_of(home):
         for name, tensor in bank.named_parameters():
             if names is None or name in names:
                 tensor.requires_grad_(train)
+    for _, kept in modules_of(home):
+        for name, module in kept.items():
+            if names is None or name in names:
+                module.requires_grad_(train)
     for layer in layers_of(model):
         for name, graft in layer.grafts.items():
             if names is None or name in names:
@@ -177,9 +191,10 @@ def set_trained(
 
 def remove(model: nn.Module, name: str, home: nn.Module | None = None) -> None:
     """Take adapter `name` out; layers that then carry none are as before."""
-    for _, bank in banks_of(model if home is None else home):
-        if name in bank:
-            del bank[name]
+    home = model if home is None else home
+    for _, kept in (*banks_of(home), *modules_of(home)):
+        if name in kept:
+            del kept[name]
     for path, module in wrappers(model):
         if isinstance(module, AdaptedLayer):
             module.remove(name)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
-from topwork.ops.recompute import carried
+from topwork.ops.recompute import Carried
 
 NEVER = 2**62
 """The start of an adapter that does not act on a row."""
@@ -46,7 +45,7 @@ def laid(told: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
     )
 
 
-INVOKED: ContextVar[Invoked | None] = carried(ContextVar("topwork.invoked", default=None))
+INVOKED: Carried[Invoked] = Carried("topwork.invoked")
 
 
 def invoked(name: str, y: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from topwork.peft import (
     methods,
     prompts,
     rounding,
+    shadowing,
     state,
     status,
     store,
@@ -126,6 +127,14 @@ class PeftModel(nn.Module):
     def penalty(self) -> Tensor | None:
         """What the active adapters' methods add to the loss (AdaLoRA's orthogonality)."""
         return entry.penalty(self.base_model, self.peft_config, list(self._active))
+
+    @contextmanager
+    def beside(self) -> Iterator[Callable[[Tensor, Tensor], Tensor | None]]:
+        """Within it a call of `backbone` over a flat row is remembered, and what is given tells
+        the summed loss that the active method counts beside that of `targets` [N] at `positions`
+        [N] (a shadow's answers, CPT's context); None without one."""
+        with self.entry.kept() as states:
+            yield lambda positions, targets: self.entry.own_loss(states, positions, targets)
 
     def update_and_allocate(self, global_step: int) -> None:
         """AdaLoRA: reallocate ranks, after the backward pass and before gradients are cleared."""
@@ -400,6 +409,14 @@ class PeftModel(nn.Module):
         for module in inject.saved_of(self.base_model):
             module.active = ()
         return inject.strip(self.get_base_model())
+
+    def unload_shadow(self, adapter_name: str | None = None) -> nn.Module:
+        """The shadow of an adapter (default: the active one) as a model of its own, a copy."""
+        name = adapter_name or self.active_adapter
+        config = self._known(name)
+        if config.peft_type != "SHADOW":
+            raise ConfigError(f"{name!r} is {config.peft_type} and has no shadow")
+        return shadowing.unloaded(self.base_model, self.get_base_model(), name, config)
 
     # -- counting --------------------------------------------------------------------------------
 

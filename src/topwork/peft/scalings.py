@@ -5,16 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.nn.cache import KVCache
-from topwork.ops.recompute import carried
+from topwork.ops.recompute import Carried
 from topwork.peft import inject
 from topwork.peft.invocation import laid
 
@@ -27,7 +26,7 @@ class Scalings:
     keep: Tensor | None = None
 
 
-SCALINGS: ContextVar[Scalings | None] = carried(ContextVar("topwork.scalings", default=None))
+SCALINGS: Carried[Scalings] = Carried("topwork.scalings")
 
 
 def scaling(layer: int, y: Tensor) -> Tensor:
@@ -43,6 +42,8 @@ def scaling(layer: int, y: Tensor) -> Tensor:
 
 class Router(nn.Module):
     """The classifier: hidden states [B, T, C] → scalings [B, T, layers, adapters]."""
+
+    weighs: ClassVar[bool] = False
 
     def __init__(self, config: Any, owner: str, layers: int, dtype: torch.dtype) -> None:
         super().__init__()
@@ -93,6 +94,10 @@ class Router(nn.Module):
         keep = mask.bool() if mask is not None and mask.shape == bare.shape[:2] else None
         with self.within(bare, keep):
             return model.backbone(input_ids, cache=cache and cache.inner, **call)
+
+    def new_cache(self, model: Any, inner: KVCache, *args: Any, **kwargs: Any) -> TwinCache:
+        """One for each pass."""
+        return TwinCache(inner, model.new_cache(*args, **kwargs))
 
     @contextmanager
     def hooked(self, model: Any) -> Iterator[None]:

@@ -57,7 +57,11 @@ def read_weight(module: Any) -> Tensor:
     """The weight [out, in, *kernel] in its dtype, dequantised where it has to be."""
     if hasattr(module, "dequantised_weight"):
         return module.dequantised_weight()
-    weight = module.weight
+    weight = getattr(module, "weight", None)
+    if weight is None:
+        raise ConfigError(
+            f"a {type(module).__name__} has no weight that an adapter could merge into"
+        )
     return weight.t() if site_of(module).transposed else weight
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
 from topwork.peft.config import PeftConfig
-from topwork.peft.inject import banks_of, layers_of
+from topwork.peft.inject import banks_of, layers_of, modules_of
 from topwork.peft.layer import AdaptedLayer, Graft
 from topwork.peft.saved import SavedModule
 from topwork.peft.targets import base_of
@@ -63,6 +63,10 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
     banks = ((key, bank) for key, bank in banks_of(home) if not key.startswith("_"))
     state = {key: bank[name] for key, bank in banks if name in bank}
     state = {k: t for k, t in state.items() if every or isinstance(t, nn.Parameter)}
+    for key, kept in modules_of(home):
+        if name in kept:  # in files under "default", whatever the adapter's name
+            held = kept[name].state_dict(keep_vars=True)
+            state |= {f"{key}.default.{rest}": tensor for rest, tensor in held.items()}
     for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
             if name in module.grafts:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
-from topwork.ops.recompute import carried
+from topwork.ops.recompute import Carried
 from topwork.peft.config import LayerConfig, at_least, one_of
 from topwork.peft.layer import Graft
 
@@ -52,9 +51,7 @@ class Logits(nn.Module):
         self.module_logits = nn.Parameter(logits)
 
 
-TASKS: ContextVar[tuple[Tensor, tuple[int, ...] | None] | None] = carried(
-    ContextVar("topwork.tasks", default=None)
-)
+TASKS: Carried[tuple[Tensor, tuple[int, ...] | None]] = Carried("topwork.tasks")
 
 
 class Poly(Graft):
