@@ -72,7 +72,7 @@ def test_carried_variables_hold_again() -> None:
     times: Carried[int] = Carried("times")
 
     def run(x: Tensor, w: Tensor) -> Tensor:
-        return (x * w * times.get(1.0)).tanh()
+        return (x * w * (times.get() or 1.0)).tanh()
 
     w, token = torch.ones(3, requires_grad=True), times.set(0.5)
     y = recomputed(run, torch.ones(3), w)

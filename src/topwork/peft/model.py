@@ -26,6 +26,7 @@ from topwork.peft import (
     weighted,
 )
 from topwork.peft.config import LayerConfig, PeftConfig
+from topwork.peft.holder import Holder
 from topwork.peft.layer import AdaptedLayer, check_name
 from topwork.peft.methods import xlora
 from topwork.peft.rows import Rows
@@ -51,25 +52,6 @@ def get_peft_model(
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
 
 
-class _Holder(nn.Module):
-    """Stands where peft's tuner stands, so that names in memory equal those of its files."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "model":
-                raise
-            return getattr(self.model, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.model(*args, **kwargs)
-
-
 class PeftModel(nn.Module):
     """`model` with adapters. What it does not know itself it asks of the wrapped model."""
 
@@ -81,7 +63,7 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
     ) -> None:
         super().__init__()
-        self.base_model = _Holder(model)
+        self.base_model = Holder(model)
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: tuple[str, ...] = ()
         self.entry = entry.Entry(self)
