@@ -142,6 +142,7 @@ HOMES = {
     "WaveFTConfig": "topwork.peft",
     "XLoraConfig": "topwork.peft",
     "cast_mixed_precision_params": "topwork.peft",
+    "clone_chat_template": "topwork.objectives",
     "convert_to_lora": "topwork.peft",
     "create_arrow_model": "topwork.peft",
     "create_loraplus_optimizer": "topwork.peft",

@@ -75,6 +75,18 @@ def test_token_rows_of_a_tied_head_stay_tied(tmp_path):
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
 
 
+def test_token_rows_of_a_scaled_embedding_are_scaled_too(tmp_path):
+    """Gemma multiplies what its embedding gives: trained rows start as the base's."""
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5])
+    ours = get_peft_model(model("gemma", head_dim=8), config)
+    close(logits(ours.eval()), logits(model("gemma", head_dim=8)))
+    randomise(ours)
+    wanted = logits(ours)
+    ours.save_pretrained(tmp_path)
+    close(logits(PeftModel.from_pretrained(model("gemma", head_dim=8), tmp_path)), wanted)
+    close(logits(ours.merge_and_unload()), wanted, atol=1e-4)
+
+
 def test_merging_into_a_tied_embedding_leaves_the_head_alone(tmp_path):
     config = LoraConfig(target_modules=["embed_tokens"], r=2)
     ours = get_peft_model(model("qwen2", tie_word_embeddings=True), config)

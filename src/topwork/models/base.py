@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from topwork import hub, ops, quant, weights
 from topwork.errors import ConfigError
+from topwork.models import vocabulary
 from topwork.models.config import Config, Remembered
 from topwork.models.output import Output
 from topwork.models.packing import Padding, check_lengths, document_ends, packed_positions
@@ -133,6 +134,20 @@ class Model(nn.Module):
     @property
     def is_gradient_checkpointing(self) -> bool:
         return self.trunk.checkpointing
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> nn.Embedding:
+        """Make room for other numbers of tokens, in the embedding and in the head over the
+        vocabulary, tied or not; the configuration says so too.
+
+        `pad_to_multiple_of`: rows up to the next multiple. New rows are the mean of the old ones;
+        `mean_resizing=False`: drawn. ConfigError where an adapter stands around either already.
+        """
+        return vocabulary.resize(self, new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def tie_weights(self) -> None:
         """Let each tied alias be its owner's parameter."""

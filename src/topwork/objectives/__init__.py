@@ -33,6 +33,7 @@ from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
 from topwork.objectives.supervised import EvalPrediction, PredictionOutput, Trainer
 from topwork.objectives.tpo import TPO, TPOConfig, TPOTrainer
 from topwork.objectives.uld import ULD, ULDConfig, ULDTrainer
+from topwork.objectives.vocabulary import clone_chat_template
 
 __all__ = [
     "Distillation",
@@ -98,4 +99,5 @@ __all__ = [
     "Seq2SeqTrainer",
     "Seq2SeqTrainingArguments",
     "Trainer",
+    "clone_chat_template",
 ]

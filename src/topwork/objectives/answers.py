@@ -19,7 +19,7 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media.placed import Placer
 from topwork.objectives.familiar import ANSWERS, Familiar
-from topwork.objectives.routing import RoutedConfig
+from topwork.objectives.language import LanguageConfig
 from topwork.objectives.setup import end_token, named_sets
 from topwork.objectives.sighted import described
 from topwork.text import Tokenizer
@@ -29,7 +29,7 @@ Metrics = dict[str, tuple[float, float]]
 
 
 @settings
-class AnswersConfig(RoutedConfig):
+class AnswersConfig(LanguageConfig):
     """What runs over judged answers share. A sample of a batch is a row: a pair counts once."""
 
     familiar: ClassVar[dict[str, Familiar]] = ANSWERS

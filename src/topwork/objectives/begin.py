@@ -26,6 +26,7 @@ from topwork.objectives.rollouts import (
 )
 from topwork.objectives.server import ServerWriter
 from topwork.objectives.setup import adapted, load_model, load_pair, named_sets
+from topwork.objectives.vocabulary import added_ids, as_large
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
 from topwork.training.distributed import join
@@ -79,12 +80,15 @@ def set_up(
         name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
     }
     other = None if ref_model is None else load_model(ref_model, args)
+    if other is not None:
+        as_large(other, model)
     reference = _start(model, peft_config, other) if held else None
     notes = describe_prompts(train, long, args, tokenizer)
     draw = Draw(args, tokenizer, jury, *_writing(args, tokenizer, stage))
     if draw.ahead is not None:
         draw.ahead.play = draw.play
-    return Setup(adapted(model, peft_config), reference, draw, train, evals, notes)
+    policy = adapted(model, peft_config, added_ids(tokenizer, args))
+    return Setup(policy, reference, draw, train, evals, notes)
 
 
 def _writing(

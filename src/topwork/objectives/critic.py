@@ -16,6 +16,7 @@ from topwork.models import AutoModelForSequenceClassification
 from topwork.objectives.policy import Spread
 from topwork.objectives.reward import with_head
 from topwork.objectives.setup import adapted, load_model
+from topwork.objectives.vocabulary import as_large
 from topwork.peft import PeftConfig, TaskType
 
 FOLDER, FILE = "critic", "value_head.safetensors"
@@ -105,6 +106,7 @@ def with_critic(
     labels = getattr(critic, "score", None)
     if not callable(getattr(critic, "backbone", None)) or getattr(labels, "out_features", 0) != 1:
         raise ConfigError("value_model must be a sequence classifier of topwork's with one label")
+    as_large(critic, policy)
     return ActorCritic(policy, adapted(critic, with_head(config, TaskType.SEQ_CLS)))
 
 

@@ -20,6 +20,7 @@ from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets
 from topwork.objectives.sft import SFTConfig, marking_of, report
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -152,7 +153,7 @@ class DistillationTrainer(Trainer):
         evals = {name: read(rows) for name, rows in named_sets(eval_dataset).items()}
         self.prepared, self.prepared_eval = train, evals
         super().__init__(
-            adapted(model, peft_config),
+            adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
             replace(
                 self._objective(args, Reference(teacher), tokenizer, train),

@@ -21,6 +21,7 @@ from topwork.objectives import kept, policy
 from topwork.objectives.ahead import Ahead
 from topwork.objectives.episodes import Stage
 from topwork.objectives.familiar import DRAWS, Familiar
+from topwork.objectives.language import LanguageConfig
 from topwork.objectives.policy import Correction, Spread
 from topwork.objectives.rewards import Jury
 from topwork.objectives.rollouts import (
@@ -30,7 +31,6 @@ from topwork.objectives.rollouts import (
     completion,
     roll_out,
 )
-from topwork.objectives.routing import RoutedConfig
 from topwork.objectives.setup import at_least, one_of
 from topwork.text import Tokenizer
 from topwork.training import TrainerCallback
@@ -42,7 +42,7 @@ Metrics = dict[str, tuple[float, float]]
 
 
 @settings
-class SamplingConfig(RoutedConfig):
+class SamplingConfig(LanguageConfig):
     """What runs over the policy's own answers share.
 
     `per_device_train_batch_size` counts answers, and must be a multiple of `num_generations`.

@@ -31,6 +31,7 @@ from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, one_of
 from topwork.objectives.sighted import described, load_reader
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -213,7 +214,7 @@ class WithoutReference(Trainer):
         check_prompts(args, data.train)
         self.prepared, self.prepared_eval = data.train, data.evals
         super().__init__(
-            adapted(reader.model, peft_config),
+            adapted(reader.model, peft_config, added_ids(reader.tokenizer, args)),
             args,
             replace(
                 self.objective_of(args), placer=reader.placer, router=args.router_aux_loss_coef

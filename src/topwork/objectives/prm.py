@@ -23,6 +23,7 @@ from topwork.models import AutoModelForTokenClassification
 from topwork.objectives.answers import AnswersConfig, means
 from topwork.objectives.reward import with_head
 from topwork.objectives.setup import adapted, load_pair, named_sets
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig, TaskType
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -186,7 +187,7 @@ class PRMTrainer(Trainer):
             for name, rows in named_sets(eval_dataset).items()
         }
         super().__init__(
-            adapted(model, with_head(peft_config, TaskType.TOKEN_CLS)),
+            adapted(model, with_head(peft_config, TaskType.TOKEN_CLS), added_ids(tokenizer, args)),
             args,
             PRM(),
             train.samples,

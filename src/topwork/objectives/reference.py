@@ -22,6 +22,7 @@ from topwork.models import AutoModelForCausalLM
 from topwork.objectives.answers import AnswersConfig, read_answers, report
 from topwork.objectives.setup import adapted, at_least, load_model
 from topwork.objectives.sighted import load_reader, model_class
+from topwork.objectives.vocabulary import added_ids, as_large
 from topwork.peft import PeftConfig, PeftModel
 from topwork.peft.state import fill
 from topwork.text import Tokenizer
@@ -199,11 +200,13 @@ def fingerprint(model: nn.Module, *facts: object) -> str:
 
 def with_reference(
     model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
-    args: ReferenceConfig, auto: Any = AutoModelForCausalLM,
+    args: ReferenceConfig, auto: Any = AutoModelForCausalLM, words: Sequence[int] = (),
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
     """The policy with its adapter, and its reference."""
     ref_model = None if given is None else load_model(given, args, auto)
-    policy = adapted(model, config)
+    if ref_model is not None:
+        as_large(ref_model, model)
+    policy = adapted(model, config, words)
     reference = choose_reference(
         policy,
         ref_model,
@@ -253,7 +256,9 @@ class ReferenceTrainer(Trainer):
         )  # fmt: skip
         self.prepared, self.prepared_eval = data.train, data.evals
         auto = model_class(reader)
-        policy, reference = with_reference(reader.model, ref_model, peft_config, args, auto)
+        policy, reference = with_reference(
+            reader.model, ref_model, peft_config, args, auto, added_ids(reader.tokenizer, args)
+        )
         objective = replace(
             self.objective_of(args, reference, policy),
             placer=reader.placer,

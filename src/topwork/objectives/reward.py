@@ -28,6 +28,7 @@ from topwork.objectives.answers import (
 )
 from topwork.objectives.logprobs import padded
 from topwork.objectives.setup import adapted, load_pair
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig, TaskType
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -116,7 +117,7 @@ class RewardTrainer(Trainer):
         data = read_answers(train_dataset, eval_dataset, tokenizer, args, PAIRS, whole=True)
         self.prepared, self.prepared_eval = data.train, data.evals
         super().__init__(
-            adapted(model, with_head(peft_config, TaskType.SEQ_CLS)),
+            adapted(model, with_head(peft_config, TaskType.SEQ_CLS), added_ids(tokenizer, args)),
             args,
             Reward(args.center_rewards_coefficient),
             data.train.samples,

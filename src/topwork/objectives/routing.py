@@ -12,22 +12,8 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.data.packing import Batch
 from topwork.nn.moe import balance, router_logits
-from topwork.objectives.setup import at_least, router_weight
-from topwork.training import Loss, TrainingArguments
-from topwork.training.familiar import settings
-
-
-@settings
-class RoutedConfig(TrainingArguments):
-    """What runs share that train tokens, with models that may have experts."""
-
-    router_aux_loss_coef: float | None = None
-    """Weight of the routers' load-balancing loss in models with experts; None: what the model's
-    configuration says; 0: none. Each micro-batch's counts by its units."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        at_least("router_aux_loss_coef", self.router_aux_loss_coef, 0)
+from topwork.objectives.setup import router_weight
+from topwork.training import Loss
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from topwork.objectives.rollouts import (
 )
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, named_sets, one_of
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -235,7 +236,7 @@ class SelfDistillationTrainer(Trainer):
             name: read_advised(rows, tokenizer, args)[0]
             for name, rows in named_sets(eval_dataset).items()
         }
-        policy = adapted(model, peft_config)
+        policy = adapted(model, peft_config, added_ids(tokenizer, args))
         follows = args.teacher == "ema"
         if args.teacher == "self":
             teacher = Reference(policy)

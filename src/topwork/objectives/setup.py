@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from topwork import hub
 from topwork.errors import ConfigError, nearest
 from topwork.models import AutoModelForCausalLM
 from topwork.nn.moe import RouterLoss
+from topwork.objectives.vocabulary import extend, with_tokens
 from topwork.peft import PeftConfig, PeftModel, get_peft_model
 from topwork.text import AutoTokenizer, Tokenizer
 
@@ -34,6 +35,7 @@ def load_pair(
     if args.chat_template is not None:
         tokenizer.chat_template = args.chat_template
     router_weight(model, getattr(args, "router_aux_loss_coef", None))
+    extend(model, tokenizer, args)
     return model, tokenizer
 
 
@@ -76,13 +78,14 @@ def where(args: Any, init: str = "model_init_kwargs") -> dict[str, Any]:
     return {k: v for k, v in (getattr(args, init) or {}).items() if k in hub.PLACES}
 
 
-def adapted(model: nn.Module, config: PeftConfig | None) -> nn.Module:
-    """`model` with the adapter of `config`, if there is one."""
+def adapted(model: nn.Module, config: PeftConfig | None, words: Sequence[int] = ()) -> nn.Module:
+    """`model` with the adapter of `config`, if there is one; beside it the rows of the tokens
+    `words` are trained."""
     if config is None:
         return model
     if isinstance(model, PeftModel):
         raise ConfigError("the model has an adapter already; leave peft_config out")
-    return get_peft_model(model, config)
+    return get_peft_model(model, with_tokens(config, model, words))
 
 
 def named_sets(given: Any) -> Mapping[str, Any]:

@@ -26,10 +26,12 @@ from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
 from topwork.objectives.familiar import TEXTS, Familiar
+from topwork.objectives.language import LanguageConfig
 from topwork.objectives.logprobs import score
-from topwork.objectives.routing import RoutedConfig, routed
+from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
 from topwork.objectives.sighted import Reader, described, load_reader
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback, distributed
@@ -40,7 +42,7 @@ LOSSES = ("nll", "dft")
 
 
 @settings
-class SFTConfig(RoutedConfig):
+class SFTConfig(LanguageConfig):
     """A run of supervised fine-tuning."""
 
     familiar: ClassVar[dict[str, Familiar]] = TEXTS
@@ -200,7 +202,7 @@ class SFTTrainer(Trainer):
             reader.placer,
         )
         super().__init__(
-            adapted(model, peft_config),
+            adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
             objective,
             data,

@@ -19,6 +19,7 @@ from topwork.models.families import NAMES
 from topwork.models.multimodal import ImageTextModel
 from topwork.objectives.labelled import base
 from topwork.objectives.setup import load_pair, where
+from topwork.objectives.vocabulary import add_words
 from topwork.text import AutoTokenizer, Tokenizer
 
 
@@ -77,9 +78,11 @@ def load_writers(name: str | Path, args: Any, images: bool) -> tuple[Tokenizer, 
         tokenizer = AutoTokenizer.from_pretrained(name, **where(args))
         if args.chat_template is not None:
             tokenizer.chat_template = args.chat_template
+        add_words(tokenizer, args)
         return tokenizer, None
     processing: Any = AutoProcessor.from_pretrained(name, **where(args))
     _settle(processing, args, kind)
+    add_words(processing.tokenizer, args)
     return processing.tokenizer, Placer(processing)
 
 

@@ -24,6 +24,7 @@ from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets, where
 from topwork.objectives.sft import SFTConfig, marking_of, report
+from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
 from topwork.text import AutoTokenizer, Tokenizer
 from topwork.training import Loss, Trainer, TrainerCallback
@@ -305,7 +306,7 @@ class ULDTrainer(Trainer):
             name: read(rows)[1] for name, rows in named_sets(eval_dataset).items()
         }
         super().__init__(
-            adapted(model, peft_config),
+            adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
             ULD(
                 Reference(teacher),

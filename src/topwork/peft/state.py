@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -134,6 +134,27 @@ def retargeted(config: PeftConfig, model: Any, folder: Path) -> PeftConfig:
     return replace(config, **found) if homes and homes <= here else config
 
 
+def make_room(model: Any, config: PeftConfig, folder: Path) -> None:
+    """Give `model` the tokens that the adapter in `folder` was trained with, where it has fewer:
+    those that it trains by number, and those of an embedding that its file holds or changes."""
+    if not callable(getattr(model, "resize_token_embeddings", None)):
+        return
+    words: Any = base_of(model.get_input_embeddings())
+    path = next(f"{MODEL}{p}" for p, m in model.named_modules() if base_of(m) is words)
+    given: Any = getattr(config, "trainable_token_indices", None)
+    given = getattr(config, "token_indices", None) if given is None else given
+    lists = given.values() if isinstance(given, dict) else [given or []]
+    wanted = max((index + 1 for indices in lists for index in indices), default=0)
+    for key, shape in shapes(folder).items():
+        inner = key.removeprefix(f"{path}.")
+        if inner == "weight" or (inner != key and inner.endswith("base_layer.weight")):
+            wanted = max(wanted, shape[0])
+        elif inner == "lora_embedding_A":
+            wanted = max(wanted, shape[1])
+    if wanted > words.num_embeddings:
+        model.resize_token_embeddings(wanted)
+
+
 @torch.no_grad()
 def meet(model: Any, name: str, given: dict[str, Tensor]) -> bool:
     """Show each layer of adapter `name` what a file has for it; whether any wanted to see it."""
@@ -181,6 +202,18 @@ def read(folder: Path, allow_bin: bool = False) -> dict[str, Tensor]:
         return {name: get() for name, get in pickled(path)}
     try:
         return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def shapes(folder: Path) -> dict[str, list[int]]:
+    """The shapes of what `read` gives, without reading it; empty for a pickle."""
+    path = next((folder / name for name in FILES if (folder / name).is_file()), None)
+    if path is None:
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 

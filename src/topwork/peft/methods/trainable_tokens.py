@@ -67,7 +67,7 @@ class TrainableTokens(Graft):
     def _embedded(self, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         def run(ids: Tensor) -> Tensor:
             y = base(ids)
-            scale = getattr(self.base, "embed_scale", None)
+            scale = getattr(self.base, "embed_scale", getattr(self.base, "scale", None))
             which = torch.full((self.site.inputs,), -1, device=ids.device)
             which[self.places] = torch.arange(len(self.places), device=ids.device)
             row = which[ids]
