@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import threading
+import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 
 import tiny
+from serving import process
 from topwork import (
     GRPOConfig,
     GRPOTrainer,
@@ -146,6 +148,23 @@ def test_a_run_on_a_server_equals_one_in_the_process(tmp_path, server, old):
     body = next(body for verb, body in server.calls if verb == "completions")
     assert body["model"] == "topwork-there-0"
     assert len({b["seed"] for v, b in server.calls if v == "completions"}) == 16
+
+
+def test_topwork_serve_draws_for_a_run_as_vllm_does(tmp_path):
+    options = {"temperature": 0.8, "top_k": 9}
+    base = tmp_path / "base"
+    tiny.model().save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    with process(base, "--load-adapters", "--processed-logprobs") as url:
+        there = trainer(tmp_path / "there", rollout_server=url, **options)
+        there.train()
+        with urllib.request.urlopen(f"{url}/v1/models") as reply:
+            listed = [m["id"] for m in json.load(reply)["data"]]
+    assert listed == ["base", "topwork-there-2", "topwork-there-3"]
+    here = trainer(tmp_path / "here", **options)
+    here.train()
+    for name in ("reward", "loss", "grad_norm", "sampling/ratio"):
+        assert means(there, name) == pytest.approx(means(here, name), rel=1e-4, abs=1e-6), name
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,8 @@ Words = Annotated[
 Model = Annotated[str, typer.Argument(help="Folder, Hub id, .gguf file, or an adapter's folder.")]
 Adapter = Annotated[str | None, typer.Option(help="Folder or Hub id of an adapter to switch on.")]
 Dtype = Annotated[str, typer.Option(help="auto, bfloat16 or float32.")]
+FourBit = Annotated[bool, typer.Option("--load-in-4bit", help="Quantise the base to NF4.")]
+EightBit = Annotated[bool, typer.Option("--load-in-8bit", help="Quantise the base to 8 bits.")]
 NewTokens = Annotated[int, typer.Option(help="Most tokens of an answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens of this joint share.")]
@@ -104,14 +106,15 @@ def generate(
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Seed = None,
+    load_in_4bit: FourBit = False,
+    load_in_8bit: EightBit = False,
 ) -> None:
     """Print the answer to one prompt, as it comes."""
     from topwork.cli import talk
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    talk.generate(
-        model, text, adapter, dtype, raw, _draws(max_new_tokens, temperature, top_p, seed)
-    )
+    draws = _draws(max_new_tokens, temperature, top_p, seed)
+    talk.generate(model, text, adapter, dtype, raw, draws, _bits(load_in_4bit, load_in_8bit))
 
 
 @app.command()
@@ -124,11 +127,56 @@ def chat(
     temperature: Temperature = 0.2,
     top_p: TopP = 0.9,
     seed: Seed = None,
+    load_in_4bit: FourBit = False,
+    load_in_8bit: EightBit = False,
 ) -> None:
     """Talk to a model in the terminal."""
     from topwork.cli import talk
 
-    talk.chat(model, adapter, dtype, system, _draws(max_new_tokens, temperature, top_p, seed))
+    draws = _draws(max_new_tokens, temperature, top_p, seed)
+    talk.chat(model, adapter, dtype, system, draws, _bits(load_in_4bit, load_in_8bit))
+
+
+@app.command()
+def serve(
+    model: Model,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="PATH or NAME=PATH of an adapter; several.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="What clients call the model.")] = None,
+    dtype: Dtype = "auto",
+    load_in_4bit: FourBit = False,
+    load_in_8bit: EightBit = False,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="TOPWORK_API_KEY", help="What clients must know; off loopback needed."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None, typer.Option(help="A page's origin that may ask; several.")
+    ] = None,
+    max_rows: Annotated[int, typer.Option(help="Answers that are made at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens of an answer.")] = 4096,
+    cache_tokens: Annotated[int, typer.Option(help="Tokens that are kept at a time.")] = 32768,
+    load_adapters: Annotated[
+        bool, typer.Option("--load-adapters", help="Clients may have adapters loaded.")
+    ] = False,
+    processed_logprobs: Annotated[
+        bool, typer.Option("--processed-logprobs", help="Tell those of the draws.")
+    ] = False,
+) -> None:
+    """Serve a model and its adapters over OpenAI's protocol, with a page to talk to them."""
+    from topwork.cli import serve as serving
+    from topwork.serve import Door, Limits
+
+    serving.serve(
+        model, adapter or [], name, dtype, _bits(load_in_4bit, load_in_8bit),
+        door=Door.at(host, api_key, allow_origin or ()),
+        limits=Limits(max_rows=max_rows, max_new_tokens=max_new_tokens, cache_tokens=cache_tokens),
+        host=host, port=port,
+        loads_adapters=load_adapters, processed_logprobs=processed_logprobs,
+    )  # fmt: skip
 
 
 @app.command()
@@ -253,6 +301,10 @@ def _config(words: list[str] | None) -> tuple[Path | None, list[str]]:
     if words and not words[0].startswith("--"):
         return Path(words[0]), words[1:]
     return None, words
+
+
+def _bits(four: bool, eight: bool) -> list[str]:
+    return [name for name, on in (("load_in_4bit", four), ("load_in_8bit", eight)) if on]
 
 
 def _draws(new: int, temperature: float, top_p: float, seed: int | None) -> dict[str, Any]:

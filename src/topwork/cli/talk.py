@@ -8,23 +8,50 @@ from typing import Any
 from topwork.errors import ConfigError, DataError
 
 
-def load(model: str, adapter: str | None, dtype: str) -> tuple[Any, Any]:
-    """A model, with an adapter if one is given (or if `model` itself is one), and its tokenizer."""
+def base_of(model: str) -> tuple[str, str | None]:
+    """The base and the adapter that `model` names: an adapter's folder names its base itself."""
+    from topwork.peft import PeftConfig
+
+    if not (Path(model) / "adapter_config.json").is_file():
+        return model, None
+    base = PeftConfig.from_pretrained(model).base_model_name_or_path
+    if base is None:
+        raise ConfigError(f"{model} is an adapter and does not name its base: pass it too")
+    return base, model
+
+
+def load(
+    model: str, adapter: str | None, dtype: str, bits: list[str] | None = None
+) -> tuple[Any, Any]:
+    """A model, with an adapter if one is given (or if `model` itself is one), and its tokenizer.
+
+    `bits`: "load_in_4bit" or "load_in_8bit" quantises the base.
+    """
+    return load_several(model, {} if adapter is None else {"default": adapter}, dtype, bits)
+
+
+def load_several(
+    model: str, adapters: dict[str, str], dtype: str, bits: list[str] | None = None
+) -> tuple[Any, Any]:
+    """The same with several adapters by name, the first of which is active."""
+    from topwork.cli.train import quantised
     from topwork.models import AutoModelForCausalLM
-    from topwork.peft import LoraConfig, PeftModel
+    from topwork.peft import PeftModel
     from topwork.text import AutoTokenizer
 
-    if adapter is None and (Path(model) / "adapter_config.json").is_file():
-        adapter, base = model, LoraConfig.from_pretrained(model).base_model_name_or_path
-        if base is None:
-            raise ConfigError(f"{model} is an adapter and does not name its base: pass it too")
-        model = base
-    net = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
+    if not adapters:
+        model, own = base_of(model)
+        adapters = {} if own is None else {"default": own}
+    net: Any = AutoModelForCausalLM.from_pretrained(
+        model, dtype=dtype, **(quantised(bits, None) if bits else {})
+    )
     home = model
-    if adapter is not None:
-        net = PeftModel.from_pretrained(net, adapter)
-        if (Path(adapter) / "tokenizer.json").is_file():
-            home = adapter
+    for name, path in adapters.items():
+        if isinstance(net, PeftModel):
+            net.load_adapter(path, adapter_name=name)
+        else:
+            net = PeftModel.from_pretrained(net, path, adapter_name=name)
+            home = path if (Path(path) / "tokenizer.json").is_file() else home
     return net, AutoTokenizer.from_pretrained(home)
 
 
@@ -41,14 +68,15 @@ def answer(net: Any, tokenizer: Any, ids: list[int], streamer: Any, **options: A
 
 
 def generate(
-    model: str, prompt: str, adapter: str | None, dtype: str, raw: bool, options: dict[str, Any]
-) -> None:
+    model: str, prompt: str, adapter: str | None, dtype: str, raw: bool, options: dict[str, Any],
+    bits: list[str] | None = None,
+) -> None:  # fmt: skip
     """Print what `model` answers to `prompt`, as it comes."""
     from topwork.generation import TextStreamer
 
     if not prompt:
         raise DataError("the prompt is empty")
-    net, tokenizer = load(model, adapter, dtype)
+    net, tokenizer = load(model, adapter, dtype, bits)
     if raw or tokenizer.chat_template is None:
         ids = tokenizer(prompt)["input_ids"]
     else:
@@ -59,12 +87,13 @@ def generate(
 
 
 def chat(
-    model: str, adapter: str | None, dtype: str, system: str | None, options: dict[str, Any]
-) -> None:
+    model: str, adapter: str | None, dtype: str, system: str | None, options: dict[str, Any],
+    bits: list[str] | None = None,
+) -> None:  # fmt: skip
     """A conversation in the terminal. /new starts another one, /quit or Ctrl-D ends it."""
     from topwork.generation import TextStreamer
 
-    net, tokenizer = load(model, adapter, dtype)
+    net, tokenizer = load(model, adapter, dtype, bits)
     if tokenizer.chat_template is None:
         raise ConfigError(f"{model}: its tokenizer has no chat template; use `topwork generate`")
     start = [] if system is None else [{"role": "system", "content": system}]

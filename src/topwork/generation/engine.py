@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from weakref import ref
@@ -57,24 +57,37 @@ class Engine:
     ) -> None:
         if piece > step_tokens or min(max_rows, piece, page_size) < 1:
             raise ConfigError(f"piece={piece} must be within step_tokens={step_tokens}")
-        self.model = model
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.piece = piece
-        if runner is None and is_recurrent(model):
-            runner = StateRunner(model, max_rows)
-        if runner is None:
-            pool = PagePool(model.layer_count, -(-cache_tokens // page_size), page_size)
-            runner = NativeRunner(model, pool)
-        self.runner, self.pool = runner, runner.pool
+        self._size = (-(-cache_tokens // page_size), page_size)
+        self._take(model, runner)
         self._waiting: list[Request] = []
         self._running: list[Request] = []
         self._arrived: deque[Request] = deque()  # appended to by any thread
-        self._lock = threading.Lock()
-        self._weights = self._versions()
+        self._lock = threading.RLock()
         self._driver: asyncio.Task[None] | None = None
         self._queues: dict[Request, asyncio.Queue[Event]] = {}
         self._thread = ThreadPoolExecutor(1, "topwork-engine")
+
+    def _take(self, model: Any, runner: Runner | None = None) -> None:
+        self.model = model
+        if runner is None and is_recurrent(model):
+            runner = StateRunner(model, self.max_rows)
+        if runner is None:
+            runner = NativeRunner(model, PagePool(model.layer_count, *self._size))
+        self.runner, self.pool = runner, runner.pool
+        self._weights = self._versions()
+
+    def swap(self, model: Any) -> None:
+        """Go on with `model`, such as the same one with its first adapter around it; what runs is
+        read again."""
+        with self._lock:
+            while self._running:
+                request = self._running.pop()
+                request.stop(self.pool)
+                self._waiting.insert(0, request)
+            self._take(model)
 
     # -- requests --------------------------------------------------------------------------------
 
@@ -87,10 +100,12 @@ class Engine:
         tokenizer: Any = None,
         logits_processor: Sequence[Processor] = (),
         stopping_criteria: Sequence[Criterion] = (),
+        top_logprobs: int | None = None,
         **options: Any,
     ) -> Request:
         """Queue one prompt [T]. `adapter`: a name, None for none, by default the active one;
-        `stop_strings` needs the `tokenizer`.
+        `stop_strings` needs the `tokenizer`; with `top_logprobs`, `request.told` has what the
+        model said of each token, and of so many likeliest ones.
 
         Raises ConfigError for what cannot be meant; the other requests are not touched.
         """
@@ -112,11 +127,15 @@ class Engine:
                 f"{prompt.shape[1]} + {new} tokens do not fit into cache_tokens="
                 f"{self.pool.pages * self.pool.size}"
             )
+        if top_logprobs is not None and not 0 <= top_logprobs <= self.model.config.vocab_size:
+            raise ConfigError(
+                f"top_logprobs={top_logprobs} must be from 0 to the vocabulary's size"
+            )
         if settled.stop_strings:
             stopping_criteria = [*stopping_criteria, StopStrings(tokenizer, settled.stop_strings)]
         request = Request(
             prompt[0].tolist(), settled, new, self._adapter(adapter),
-            self.model.config.vocab_size, logits_processor, stopping_criteria,
+            self.model.config.vocab_size, logits_processor, stopping_criteria, top_logprobs,
         )  # fmt: skip
         self._arrived.append(request)
         return request
@@ -333,15 +352,23 @@ class Engine:
         All streams of one event loop share the steps, which run in a thread of their own.
         """
         request = self.submit(ids, config, **options)
-        queue: asyncio.Queue[Event] = asyncio.Queue()
-        self._queues[request] = queue
+        async for event in self.follow(request):
+            if event.token is not None:
+                yield event.token
+
+    def follow(self, request: Request) -> AsyncIterator[Event]:
+        """The events of a request that was just submitted, as `stream` has its tokens."""
+        self._queues[request] = asyncio.Queue()
         if self._driver is None or self._driver.done():
             self._driver = asyncio.get_running_loop().create_task(self._drive())
+        return self._events(request)
+
+    async def _events(self, request: Request) -> AsyncIterator[Event]:
+        queue = self._queues[request]
         try:
             while True:
                 event = await queue.get()
-                if event.token is not None:
-                    yield event.token
+                yield event
                 if event.done:
                     if request.error is not None:
                         raise request.error
@@ -349,6 +376,15 @@ class Engine:
         finally:
             self._queues.pop(request, None)
             request.cancel()
+
+    async def apart(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns, which runs between two steps: it may change the model's adapters."""
+
+        def run() -> Any:
+            with self._lock:
+                return call()
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, run)
 
     async def _drive(self) -> None:
         loop = asyncio.get_running_loop()

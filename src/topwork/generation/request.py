@@ -20,6 +20,15 @@ ACTIVE = "__active__"
 
 
 @dataclass(frozen=True)
+class Told:
+    """What the model said of a token that was made, before penalties and cuts: its log-probability
+    and the likeliest ids with theirs."""
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Event:
     """A new token of `request`; None when the request ended without one. `done`: it is the last.
 
@@ -33,7 +42,8 @@ class Event:
 
 class Request:
     """What `Engine.submit` returns. `ids` is the prompt and what was made so far; `logprobs` has,
-    for each token made by drawing, the log-probability with which it was drawn.
+    for each token made by drawing, the log-probability with which it was drawn; `told`, where
+    `top_logprobs` were asked for, what the model itself said of each.
 
     `finish_reason`: None while it runs, then "stop", "length", "time", "cancelled" or "error"
     (then `error` says which).
@@ -48,6 +58,7 @@ class Request:
         vocab: int,
         extra: Sequence[Processor] = (),
         criteria: Sequence[Criterion] = (),
+        top_logprobs: int | None = None,
     ) -> None:
         self.prompt = prompt
         self.config = config
@@ -55,6 +66,8 @@ class Request:
         self.adapter = adapter
         self.ids = list(prompt)
         self.logprobs: list[float] = []
+        self.top_logprobs = top_logprobs
+        self.told: list[Told] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
@@ -71,6 +84,7 @@ class Request:
         self._prompt_pages = 0
         self._named = 0
         self._started = time.monotonic()
+        self._said: Tensor | None = None  # log-probabilities [V] of the next token
 
     # -- for the caller --------------------------------------------------------------------------
 
@@ -151,10 +165,13 @@ class Request:
     @property
     def takes_best(self) -> bool:
         """Whether its next token is that of the largest logit."""
-        return not (self.config.do_sample or self.processors)
+        plain = not self.config.do_sample and self.top_logprobs is None
+        return plain and not self.processors
 
     def shaped(self, logits: Tensor) -> Tensor:
         """Scores [1, V] from logits [1, V]."""
+        if self.top_logprobs is not None:
+            self._said = logits[0].log_softmax(-1)
         if not self.processors:
             return logits
         scores = apply(self.processors, torch.tensor([self.ids]), logits)
@@ -176,6 +193,11 @@ class Request:
         self.ids.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
+        if self._said is not None:
+            best = self._said.topk(self.top_logprobs or 0)
+            top = tuple(zip(best.indices.tolist(), best.values.tolist()))
+            self.told.append(Told(float(self._said[token]), top))
+            self._said = None
         if token in self._stops:
             return "stop"
         if self._criteria:

@@ -4,6 +4,8 @@ Start it where it reads this run's files, so that it may take up the adapter at 
 
     VLLM_ALLOW_RUNTIME_LORA_UPDATING=True vllm serve BASE --enable-lora --max-lora-rank 64 \
         --logprobs-mode processed_logprobs
+
+`topwork serve BASE --load-adapters --processed-logprobs` does the same.
 """
 
 from __future__ import annotations
