@@ -142,9 +142,6 @@ def call_loss(model: Any, rows: list[Row], extra: dict[str, Any]) -> torch.Tenso
 def our_loss(model: Any, extra: dict[str, Any]) -> Callable[[list[Row]], torch.Tensor]:
     """As the trainer computes it: packed rows, no logits of them."""
 
-    if model.peft_type == "POLY":  # it learns the rows' tasks from the model's call alone
-        return lambda rows: call_loss(model, rows, extra)
-
     def loss_of(rows: list[Row]) -> torch.Tensor:
         ids = torch.tensor([i for row in rows for i in row.ids])
         lengths = tuple(len(row.ids) for row in rows)

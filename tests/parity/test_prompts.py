@@ -8,7 +8,9 @@ import torch
 import peft
 import topwork
 from parity.bases import IDS, base, close, our_base, randomise
+from topwork.data.prepare import Sample
 from topwork.errors import CheckpointError, ConfigError, TopworkWarning
+from topwork.objectives.sft import SFT
 from topwork.peft import PeftModel, get_peft_model
 
 N = 3
@@ -191,6 +193,25 @@ def test_the_context_stays_within_its_balls_as_the_peers_does_while_it_trains(tm
     assert (lengths[kinds % 4 == 2] <= 0.5 * unit + 1e-6).all()
     assert lengths.max() > 0.5 * unit
     assert (lengths[kinds % 4 == 0] == 0).all()
+
+
+def test_sft_trains_the_contexts_labels_as_the_peers_call_does(tmp_path):
+    options = {**CONTEXT, **DECAY}
+    theirs = peft.get_peft_model(base("qwen2"), config(peft, "CPTConfig", options))
+    ours = get_peft_model(our_base("qwen2", tmp_path), config(topwork, "CPTConfig", options))
+    labels = IDS.clone()
+    labels[0, :3], labels[1, :6] = -100, -100
+    wanted = theirs(input_ids=IDS, labels=labels).loss
+    wanted.backward()
+    samples = [Sample(i, IDS[i].numpy(), (labels[i] != -100).numpy()) for i in range(2)]
+    objective = SFT(own_targets=ours.own_targets)
+    batch = objective.assemble(ours, [samples])[0]
+    assert objective.weight(batch) == 8 + 5 + 2 * ours.own_targets > 13
+    found = objective.loss(ours, batch).over([objective.weight(batch)])
+    found.backward()
+    close(found, wanted)
+    grads = [m.prompt_encoder["default"].delta_embedding.weight.grad for m in (ours, theirs)]
+    close(*grads)
 
 
 def test_a_contexts_loss_is_the_same_packed_and_counts_the_parts_that_are_told(tmp_path):

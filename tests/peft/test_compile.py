@@ -90,6 +90,18 @@ def test_it_is_one_graph_with_the_same_outputs_and_gradients(case):
     close(outputs_and_gradients(model, compiled), plain, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CPT"])
+def test_virtual_tokens_are_in_the_graph(kind):
+    torch._dynamo.reset()
+    told = {"cpt_token_ids": [5, 9, 11, 2], "cpt_tokens_type_mask": [1, 2, 3, 4]}
+    options = told if kind == "CPT" else {"num_virtual_tokens": 4}
+    config = topwork.PeftConfig.from_dict({"peft_type": kind, "task_type": "CAUSAL_LM", **options})
+    model = get_peft_model(llama(), config)
+    plain = outputs_and_gradients(model, model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    close(outputs_and_gradients(model, compiled), plain, rtol=1e-4, atol=1e-4)
+
+
 def test_packed_rows_compile_too():
     torch._dynamo.reset()
     model = get_peft_model(llama(), LoraConfig(**LORA))

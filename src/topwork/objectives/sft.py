@@ -108,6 +108,8 @@ class SFT:
     router: float | None = None
     placer: Placer | None = None
     """Reads the images of rows, for a model that takes some."""
+    own_targets: int = 0
+    """Labels that the adapter has itself for each text (CPT's context), trained like the row's."""
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
@@ -122,7 +124,7 @@ class SFT:
         return sum(len(s) for s in _flat([sample]))
 
     def weight(self, batch: Batch) -> float:
-        return len(batch.targets)
+        return len(batch.targets) + self.own_targets * len(batch.lengths)
 
     def tokens(self, batch: Batch) -> int:
         return batch.tokens
@@ -152,7 +154,7 @@ class SFT:
                 "mean_token_accuracy": (float(found.hit.sum()), float(len(batch.targets))),
             }
         total = -logprobs.sum() if own is None else own - logprobs.sum()
-        return routers.beside(Loss(total, metrics), float(len(batch.targets)))
+        return routers.beside(Loss(total, metrics), float(self.weight(batch)))
 
 
 def _flat(group: Sequence[Any]) -> list[Sample]:
@@ -193,6 +195,7 @@ class SFTTrainer(Trainer):
         }
         eval_packing = args.packing if args.eval_packing is None else args.eval_packing
         self.prepared, self.prepared_eval = train, evals
+        made = adapted(model, peft_config, added_ids(tokenizer, args))
         objective = SFT(
             args.loss_type,
             args.label_smoothing_factor,
@@ -200,9 +203,10 @@ class SFTTrainer(Trainer):
             args.token_metrics,
             args.router_aux_loss_coef,
             reader.placer,
+            getattr(made, "own_targets", 0),
         )
         super().__init__(
-            adapted(model, peft_config, added_ids(tokenizer, args)),
+            made,
             args,
             objective,
             data,

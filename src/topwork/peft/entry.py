@@ -80,13 +80,17 @@ class Entry:
     def _run(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         ours = callable(getattr(self.model, "backbone", None))
         run = self._ours if ours else self._theirs
-        kinds = [self._told[n] for n in self.owner.active_adapters if n in self._told]
-        if not kinds:
+        with self._telling(kwargs):
             return run(name, args, kwargs)
+
+    @contextmanager
+    def _telling(self, call: dict[str, Any]) -> Iterator[None]:
+        """Within it the layers know what the arguments of a `call` say to their methods."""
+        told = [name for name in self.owner.active_adapters if name in self._told]
         with ExitStack() as stack:
-            for kind in kinds:
-                stack.enter_context(kind.during(kwargs))
-            return run(name, args, kwargs)
+            for name in told:
+                stack.enter_context(self._told[name].during(self.owner.peft_config[name], call))
+            yield
 
     def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         model, waiting = self.model, self.invocations
@@ -154,8 +158,10 @@ class Entry:
 
     def own_loss(self, states: list[Tensor], positions: Tensor, targets: Tensor) -> Tensor | None:
         """The summed loss that is of kept `states`, beside that of `targets` at `positions`."""
-        router = self.router
-        if not states or not isinstance(router, shadowing.Runner):
+        router, prompt = self.router, self.prompt
+        if prompt is not None and prompt.weighs:
+            return prompt.total(self.model, states[0])
+        if not isinstance(router, shadowing.Runner):
             return None
         return router.total(self.model, states[0], positions, targets)
 
@@ -174,7 +180,7 @@ class Entry:
         return (calls.forward if name == "forward" else calls.generate)(model, prompt, call)
 
     def backbone(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The wrapped model's `backbone`."""
+        """The wrapped model's `backbone`; `task_ids` [B] for methods that ask for them."""
         model, prompt, router = self.model, self.prompt, self.router
         if prompt is not None:
             kwargs.setdefault("task_ids", self._task_ids)
@@ -182,11 +188,12 @@ class Entry:
         if router is not None:
             return router.through(model, input_ids, **kwargs, **self._keep(router))
         waiting = self._invoked or self.invocations
-        if waiting is None:
-            return model.backbone(input_ids, **kwargs)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("cache")
         past = 0 if cache is None else cache.length
-        with waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past):
+        with self._telling(kwargs), ExitStack() as stack:
+            if waiting is not None:
+                told = waiting.within(input_ids, mask, kwargs.get("lengths"), cache, past)
+                stack.enter_context(told)
             return model.backbone(input_ids, **kwargs)
 
     def _keep(self, router: Any) -> dict[str, Any]:

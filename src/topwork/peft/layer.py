@@ -148,7 +148,7 @@ class Graft:
         return {}
 
     @classmethod
-    def during(cls, call: dict[str, Any]) -> AbstractContextManager[None]:
+    def during(cls, config: Any, call: dict[str, Any]) -> AbstractContextManager[None]:
         """Within it the layers know what the arguments of a `call` say to the method, which takes
         them out."""
         return nullcontext()

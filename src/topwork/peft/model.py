@@ -110,6 +110,12 @@ class PeftModel(nn.Module):
         """What the active adapters' methods add to the loss (AdaLoRA's orthogonality)."""
         return entry.penalty(self.base_model, self.peft_config, list(self._active))
 
+    @property
+    def own_targets(self) -> int:
+        """How many labels the active method has itself for each text (CPT: its context's)."""
+        prompt = self.entry.prompt
+        return 0 if prompt is None else prompt.own_targets
+
     @contextmanager
     def beside(self) -> Iterator[Callable[[Tensor, Tensor], Tensor | None]]:
         """Within it a call of `backbone` over a flat row is remembered, and what is given tells

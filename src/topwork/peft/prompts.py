@@ -142,6 +142,15 @@ class Prompt(nn.Module):
 
     # -- the loss --------------------------------------------------------------------------------
 
+    @property
+    def own_targets(self) -> int:
+        """How many labels the virtual tokens have themselves."""
+        return 0
+
+    def total(self, model: Any, context: Tensor) -> Tensor:
+        """The summed loss of those; `context` [documents, n, C] are their states in `model`."""
+        raise NotImplementedError
+
     def loss(
         self,
         context: Tensor,

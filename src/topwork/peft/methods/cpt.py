@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -146,6 +146,27 @@ class Context(Prompt):
             for part, wanted in zip(parts, target.split([len(part) for part in parts]))
         ]
         return (torch.cat(each) * weight)[target != -100].mean()
+
+    @property
+    def own_targets(self) -> int:
+        """How many labels the context has."""
+        return int((self._context()[0] != -100).sum())
+
+    def total(self, model: Any, context: Tensor) -> Tensor:
+        """The summed loss of the context's labels, weighted by example; `context` [documents, n, C]
+        are its hidden states in `model`."""
+        targets, weights = self._context()
+        at = targets != -100
+        seen, wanted = context[:, :-1][:, at], targets[at].repeat(len(context))
+        logprobs = model.token_logprobs(seen.flatten(0, 1), wanted)
+        return -(logprobs * weights[at].repeat(len(context))).sum()
+
+    def _context(self) -> tuple[Tensor, Tensor]:
+        """What follows the context's tokens but the last [n - 1], and its weight, where all that is
+        given is one more example."""
+        given = self.get_buffer("ids").new_zeros(1)
+        targets, weights = self._following(given, given + 4)
+        return targets[:-2], weights[:-2]
 
     def _following(self, labels: Tensor, kinds: Tensor) -> tuple[Tensor, Tensor]:
         """What follows each token of the context and of one document [n + T], and its weight."""

@@ -73,12 +73,14 @@ class Poly(Graft):
 
     @classmethod
     @contextmanager
-    def during(cls, call: dict[str, Any]) -> Iterator[None]:
+    def during(cls, config: Any, call: dict[str, Any]) -> Iterator[None]:
         """`task_ids` [B] out of the call."""
         tasks, keep = call.pop("task_ids", None), call.get("attention_mask")
         if tasks is None:
             yield
             return
+        if not torch.compiler.is_compiling() and int(tasks.max()) >= config.n_tasks:
+            raise ConfigError(f"task_ids goes up to {int(tasks.max())}, of {config.n_tasks} tasks")
         counts = call.get("lengths")
         if keep is not None and keep.dim() == 2:
             counts = tuple(keep.sum(1).tolist())
@@ -93,8 +95,6 @@ class Poly(Graft):
         if state is None:
             raise ConfigError("POLY needs task_ids, one for each row")
         tasks, counts = state
-        if int(tasks.max()) >= self.config.n_tasks:
-            raise ConfigError(f"task_ids goes up to {int(tasks.max())}, of {self.config.n_tasks}")
         if x.shape[0] % len(tasks) == 0 and (len(tasks) > 1 or counts is None or len(counts) == 1):
             wide = tasks.repeat_interleave(x.shape[0] // len(tasks))
             rows = x
@@ -118,10 +118,10 @@ class Poly(Graft):
         logits = self.layer.poly_router[self.name].module_logits[tasks]
         logits = logits.view(-1, config.n_splits, config.n_skills)
         if self.layer.training:
-            draw = torch.distributions.RelaxedBernoulli(logits.new_tensor(1.0), logits=logits)
-            weights = draw.rsample()
-        else:
-            weights = logits.sigmoid()
+            least = torch.finfo(logits.dtype).eps  # a relaxed Bernoulli's draw at temperature 1
+            chance = torch.rand_like(logits).clamp(least, 1 - least)
+            logits = logits + chance.log() - (-chance).log1p()
+        weights = logits.sigmoid()
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-12)
         a = torch.einsum("bqs,qsdr->bqdr", weights, self["poly_lora_A"]).flatten(1, 2)
         b = torch.einsum("bqs,qsrd->brqd", weights, self["poly_lora_B"]).flatten(2)
