@@ -9,8 +9,20 @@ import pytest
 import torch
 from torch import nn
 
+from topwork import AutoModelForSequenceClassification, Config
 from topwork.errors import CheckpointError, ConfigError, TopworkWarning
-from topwork.peft import LoraConfig, PeftModel, get_peft_model
+from topwork.peft import (
+    AutoPeftModel,
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftModel,
+    get_base_model_state_dict,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_base_model_state_dict,
+    set_peft_model_state_dict,
+)
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(0))
 
@@ -156,3 +168,67 @@ def test_names_of_a_file_are_replaced_by_patterns(tmp_path):
         other, tmp_path, config=config, key_mapping={r"^(\d)": r"body.\1"}
     )
     torch.testing.assert_close(loaded.base_model.model["body"](X), model(X))
+
+
+def test_tensors_say_to_which_layers_an_adapter_goes():
+    model = tuned(target_modules=["2"])
+    tensors = get_peft_model_state_dict(model)
+    config = LoraConfig(target_modules=["0", "2"], r=2)
+    plain = inject_adapter_in_model(config, net(), state_dict=tensors)
+    result = set_peft_model_state_dict(plain, tensors)
+    assert (result.missing_keys, result.unexpected_keys) == ([], [])
+    assert plain.peft_config["default"].target_modules == ["0", "2"]
+    torch.testing.assert_close(plain(X), model(X))
+    with pytest.raises(ConfigError, match="no tensor of a module"):
+        inject_adapter_in_model(config, net(), state_dict={"other.lora_A.weight": X})
+
+
+def test_an_adapters_tensors_are_taken_from_values_gathered_elsewhere():
+    model = tuned()
+    gathered = {name: torch.full_like(t, 3.0) for name, t in model.state_dict().items()}
+    found = get_peft_model_state_dict(model, state_dict=gathered)
+    assert found.keys() == get_peft_model_state_dict(model).keys()
+    assert all(bool((t == 3).all()) for t in found.values())
+
+
+def test_the_bases_own_tensors_are_read_and_set_below_adapters():
+    model, other = tuned(modules_to_save=["1"]), net()
+    model.load_state_dict(model.state_dict())
+    own = get_base_model_state_dict(model)
+    assert own.keys() == other.state_dict().keys()
+    twice = {name: 2 * tensor for name, tensor in own.items()}
+    set_base_model_state_dict(model, twice)
+    other.load_state_dict(twice)
+    with model.disable_adapter():
+        assert torch.equal(model(X), other(X))
+    with pytest.raises(CheckpointError, match=r"missing: 0\.bias"):
+        set_base_model_state_dict(model, {"0.weight": own["0.weight"]})
+    assert set_base_model_state_dict(model, {"x": X}, strict=False)[1] == ["x"]
+
+
+def test_an_adapter_of_another_task_is_refused(tmp_path):
+    LoraConfig(task_type="SEQ_CLS", base_model_name_or_path="x").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="task_type 'SEQ_CLS'"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path)
+    LoraConfig(base_model_name_or_path="x").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="neither its task_type"):
+        AutoPeftModel.from_pretrained(tmp_path)
+
+
+def test_the_base_is_built_for_the_task_that_the_file_says(tmp_path):
+    base = AutoModelForSequenceClassification.from_config(
+        Config(
+            model_type="llama", vocab_size=31, hidden_size=16, intermediate_size=24,
+            num_hidden_layers=1, num_attention_heads=2, num_labels=3,
+        )
+    )  # fmt: skip
+    base.save_pretrained(tmp_path / "base")
+    config = LoraConfig(
+        task_type="SEQ_CLS",
+        target_modules=["q_proj"],
+        base_model_name_or_path=str(tmp_path / "base"),
+    )
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
+    assert loaded(torch.arange(5)[None]).logits.shape == (1, 3)
+    assert loaded.peft_config["default"].peft_type.value == "LORA"

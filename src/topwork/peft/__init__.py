@@ -1,10 +1,16 @@
 """Adapters on any torch module."""
 
 from topwork.peft.auto import (
+    AutoPeftModel,
     AutoPeftModelForCausalLM,
     AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+    BaseTunerLayer,
+    LoraLayer,
+    ModulesToSaveWrapper,
     PeftMixedModel,
     PeftModelForCausalLM,
     PeftModelForFeatureExtraction,
@@ -71,14 +77,17 @@ from topwork.peft.methods.loha import LoHaConfig
 from topwork.peft.methods.lokr import LoKrConfig
 from topwork.peft.methods.lora import LoraConfig
 from topwork.peft.methods.miss import MissConfig
-from topwork.peft.methods.multitask_prompt_tuning import MultitaskPromptTuningConfig
+from topwork.peft.methods.multitask_prompt_tuning import (
+    MultitaskPromptTuningConfig,
+    MultitaskPromptTuningInit,
+)
 from topwork.peft.methods.oft import OFTConfig
 from topwork.peft.methods.osf import OSFConfig
-from topwork.peft.methods.p_tuning import PromptEncoderConfig
+from topwork.peft.methods.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from topwork.peft.methods.peanut import PeanutConfig
 from topwork.peft.methods.poly import PolyConfig
 from topwork.peft.methods.prefix_tuning import PrefixTuningConfig
-from topwork.peft.methods.prompt_tuning import PromptTuningConfig
+from topwork.peft.methods.prompt_tuning import PromptTuningConfig, PromptTuningInit
 from topwork.peft.methods.psoft import PsoftConfig
 from topwork.peft.methods.pvera import PveraConfig
 from topwork.peft.methods.randlora import RandLoraConfig
@@ -94,6 +103,7 @@ from topwork.peft.methods.vera import VeraConfig
 from topwork.peft.methods.waveft import WaveFTConfig
 from topwork.peft.methods.xlora import XLoraConfig
 from topwork.peft.model import PeftModel, get_peft_model
+from topwork.peft.plain import get_base_model_state_dict, set_base_model_state_dict
 from topwork.peft.prompts import PromptLearningConfig
 from topwork.peft.status import get_layer_status, get_model_status
 
@@ -102,11 +112,15 @@ __all__ = [
     "AdamssConfig",
     "AdaptionPromptConfig",
     "ArrowConfig",
+    "AutoPeftModel",
     "AutoPeftModelForCausalLM",
     "AutoPeftModelForFeatureExtraction",
+    "AutoPeftModelForQuestionAnswering",
+    "AutoPeftModelForSeq2SeqLM",
     "AutoPeftModelForSequenceClassification",
     "AutoPeftModelForTokenClassification",
     "BOFTConfig",
+    "BaseTunerLayer",
     "BdLoraConfig",
     "BeftConfig",
     "BnConfig",
@@ -135,9 +149,12 @@ __all__ = [
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
+    "LoraLayer",
     "MissConfig",
+    "ModulesToSaveWrapper",
     "MontecloraConfig",
     "MultitaskPromptTuningConfig",
+    "MultitaskPromptTuningInit",
     "OFTConfig",
     "OSFConfig",
     "ParBnConfig",
@@ -155,8 +172,10 @@ __all__ = [
     "PolyConfig",
     "PrefixTuningConfig",
     "PromptEncoderConfig",
+    "PromptEncoderReparameterizationType",
     "PromptLearningConfig",
     "PromptTuningConfig",
+    "PromptTuningInit",
     "PsoftConfig",
     "PveraConfig",
     "RandLoraConfig",
@@ -179,6 +198,7 @@ __all__ = [
     "create_arrow_model",
     "create_loraplus_optimizer",
     "extract_lora",
+    "get_base_model_state_dict",
     "get_eva_state_dict",
     "get_layer_status",
     "get_model_status",
@@ -196,5 +216,6 @@ __all__ = [
     "replace_lora_weights_loftq",
     "rescale_adapter_scale",
     "save_as_lora",
+    "set_base_model_state_dict",
     "set_peft_model_state_dict",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft import inject, state
+from topwork.peft import inject, state, store
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import check_name
 from topwork.peft.methods.lora import Lora
@@ -30,9 +31,12 @@ def inject_adapter_in_model(
     model: Any,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
+    state_dict: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """Freeze `model`, put an adapter on its layers in place, make it active; returns `model`.
 
+    `state_dict`: the adapter goes to the layers of which it has tensors, whatever the
+    configuration targets; `set_peft_model_state_dict` puts those into it.
     Adapters are made where the layers are, so `low_cpu_mem_usage` has no effect.
     """
     if not isinstance(peft_config, LayerConfig):
@@ -42,7 +46,12 @@ def inject_adapter_in_model(
     if not configs:
         model.requires_grad_(False)
         model.peft_config = configs
-    config = inject.inject(model, adapter_name, peft_config)
+    if state_dict is None:
+        config = inject.inject(model, adapter_name, peft_config)
+    else:
+        found = state.targeted(peft_config, model, state_dict)
+        config = inject.inject(model, adapter_name, found)
+        config = replace(config, target_modules=peft_config.target_modules)
     configs[adapter_name] = config
     inject.activate(model, (adapter_name,), not config.inference_mode)
     for _, parameter in state.bias_parameters(model, config):
@@ -50,10 +59,27 @@ def inject_adapter_in_model(
     return model
 
 
-def get_peft_model_state_dict(model: Any, adapter_name: str = "default") -> dict[str, Tensor]:
+def get_peft_model_state_dict(
+    model: Any,
+    state_dict: dict[str, Tensor] | None = None,
+    adapter_name: str = "default",
+    unwrap_compiled: bool = False,
+    save_embedding_layers: bool | str = "auto",
+) -> dict[str, Tensor]:
     """The adapter's tensors: of a `PeftModel` under their names in files, of another module (see
-    `inject_adapter_in_model`) under those less the prefix."""
+    `inject_adapter_in_model`) under those less the prefix.
+
+    `state_dict`: the values of the whole model, where they were gathered from elsewhere.
+    `save_embedding_layers=True` adds the base's embeddings. A compiled model is always looked into.
+    """
+    model = getattr(model, "_orig_mod", model)
     found = _wanted(model, adapter_name)
+    if save_embedding_layers is True and isinstance(model, PeftModel):
+        found |= store.embeddings_of(model)
+    if state_dict is not None:
+        names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
+        gathered = {key: state_dict.get(names.get(id(t), "")) for key, t in found.items()}
+        found = {key: t if gathered[key] is None else gathered[key] for key, t in found.items()}
     return {key: tensor.detach() for key, tensor in found.items()}
 
 
@@ -77,10 +103,12 @@ def set_peft_model_state_dict(
     peft_model_state_dict: dict[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
+    low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
     """Copy tensors into an adapter; returns the keys that were missing and those not known.
 
     Raises CheckpointError for a tensor of another shape, unless `ignore_mismatched_sizes`.
+    Adapters are made where the layers are, so `low_cpu_mem_usage` has no effect.
     """
     wanted = _wanted(model, adapter_name)
     if not isinstance(model, PeftModel):
@@ -155,9 +183,11 @@ def prepare_model_for_kbit_training(
     model: Any,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    auto_clear_cache: bool = True,
 ) -> Any:
     """Freeze `model` and switch activation checkpointing on. Norms and the head compute in the
-    dtype that they have: adapters are fp32 already."""
+    dtype that they have: adapters are fp32 already. So nothing is left for `auto_clear_cache` to
+    free."""
     model.requires_grad_(False)
     if use_gradient_checkpointing and hasattr(model, "gradient_checkpointing_enable"):
         if hasattr(model, "enable_input_require_grads"):

@@ -71,6 +71,8 @@ class PeftConfig:
         own = _default(type(self), "peft_type")
         if self.peft_type != own:
             raise ConfigError(f"peft_type={self.peft_type!r} is not what {type(self).__name__} is")
+        self.peft_type = PeftType[own] if own else own
+        self.base_model_name_or_path = self.base_model_name_or_path or None
         one_of("task_type", self.task_type, (None, *TaskType))
         for name, kind in self.PARTS.items():
             setattr(self, name, _part(name, kind, getattr(self, name)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,12 +13,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from topwork.errors import CheckpointError
-from topwork.peft.config import PeftConfig
+from topwork.errors import CheckpointError, ConfigError
+from topwork.peft.config import TASK_HEADS, LayerConfig, PeftConfig
 from topwork.peft.inject import banks_of, layers_of, modules_of
 from topwork.peft.layer import AdaptedLayer, Graft
 from topwork.peft.saved import SavedModule
-from topwork.peft.targets import base_of
+from topwork.peft.targets import base_of, ends, walk
 from topwork.weights import pickled, write_tensors
 
 FILES = ("adapter_model.safetensors", "adapter.safetensors")
@@ -164,6 +165,26 @@ def meet(model: Any, name: str, given: dict[str, Tensor]) -> bool:
         own = {n: f"{MODEL}{graft.path}.{n}" for n, _ in graft.saved()}
         graft.meets({n: given[key] for n, key in own.items() if key in given})
     return bool(grafts)
+
+
+def targeted(config: LayerConfig, model: nn.Module, given: dict[str, Tensor]) -> LayerConfig:
+    """`config` for the layers of `model` of which there are tensors `given`, and no others."""
+    if getattr(config, "target_parameters", None):
+        raise ConfigError("target_parameters are not seen from names of tensors: no state_dict")
+    here = dict(walk(model))
+    whole = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type, ())]  # type: ignore[call-overload]
+    paths: set[str] = set()
+    for key in given:
+        path = key.removeprefix(MODEL)
+        while path and path not in here:
+            path = path.rpartition(".")[0]
+        if path and not any(ends(path, entry) for entry in whole):
+            paths.add(path)
+    if not paths:
+        raise ConfigError(f"state_dict has no tensor of a module of {type(model).__name__}")
+    exactly = "|".join(re.escape(path) for path in sorted(paths))
+    free: Any = {"target_modules": exactly, "exclude_modules": None}
+    return replace(config, **free, layers_to_transform=None, layers_pattern=None)
 
 
 @torch.no_grad()

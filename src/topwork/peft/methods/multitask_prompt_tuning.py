@@ -4,6 +4,7 @@ each task."""
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 
 import torch
@@ -15,6 +16,16 @@ from topwork.peft.config import at_least
 from topwork.peft.methods.prompt_tuning import PromptEmbedding, PromptTuningConfig
 
 SOURCES = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED")
+
+
+class MultitaskPromptTuningInit(StrEnum):
+    """Where the virtual tokens start: as in prompt tuning, or from those of source tasks."""
+
+    TEXT = "TEXT"
+    RANDOM = "RANDOM"
+    AVERAGE_SOURCE_TASKS = "AVERAGE_SOURCE_TASKS"
+    EXACT_SOURCE_TASK = "EXACT_SOURCE_TASK"
+    ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
 @dataclass(kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from enum import StrEnum
 from itertools import pairwise
 from typing import Any
 
@@ -10,6 +11,13 @@ from torch import Tensor, nn
 
 from topwork.peft.config import a_share, at_least, one_of
 from topwork.peft.prompts import Prompt, PromptLearningConfig
+
+
+class PromptEncoderReparameterizationType(StrEnum):
+    """What the encoder is."""
+
+    MLP = "MLP"
+    LSTM = "LSTM"
 
 
 @dataclass(kw_only=True)

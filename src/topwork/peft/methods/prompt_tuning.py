@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import torch
@@ -13,6 +14,14 @@ from topwork.peft.config import one_of
 from topwork.peft.prompts import Prompt, PromptLearningConfig
 
 INITS = ("RANDOM", "SAMPLE_VOCAB", "TEXT")
+
+
+class PromptTuningInit(StrEnum):
+    """Where the virtual tokens start; see `prompt_tuning_init`."""
+
+    TEXT = "TEXT"
+    SAMPLE_VOCAB = "SAMPLE_VOCAB"
+    RANDOM = "RANDOM"
 
 
 @dataclass(kw_only=True)
