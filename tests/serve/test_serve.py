@@ -284,6 +284,26 @@ def test_a_busy_server_says_come_back_later():
         assert ask(port, TEXTS, {"prompt": "x", "n": 2, "temperature": 1.0})[0] == 200
 
 
+def test_an_answer_that_breaks_is_told_and_no_other_breaks(server, monkeypatch):
+    port, served = server
+
+    def broken(self, *args, **options):
+        if args[0] == [5, 6]:
+            options["logits_processor"] = [lambda ids, scores: 1 / 0]
+        return submit(self, *args, **options)
+
+    submit = Engine.submit
+    monkeypatch.setattr(Engine, "submit", broken)
+    status, reply = ask(port, TEXTS, {"prompt": [5, 6], "max_tokens": 4})
+    assert (status, reply["error"]["message"]) == (500, "ZeroDivisionError")
+    link = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    link.request("POST", TEXTS, json.dumps({"prompt": [5, 6], "stream": True}))
+    assert '"message": "ZeroDivisionError"' in link.getresponse().read().decode()
+    link.close()
+    assert ask(port, TEXTS, {"prompt": [5, 7], "max_tokens": 4})[0] == 200
+    assert served.open == 0
+
+
 # -- the door --------------------------------------------------------------------------------------
 
 

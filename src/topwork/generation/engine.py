@@ -374,8 +374,12 @@ class Engine:
                         raise request.error
                     return
         finally:
-            self._queues.pop(request, None)
-            request.cancel()
+            self.leave(request)
+
+    def leave(self, request: Request) -> None:
+        """Follow it no more, and end it if it runs."""
+        self._queues.pop(request, None)
+        request.cancel()
 
     async def apart(self, call: Callable[[], Any]) -> Any:
         """What `call` returns, which runs between two steps: it may change the model's adapters."""

@@ -15,9 +15,15 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
-from starlette.responses import StreamingResponse as Stream
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    Response,
+    StreamingResponse,
+)
 from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
 
 from topwork.errors import TopworkError
 from topwork.serve.answers import Answer, Part
@@ -32,16 +38,15 @@ LOOK = 0.25
 def create_app(served: Served, door: Door | None = None) -> Starlette:
     """The ASGI application over one served model."""
     door, faces = door or Door(), Faces(served)
-    post = {"methods": ["POST"]}
     return Starlette(
         routes=[
             Route("/", page),
             Route("/health", faces.health),
             Route("/v1/models", faces.models),
-            Route("/v1/chat/completions", faces.chat, **post),
-            Route("/v1/completions", faces.complete, **post),
-            Route("/v1/load_lora_adapter", faces.load, **post),
-            Route("/v1/unload_lora_adapter", faces.unload, **post),
+            Route("/v1/chat/completions", faces.chat, methods=["POST"]),
+            Route("/v1/completions", faces.complete, methods=["POST"]),
+            Route("/v1/load_lora_adapter", faces.load, methods=["POST"]),
+            Route("/v1/unload_lora_adapter", faces.unload, methods=["POST"]),
         ],
         middleware=[
             Middleware(
@@ -50,7 +55,7 @@ def create_app(served: Served, door: Door | None = None) -> Starlette:
             ),
             Middleware(Guard, door, served.limits.max_body),
         ],
-        exception_handlers={RequestError: _refused, TopworkError: _refused},
+        exception_handlers={TopworkError: _refused, Exception: _refused},
     )  # fmt: skip
 
 
@@ -92,13 +97,12 @@ class Faces:
         asked = read(await _body(request), served.tokenizer, chat)
         answers = served.answers(asked)
         reply = Reply(asked, served.name, answers)
-        served.open += len(answers)
         if asked.stream:
-            return Stream(_counted(served, reply), media_type="text/event-stream")
+            return Streamed(served, reply)
         try:
             return JSONResponse(await _while_there(request, reply.whole()))
         finally:
-            served.open -= len(answers)
+            served.leave(answers)
 
     async def load(self, request: Request) -> Response:
         name, path = await _fields(request, "lora_name", "lora_path")
@@ -112,8 +116,16 @@ class Faces:
 
 
 async def _refused(request: Request, error: Exception) -> Response:
-    known = error if isinstance(error, RequestError) else RequestError(str(error), status=500)
-    return JSONResponse(known.body(), known.status)
+    told = _told(error)
+    return JSONResponse(told.body(), told.status)
+
+
+def _told(error: Exception) -> RequestError:
+    """What a client is told of an error; of one that nobody meant, only its kind."""
+    if isinstance(error, RequestError):
+        return error
+    known = isinstance(error, TopworkError)
+    return RequestError(str(error) if known else type(error).__name__, status=500)
 
 
 async def _body(request: Request) -> Any:
@@ -144,17 +156,26 @@ async def _while_there(request: Request, work: Any) -> Any:
         task.cancel()
 
 
-async def _counted(served: Served, reply: Reply) -> AsyncIterator[str]:
-    """The stream, which ends its answers when the client leaves."""
-    try:
-        async for message in reply.stream():
-            yield f"data: {json.dumps(message, ensure_ascii=False)}\n\n"
-        yield "data: [DONE]\n\n"
-    except TopworkError as error:
-        told = error if isinstance(error, RequestError) else RequestError(str(error), status=500)
-        yield f"data: {json.dumps(told.body())}\n\n"
-    finally:
-        served.open -= len(reply.answers)
+class Streamed(StreamingResponse):
+    """The messages of `reply` as events; however it ends, also before the first, its answers do."""
+
+    def __init__(self, served: Served, reply: Reply) -> None:
+        self.served, self.reply = served, reply
+        super().__init__(self._events(), media_type="text/event-stream")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.served.leave(self.reply.answers)
+
+    async def _events(self) -> AsyncIterator[str]:
+        try:
+            async for message in self.reply.stream():
+                yield f"data: {json.dumps(message, ensure_ascii=False)}\n\n"
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            yield f"data: {json.dumps(_told(error).body())}\n\n"
 
 
 class Reply:

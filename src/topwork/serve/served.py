@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -139,10 +139,17 @@ class Served:
                 for i in range(asked.count):
                     found.append(self._answer(asked, prompt, adapter, i, len(found)))
         except TopworkError as error:
-            for answer in found:
-                answer.request.cancel()
+            self.open += len(found)
+            self.leave(found)
             raise error if isinstance(error, RequestError) else RequestError(str(error)) from error
+        self.open += len(found)
         return found
+
+    def leave(self, answers: Sequence[Answer]) -> None:
+        """Nobody waits for these any more; what still runs of them ends."""
+        self.open -= len(answers)
+        for answer in answers:
+            self.engine.leave(answer.request)
 
     def _answer(
         self, asked: Asked, prompt: list[int], adapter: str | None, repeat: int, index: int
