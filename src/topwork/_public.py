@@ -1,6 +1,8 @@
 """Public name → its module; one line each."""
 
 HOMES = {
+    "A2POConfig": "topwork.objectives",
+    "A2POTrainer": "topwork.objectives",
     "AdaLoraConfig": "topwork.peft",
     "AdamssConfig": "topwork.peft",
     "AdaptionPromptConfig": "topwork.peft",

@@ -32,7 +32,8 @@ SHOWN = {
     "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right",
     **dict.fromkeys(("grpo", "gmpo", "sdpo"), "prompts: 4 rows, 8 answers to each"),
-    "rloo": "prompts: 4 rows, 2 answers to each", "ppo": "prompts: 4 rows, an answer to each",
+    "rloo": "prompts: 4 rows, 2 answers to each",
+    **dict.fromkeys(("ppo", "a2po"), "prompts: 4 rows, an answer to each"),
     **dict.fromkeys(("online_dpo", "xpo", "nash_md"), "prompts: 4 rows, 2 answers to each"),
 }  # fmt: skip
 
@@ -71,7 +72,7 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     extra = ("--teacher", base) if objective in ("distill", "gkd", "uld") else ()
     if objective == "self_distill":
         extra = ("--max_completion_length", 4)
-    if objective in ("grpo", "gmpo", "sdpo", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):
+    if objective in ("grpo", "gmpo", "sdpo", "a2po", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):
         own = tmp_path / "rewards.py"
         own.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
         extra = ("--reward", f"{own}:brief", "--max_completion_length", 4)

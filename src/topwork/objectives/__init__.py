@@ -1,5 +1,6 @@
 """Post-training algorithms: each says what it accepts, how it becomes a batch, and its loss."""
 
+from topwork.objectives.a2po import A2PO, A2POConfig, A2POTrainer
 from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
 from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
@@ -36,6 +37,9 @@ from topwork.objectives.uld import ULD, ULDConfig, ULDTrainer
 from topwork.objectives.vocabulary import clone_chat_template
 
 __all__ = [
+    "A2PO",
+    "A2POConfig",
+    "A2POTrainer",
     "Distillation",
     "DistillationConfig",
     "DistillationTrainer",

@@ -56,8 +56,7 @@ class OnlineDPOConfig(DrawsConfig):
         one_of("loss_type", self.loss_type, LOSSES)
         at_least("beta", self.beta, 0, above=True)
         at_least("num_generations", self.num_generations, 2)
-        if self.importance_correction != "none":
-            raise ConfigError("importance_correction has no meaning here: pairs are compared")
+        no_correction(self, "pairs are compared")
 
 
 @settings
@@ -92,6 +91,12 @@ class NashMDConfig(DrawsConfig):
             raise ConfigError(f"mixture_coef={self.mixture_coef} must be in [0, 1]")
         if self.importance_correction != "none" or self.repetition_penalty != 1:
             raise ConfigError("Nash-MD goes with neither importance_correction nor a penalty")
+
+
+def no_correction(args: DrawsConfig, why: str) -> None:
+    """ConfigError for a correction by π/μ, which the loss has no place for."""
+    if args.importance_correction != "none":
+        raise ConfigError(f"importance_correction has no meaning here: {why}")
 
 
 def _pairs_only(args: DrawsConfig) -> None:
@@ -191,12 +196,8 @@ class XPO(OnlineDPO):
     def _drawn(self, model: nn.Module, prompts: list[Prompt], number: int | None) -> list[Drawn]:
         staleness, own = self.draw.answers(model, prompts, number)
         assert self.reference is not None
-        writer: Any = self.draw.writer
-        if self.reference.model is None and self.reference.adapter is None:
-            writer = EngineWriter({**writer.options, "adapter": None})
-        with self.reference.of(model) as reference:
-            limit = self.args.max_completion_length
-            other = roll_out(writer, reference, prompts, 1, limit)
+        limit = self.args.max_completion_length
+        other = write_as(self.reference, model, self.draw.writer, prompts, 1, limit)
         pairs = [[*a, *b] for a, b in zip(own, other)]
         return self.draw.judged(prompts, pairs, staleness)
 
@@ -258,6 +259,17 @@ class NashMD(OverDraws):
         total = self.args.beta * (apart * new).sum() - gains.sum()
         found = Loss(total, {**batch.metrics, **means({"kl": batch.spread.sums(apart)})})
         return routers.beside(found, self.weight(batch))
+
+
+def write_as(
+    reference: Reference, policy: nn.Module, writer: Any, prompts: Sequence[Prompt],
+    count: int, limit: int, generator: torch.Generator | None = None,
+) -> list[list[Answer]]:  # fmt: skip
+    """`count` answers of the reference to each prompt."""
+    if reference.model is None and reference.adapter is None:
+        writer = EngineWriter({**writer.options, "adapter": None})
+    with reference.of(policy) as model:
+        return roll_out(writer, model, prompts, count, limit, generator)
 
 
 @torch.no_grad()

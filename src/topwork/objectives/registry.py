@@ -7,6 +7,7 @@ from typing import Any
 
 from topwork.data.preferences import JUDGED, PAIRS, TRIPLES
 from topwork.objectives import (
+    a2po,
     distill,
     dpo,
     free,
@@ -92,6 +93,9 @@ OBJECTIVES = {
     ),
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN
+    ),
+    "a2po": Entry(
+        a2po.A2POConfig, a2po.A2POTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
     "online_dpo": Entry(
         online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, {**DRAWN, **ONLINE}
