@@ -118,12 +118,16 @@ class Stepper:
         """The largest logits after `ids` [B, T]: their values [B] and ids [B]. None where they must
         be looked for in what the call itself gives.
         """
-        if self._turn is not None or self._natively(ids, 1) is None:
+        program = None if self._turn is not None else self._native(ids, 1)
+        if isinstance(program, CompiledStep):
+            return program.greedy(ids)
+        if program is None:
             return None
-        assert self._program is not None
-        return self._program.best
+        self._natively(ids, 1)
+        return program.best
 
-    def _natively(self, ids: Tensor, last: int) -> Tensor | None:
+    def _native(self, ids: Tensor, last: int) -> CachedProgram | CompiledStep | None:
+        """What reads `ids` natively, if they can be read so."""
         if not self._asked:
             self._asked = True
             if isinstance(self.model, DecoderView):
@@ -133,7 +137,11 @@ class Stepper:
                     self.model, self.cache, self.mask, len(ids), self.room
                 )
         program = self._program
-        if program is None or not program.takes(ids, last):
+        return program if program is not None and program.takes(ids, last) else None
+
+    def _natively(self, ids: Tensor, last: int) -> Tensor | None:
+        program = self._native(ids, last)
+        if program is None:
             return None
         pieces = ids.split(max(last, program.rows // len(ids)), 1)
         if len(pieces) == 1:

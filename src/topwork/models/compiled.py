@@ -71,6 +71,14 @@ class CompiledStep:
 
     def step(self, ids: Tensor, last: int) -> Tensor:
         """Logits [B, 1, V] fp32 after `ids` [B, 1]; overwritten by the next."""
+        return self._run(ids, True)[:, None]
+
+    def greedy(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The values [B] and ids [B] of the largest logits after `ids` [B, 1]."""
+        self._run(ids, False)
+        return self._program.best
+
+    def _run(self, ids: Tensor, whole: bool) -> Tensor:
         cache = self._cache
         stores: Any = cache.stores
         cache.spread(len(ids))
@@ -83,16 +91,11 @@ class CompiledStep:
             self._owner = cache.owner, cache.owner.to(torch.int32)
         logits = self._program.run(
             ids.flatten().contiguous(), stores[0].length, cache.origin, self._owner[1],
-            self._lengths,
+            self._lengths, whole,
         )  # fmt: skip
         for store in stores:
             store.length += 1
-        return logits[:, None]
-
-    @property
-    def best(self) -> tuple[Tensor, Tensor]:
-        """The values [B] and ids [B] of the largest logits of a `step`."""
-        return self._program.best
+        return logits
 
     def _bind(self, batch: int) -> None:
         cache, sizes = self._cache, self._program.sizes

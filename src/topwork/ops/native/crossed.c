@@ -18,6 +18,7 @@
 #include "few.h"
 
 enum { SILU, GELU_TANH, GELU, RELU };
+enum { BLOCK = 256 /* outputs of the head that are looked at while they are near */ };
 
 typedef struct { const void *weight, *bias; } Pair;  // of a linear, or a norm
 
@@ -36,7 +37,8 @@ typedef struct {
   i64 count, hidden, heads, size, width, vocab, room, texts_room, reach, activation;
   i64 centred, before, half, tiles;  // LayerNorm; norms stand before; bf16; AMX
   float eps, scale, word_scale, head_scale;
-  void *x, *y, *q, *k, *v, *inner, *open, *said;  // [R, …]
+  void *x, *y, *q, *k, *v, *inner, *open;  // [R, …]
+  void *said;                        // [threads, 32 · BLOCK]
   bf16 *packed;                      // [threads, 64 · widest input]
   float *scores;                     // [threads, the largest of both rooms]
 } Stack;
@@ -47,7 +49,7 @@ typedef struct {
   int32_t *from;           // [R, room]
   const int32_t *owner;    // [R]: which text
   const int32_t *lengths;  // [texts]
-  float *logits;           // [R, V]
+  float *logits;           // [R, V] or null: the largest are enough
   float *peaks;            // [threads + 1, R]: the largest logits, at last of all threads
   int32_t *best;           // [threads + 1, R]: and where they first stand
 } Step;
@@ -217,57 +219,112 @@ FLAT void add(int half, const Crew *c, const Pair *l, const void *y, i64 in, i64
       store(half, s->x, i, _mm512_add_ps(load(half, s->x, i), load(half, s->open, i)));
 }
 
-// softmax(scale · q kᵀ + near) v of one head: `count` keys of room · D, `slots` apart by `from`.
-FLAT void attend(int half, const Crew *c, const void *q, const void *keys, const void *values,
-                 i64 slots, const int32_t *from, i64 count, const float *near, float *scores,
-                 void *y) {
-  const i64 D = c->s->size;
+// The products of a query with one key, still in lanes.
+FLAT __m512 against(int half, const void *q, const void *key, i64 D) {
+  __m512 sum = ALL(0);
+  if (!half) {
+    for (i64 d = 0; d < D; d += 16) sum = _mm512_fmadd_ps(load(0, q, d), load(0, key, d), sum);
+    return sum;
+  }
+  for (i64 d = 0; d < D; d += 32) {
+    const __mmask32 m = D - d < 32 ? 0xffff : ~0u;
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)_mm512_maskz_loadu_epi16(m, at(1, q, d)),
+                           (__m512bh)_mm512_maskz_loadu_epi16(m, at(1, key, d)));
+  }
+  return sum;
+}
+
+// Where the keys of one head lie: that of place t behind `from[t]` times `slots`, or 0.
+typedef struct { const void *keys, *values; const int32_t *from; i64 slots, count; } Head;
+
+FLAT i64 place_of(const Head *h, i64 t, i64 D) { return (h->from ? h->from[t] * h->slots : 0) + t * D; }
+
+// scores = exp(scale · q kᵀ + near - the largest); their sum.
+FLAT float weigh(int half, const Head *h, const void *q, float scale, const float *near,
+                 float *scores, i64 D) {
+  const __m512i turn = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512 top = ALL(-INFINITY), total = ALL(0);
-  for (i64 t = 0; t < count; t += 16) {
+  for (i64 t = 0; t < h->count; t += 16) {
+    const i64 left = h->count - t;
     __m512 sums[16];
+    if (left >= 16) {
 #pragma GCC unroll 16
-    for (int j = 0; j < 16; j++) {
-      sums[j] = ALL(0);
-      if (t + j >= count) continue;
-      const i64 key = (from ? from[t + j] * slots : 0) + (t + j) * D;
-      for (i64 d = 0; d < D; d += 16)
-        sums[j] = _mm512_fmadd_ps(load(half, q, d), load(half, keys, key + d), sums[j]);
+      for (int j = 0; j < 16; j++)
+        sums[j] = against(half, q, at(half, h->keys, place_of(h, t + j, D)), D);
+    } else {
+      for (int j = 0; j < 16; j++)
+        sums[j] = j < left ? against(half, q, at(half, h->keys, place_of(h, t + j, D)), D) : ALL(0);
     }
-    __m512 x = _mm512_mul_ps(sums_of(sums), ALL(c->s->scale));
-    const __mmask16 there = count - t < 16 ? (1u << (count - t)) - 1 : 0xffff;
+    __m512 x = _mm512_mul_ps(sums_of(sums), ALL(scale));
     if (near) {  // by distance, the nearest first
-      const __m512i turn = _mm512_set_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-      const i64 last = count - 1 - t;  // the distance of the first of these keys
+      const i64 last = left - 1;  // the distance of the first of these keys
       const __mmask16 some = last < 15 ? 0xffff << (15 - last) : 0xffff;
       const __m512 terms = _mm512_maskz_loadu_ps(some, near + last - 15);
       x = _mm512_add_ps(x, _mm512_permutexvar_ps(turn, terms));
     }
-    x = _mm512_mask_blend_ps(there, ALL(-INFINITY), x);
+    x = _mm512_mask_blend_ps(left < 16 ? (1u << left) - 1 : 0xffff, ALL(-INFINITY), x);
     top = _mm512_max_ps(top, x);
     _mm512_storeu_ps(scores + t, x);
   }
   const __m512 most = ALL(_mm512_reduce_max_ps(top));
-  for (i64 t = 0; t < count; t += 16) {
-    const __mmask16 there = count - t < 16 ? (1u << (count - t)) - 1 : 0xffff;
+  for (i64 t = 0; t < h->count; t += 16) {
+    const __mmask16 there = h->count - t < 16 ? (1u << (h->count - t)) - 1 : 0xffff;
     const __m512 x = _mm512_maskz_mov_ps(
         there, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + t), most)));
     total = _mm512_add_ps(total, x);
     _mm512_storeu_ps(scores + t, x);
   }
-  const __m512 whole = ALL(1.0f / _mm512_reduce_add_ps(total));
+  return _mm512_reduce_add_ps(total);
+}
+
+// y = the values' mean by the weights, in 16 (or, in bf16, 32: even and odd ones) columns at once.
+FLAT void gather(int half, const Head *h, const float *weights, float total, void *y, i64 D) {
+  const __m512i odd = _mm512_set1_epi32((int)0xffff0000);
+  const __m512 whole = ALL(1.0f / total);
   for (i64 first = 0; first < D; first += 64) {
-    const i64 parts = smaller(4, (D - first) / 16);
+    const i64 wide = smaller(64, D - first);
     __m512 sum[4] = {ALL(0), ALL(0), ALL(0), ALL(0)};
-    for (i64 t = 0; t < count; t++) {
-      const i64 value = (from ? from[t] * slots : 0) + t * D + first;
-      const __m512 weight = ALL(scores[t]);
+    for (i64 t = 0; t < h->count; t++) {
+      const char *value = at(half, h->values, place_of(h, t, D) + first);
+      const __m512 weight = ALL(weights[t]);
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; i++)
-        if (i < parts) sum[i] = _mm512_fmadd_ps(weight, load(half, values, value + 16 * i), sum[i]);
+      for (int i = 0; i < 4; i++) {
+        if (half && i < 2 && 32 * i < wide) {
+          const __mmask32 m = wide - 32 * i < 32 ? 0xffff : ~0u;
+          const __m512i v = _mm512_maskz_loadu_epi16(m, value + 64 * i);
+          const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(v, 16));
+          sum[2 * i] = _mm512_fmadd_ps(weight, even, sum[2 * i]);
+          const __m512 other = _mm512_castsi512_ps(_mm512_and_si512(v, odd));
+          sum[2 * i + 1] = _mm512_fmadd_ps(weight, other, sum[2 * i + 1]);
+        }
+        if (!half && 16 * i < wide)
+          sum[i] = _mm512_fmadd_ps(weight, _mm512_loadu_ps(value + 64 * i), sum[i]);
+      }
     }
 #pragma GCC unroll 4
-    for (int i = 0; i < 4; i++)
-      if (i < parts) store(half, y, first + 16 * i, _mm512_mul_ps(sum[i], whole));
+    for (int i = 0; i < 4; i++) {
+      if (half && i < 2 && 32 * i < wide) {
+        __m512i two[2];
+        for (int j = 0; j < 2; j++)
+          two[j] = _mm512_cvtepu16_epi32(
+              (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sum[2 * i + j], whole)));
+        const __mmask32 m = wide - 32 * i < 32 ? 0xffff : ~0u;
+        _mm512_mask_storeu_epi16(at(1, y, first + 32 * i), m,
+                                 _mm512_or_si512(two[0], _mm512_slli_epi32(two[1], 16)));
+      }
+      if (!half && 16 * i < wide) store(0, y, first + 16 * i, _mm512_mul_ps(sum[i], whole));
+    }
+  }
+}
+
+// softmax(scale · q kᵀ + near) v of one head.
+FLAT void attend(int half, const Crew *c, const Head *h, const void *q, const float *near,
+                 float *scores, void *y) {
+  const i64 D = c->s->size;
+  if (D == 64) {  // as most have it
+    gather(half, h, scores, weigh(half, h, q, c->s->scale, near, scores, 64), y, 64);
+  } else {
+    gather(half, h, scores, weigh(half, h, q, c->s->scale, near, scores, D), y, D);
   }
 }
 
@@ -280,9 +337,10 @@ FLAT void look(int half, const Crew *c, const Layer *l, float *scores) {
     const i64 place = (r * H + h) * s->room * D + here * D;
     memcpy(at(half, l->keys, place), at(half, s->k, job * D), D * (half ? 2 : 4));
     memcpy(at(half, l->values, place), at(half, s->v, job * D), D * (half ? 2 : 4));
-    attend(half, c, at(half, s->q, job * D), at(half, l->keys, head), at(half, l->values, head),
-           H * s->room * D, c->t->from + r * s->room, here + 1, s->near ? s->near + h * s->reach : 0,
-           scores, at(half, s->inner, job * D));
+    const Head one = {at(half, l->keys, head), at(half, l->values, head), c->t->from + r * s->room,
+                      H * s->room * D, here + 1};
+    attend(half, c, &one, at(half, s->q, job * D), s->near ? s->near + h * s->reach : 0, scores,
+           at(half, s->inner, job * D));
   }
 }
 
@@ -291,9 +349,9 @@ FLAT void cross(int half, const Crew *c, const Layer *l, float *scores) {
   const i64 H = s->heads, D = s->size;
   for (i64 job = c->me; job < c->t->rows * H; job += c->of) {
     const i64 text = c->t->owner[job / H], head = (text * H + job % H) * s->texts_room * D;
-    attend(half, c, at(half, s->q, job * D), at(half, l->memory_keys, head),
-           at(half, l->memory_values, head), 0, 0, c->t->lengths[text], 0, scores,
-           at(half, s->inner, job * D));
+    const Head one = {at(half, l->memory_keys, head), at(half, l->memory_values, head), 0, 0,
+                      c->t->lengths[text]};
+    attend(half, c, &one, at(half, s->q, job * D), 0, scores, at(half, s->inner, job * D));
   }
 }
 
@@ -314,36 +372,56 @@ FLAT void widen_feed(int half, const Crew *c, const Layer *l, const void *x, i64
     }
 }
 
-// This thread's logits in fp32, and the largest of each row among them.
+// 16 of the logits that `few` left in y, or those of them under the mask, with what is added.
+FLAT __m512 logits_at(int half, const Stack *s, const void *y, i64 i, i64 o, __mmask16 m) {
+  __m512 x, more = ALL(0);
+  if (half) {
+    x = widened(_mm256_maskz_loadu_epi16(m, at(1, y, i)));
+    if (s->more) more = widened(_mm256_maskz_loadu_epi16(m, at(1, s->more, o)));
+  } else {
+    x = _mm512_maskz_loadu_ps(m, at(0, y, i));
+    if (s->more) more = _mm512_maskz_loadu_ps(m, at(0, s->more, o));
+  }
+  return s->more ? rounded(half, _mm512_add_ps(x, more)) : x;
+}
+
+// This thread's logits, block by block: the largest of each row, and all in fp32 where wanted.
 FLAT void finish(int half, const Crew *c, i64 widest) {
   const Stack *s = c->s;
-  const i64 V = s->vocab;
-  const bf16 *packed = packed_of(half, c, s->y, s->hidden, widest);
-  const Span own = linear(half, c, &s->head, s->y, packed, s->hidden, half ? s->said : c->t->logits, V);
-  for (i64 r = 0; r < c->t->rows; r++) {
-    float *logits = c->t->logits + r * V, top = -INFINITY;
-    __m512 tops = ALL(-INFINITY);
-    __mmask16 odd = 0;
-    for (i64 i = own.from; i < own.to; i += 16) {
-      const __mmask16 m = own.to - i < 16 ? (1u << (own.to - i)) - 1 : 0xffff;
-      __m512 x, bias = ALL(0);
-      if (half) {
-        x = widened(_mm256_maskz_loadu_epi16(m, at(half, s->said, r * V + i)));
-        if (s->more) bias = widened(_mm256_maskz_loadu_epi16(m, at(half, s->more, i)));
-      } else {
-        x = _mm512_maskz_loadu_ps(m, logits + i);
-        if (s->more) bias = _mm512_maskz_loadu_ps(m, at(half, s->more, i));
+  const i64 V = s->vocab, C = s->hidden, R = c->t->rows;
+  const bf16 *packed = packed_of(half, c, s->y, C, widest);
+  const Span own = share_of(c, V);
+  char *said = at(half, s->said, c->me * 32 * BLOCK);
+  float *peaks = c->t->peaks + c->me * R;
+  int32_t *best = c->t->best + c->me * R;
+  for (i64 r = 0; r < R; r++) peaks[r] = -INFINITY, best[r] = (int32_t)own.from;
+  for (i64 o = own.from; o < own.to; o += BLOCK) {
+    const i64 n = smaller(BLOCK, own.to - o);
+    const Part part = {at(half, s->head.weight, o * C),
+                       s->head.bias ? at(half, s->head.bias, o) : 0, said, n};
+    few(half, &part, s->y, packed, R, C, 0, n);
+    for (i64 r = 0; r < R; r++) {
+      __m512 top = ALL(-INFINITY);
+      __mmask16 odd = 0;
+      for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
+        const __m512 x = logits_at(half, s, said, r * n + i, o + i, m);
+        if (c->t->logits) _mm512_mask_storeu_ps(c->t->logits + r * V + o + i, m, x);
+        odd |= _mm512_mask_cmp_ps_mask(m, x, x, _CMP_UNORD_Q);
+        top = _mm512_mask_max_ps(top, m, top, x);
       }
-      if (s->more) x = rounded(half, _mm512_add_ps(x, bias));
-      _mm512_mask_storeu_ps(logits + i, m, x);
-      odd |= _mm512_mask_cmp_ps_mask(m, x, x, _CMP_UNORD_Q);
-      tops = _mm512_mask_max_ps(tops, m, tops, x);
+      const float most = odd ? NAN : _mm512_reduce_max_ps(top);
+      if (most <= peaks[r] || peaks[r] != peaks[r]) continue;
+      peaks[r] = most;
+      for (i64 i = 0; i < n; i += 16) {
+        const __mmask16 m = n - i < 16 ? (1u << (n - i)) - 1 : 0xffff;
+        const __m512 x = logits_at(half, s, said, r * n + i, o + i, m);
+        const __mmask16 here = _mm512_mask_cmp_ps_mask(m, x, ALL(most), _CMP_EQ_OQ);
+        if (!here) continue;
+        best[r] = (int32_t)(o + i + __builtin_ctz(here));
+        break;
+      }
     }
-    top = _mm512_reduce_max_ps(tops);
-    i64 place = own.from;
-    while (!odd && place < own.to - 1 && logits[place] != top) place++;
-    c->t->peaks[c->me * c->t->rows + r] = odd ? NAN : top;
-    c->t->best[c->me * c->t->rows + r] = (int32_t)place;
   }
 }
 

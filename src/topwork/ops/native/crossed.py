@@ -14,7 +14,7 @@ from torch import Tensor
 from topwork.ops.native.attention import has_amx
 from topwork.ops.native.build import library
 
-MOST_ROWS = 32
+MOST_ROWS, BLOCK = 32, 256
 ACTIVATIONS = {
     "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
 }  # fmt: skip
@@ -139,32 +139,38 @@ class Program:
         wide, widest = s.heads * s.size, max(s.hidden, s.width, s.heads * s.size)
         widths = {
             "x": s.hidden, "y": s.hidden, "q": wide, "k": wide, "v": wide, "inner": widest,
-            "open": widest, "said": s.vocab if stack.half else 0,
+            "open": widest,
         }  # fmt: skip
         made = {name: torch.empty(rows, width, dtype=self.dtype) for name, width in widths.items()}
+        made["said"] = torch.empty(threads, MOST_ROWS * BLOCK, dtype=self.dtype)
         made["packed"] = torch.empty(threads, 64 * widest * bool(stack.half), dtype=torch.bfloat16)
         made["scores"] = torch.empty(threads, max(stack.room, stack.texts_room) + 15)
         for name, tensor in made.items():
             setattr(stack, name, tensor.data_ptr())
-        self.logits = torch.empty(rows, s.vocab)
+        self.logits = torch.empty(0)
         self._peaks = torch.empty(threads + 1, rows)
         self._best = torch.empty(threads + 1, rows, dtype=torch.int32)
         self._rows, self._threads, self._made = rows, threads, made
 
     def run(
-        self, ids: Tensor, position: int, origin: Tensor, owner: Tensor, lengths: Tensor
-    ) -> Tensor:
-        """Logits [R, V] fp32 of `ids` [R] at `position`, and their `best`; overwritten by the next.
+        self, ids: Tensor, position: int, origin: Tensor, owner: Tensor, lengths: Tensor,
+        whole: bool = True,
+    ) -> Tensor:  # fmt: skip
+        """Logits [R, V] fp32 of `ids` [R] at `position`; overwritten by the next run.
 
+        Not `whole`: no more than their `best` are wanted.
         `origin` [R, room], `owner` [R] (which text) and `lengths` [N] are int32.
         """
         rows, threads = len(ids), torch.get_num_threads()
         if (rows, threads) != (self._rows, getattr(self, "_threads", 0)):
             self._make_room(rows, threads)
+        if whole and not len(self.logits):
+            self.logits = torch.empty(rows, self.sizes.vocab)
         step = _Step(
             rows, position, threads,
             *(t.data_ptr() for t in (ids, origin, owner, lengths)),
-            *(t.data_ptr() for t in (self.logits, self._peaks, self._best)),
+            self.logits.data_ptr() if whole else None,
+            *(t.data_ptr() for t in (self._peaks, self._best)),
         )  # fmt: skip
         _kernel()(ctypes.addressof(self._stack), ctypes.addressof(step))
         return self.logits

@@ -107,9 +107,11 @@ static void half_share(const Part *p, const char *x, i64 N, i64 C, i64 o, i64 st
 
 #ifdef __AMX_BF16__
 // Up to 32 rows of x as right operands [C/32][2]: dword [p][i] holds columns 2p and 2p+1 of row i.
-static void pack(bf16 *to, const bf16 *x, i64 N, i64 C) {
-  for (i64 c = 0; c < C; c += 32)
-    for (i64 first = 0; first < 32; first += 16, to += TILE) {
+// The second is left out where there are no more than 16 rows.
+static void pack(bf16 *packed, const bf16 *x, i64 N, i64 C) {
+  for (i64 c = 0; c < C; c += 32, packed += 2 * TILE)
+    for (i64 first = 0; first < N; first += 16) {
+      bf16 *to = packed + first / 16 * TILE;
       __m512i r[16];
       for (i64 i = 0; i < 16; i++)
         r[i] = first + i < N ? _mm512_loadu_si512(x + (first + i) * C + c) : _mm512_setzero_si512();
