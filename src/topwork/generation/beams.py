@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from topwork import ops
 from topwork.errors import ConfigError
 from topwork.generation.loop import GenerateOutput, Task
 
@@ -54,17 +55,7 @@ def search(task: Task) -> GenerateOutput:
     at, new_ids = prompt, task.ids.repeat_interleave(n, 0)[:, task.step.cache.length :]
     padding = None if task.mask is None else task.mask.repeat_interleave(n, 0)[:, :prompt] == 0
     while at < prompt + task.new and not task.overdue:
-        logits = task.step(new_ids)[:, -1]
-        said = live.ids[:, :, :at].flatten(0, 1)
-        if padding is not None:
-            said = said.clone()
-            said[:, :prompt].masked_fill_(padding, task.vocab)
-        scores = task.score(said, logits.log_softmax(-1))
-        if task.config.output_logits:
-            raw.append(logits.clone())
-        if task.config.output_scores:
-            shaped.append(scores.clone())
-        best = _extend(task, live, scores, at)
+        best = _best(task, live, new_ids, padding, at, (raw, shaped))
         at += 1
         ended = task.ended(best.ids[:, :, :at].flatten(0, 1)).view(batch, -1)
         ended = ended | (at == prompt + task.new) | task.overdue
@@ -99,23 +90,66 @@ def _start(task: Task) -> tuple[Beams, Beams]:
     return live, Beams(ids.clone(), scores, origin.clone(), done.clone())
 
 
-def _extend(task: Task, live: Beams, scores: Tensor, at: int) -> Beams:
-    """The best continuations, enough that n go on even if the best ones all end."""
-    n, batch, vocab = task.config.num_beams, len(live.ids), scores.shape[1]
-    count = max(2, 1 + len(task.stops)) * n
-    total = (scores.view(batch, n, vocab) + live.scores[:, :, None]).flatten(1)
+def _best(
+    task: Task, live: Beams, new_ids: Tensor, padding: Tensor | None, at: int,
+    told: tuple[list[Tensor], list[Tensor]],
+) -> Beams:  # fmt: skip
+    """Continuations of `live` by the tokens that follow `new_ids`; `told` hears what they score."""
+    if task.only_ids:
+        return _extend(task, live, *task.step.likeliest(new_ids, _width(task)), at)
+    logits = task.step(new_ids)[:, -1]
+    said = live.ids[:, :, :at].flatten(0, 1)
+    if padding is not None:
+        said = said.clone()
+        said[:, : padding.shape[1]].masked_fill_(padding, task.vocab)
+    scores = task.score(said, logits.log_softmax(-1))
+    if task.config.output_logits:
+        told[0].append(logits.clone())
+    if task.config.output_scores:
+        told[1].append(scores.clone())
     if task.config.do_sample:
-        chances = total.softmax(-1)
-        task.check(chances)
-        index = torch.multinomial(chances, count, generator=task.generator)
-        values = total.gather(1, index)
-    else:
-        values, index = total.topk(count)
+        return _drawn(task, live, scores, at)
+    found = ops.likeliest(scores.contiguous(), _width(task), normalise=False)
+    return _extend(task, live, *found, at)
+
+
+def _count(task: Task) -> int:
+    """How many continuations are enough that n go on even if the best ones all end."""
+    return max(2, 1 + len(task.stops)) * task.config.num_beams
+
+
+def _width(task: Task) -> int:
+    """How many of one beam can be among them."""
+    return min(_count(task), task.vocab)
+
+
+def _extend(task: Task, live: Beams, scores: Tensor, tokens: Tensor, at: int) -> Beams:
+    """The best continuations by the likeliest of each beam: scores and tokens [B n, m]."""
+    n, batch, wide = task.config.num_beams, len(live.ids), scores.shape[1]
+    total = (scores.view(batch, n, wide) + live.scores[:, :, None]).flatten(1)
+    values, index = total.topk(_count(task))
+    token = tokens.view(batch, -1).gather(1, index)
+    return _continued(task, live, values, index // wide, token, at)
+
+
+def _drawn(task: Task, live: Beams, scores: Tensor, at: int) -> Beams:
+    """Continuations drawn by their scores [B n, V]."""
+    n, batch, vocab = task.config.num_beams, len(live.ids), scores.shape[1]
+    total = (scores.view(batch, n, vocab) + live.scores[:, :, None]).flatten(1)
+    chances = total.softmax(-1)
+    task.check(chances)
+    index = torch.multinomial(chances, _count(task), generator=task.generator)
+    return _continued(task, live, total.gather(1, index), index // vocab, index % vocab, at)
+
+
+def _continued(
+    task: Task, live: Beams, values: Tensor, beam: Tensor, token: Tensor, at: int
+) -> Beams:
+    """Those of `live` at `beam` [B, m], with one token more and these scores."""
     task.check(values)
-    beam, token = index // vocab, index % vocab
     best = live.pick(beam)
     best.ids[:, :, at] = token
-    offset = torch.arange(batch, device=beam.device)[:, None] * n
+    offset = torch.arange(len(beam), device=beam.device)[:, None] * task.config.num_beams
     best.origin[:, :, at - task.ids.shape[1]] = (beam + offset).to(best.origin.dtype)
     best.scores = values
     return best

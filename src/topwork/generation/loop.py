@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from topwork import ops
 from topwork.errors import ConfigError, TopworkError
 from topwork.generation import draw
 from topwork.generation.config import GenerationConfig
@@ -125,6 +126,12 @@ class Stepper:
             return None
         self._natively(ids, 1)
         return program.best
+
+    def likeliest(self, ids: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The log-probabilities [B, count] of the likeliest after `ids` [B, T], and their ids."""
+        logits = None if self._turn is not None else self._natively(ids, 1)
+        logits = self(ids) if logits is None else logits
+        return ops.likeliest(logits[:, -1].float(), count)
 
     def _native(self, ids: Tensor, last: int) -> CachedProgram | CompiledStep | None:
         """What reads `ids` natively, if they can be read so."""

@@ -18,6 +18,7 @@ from topwork.ops.divergence import Likeliest, divergence, sorted_distance, token
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.few import few_linears
 from topwork.ops.int8 import decode_rows, encode_rows, int8_linear, int8_product
+from topwork.ops.likeliest import likeliest
 from topwork.ops.logprobs import (
     TokenStatistics,
     token_logprobs,
@@ -57,6 +58,7 @@ __all__ = [
     "grouped_linear",
     "is_branched",
     "linear",
+    "likeliest",
     "linear_gelu",
     "load_balancing_loss",
     "lora_linear",
