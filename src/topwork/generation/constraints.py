@@ -8,6 +8,7 @@ a processor like any other:
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -61,6 +62,12 @@ class Constraint:
             raise ConfigError(f"the constraint is not understood: {self._start.get_error()}")
         self._prompt: int | None = None
         self._states: dict[tuple[int, ...], Any] = {}
+
+    def fresh(self) -> Constraint:
+        """The same rule for another request."""
+        twin = copy.copy(self)
+        twin._prompt, twin._states = None, {}
+        return twin
 
     def __call__(self, seen: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] with what cannot follow `seen` [B, T] forbidden."""

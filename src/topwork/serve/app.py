@@ -94,8 +94,10 @@ class Faces:
 
     async def _reply(self, request: Request, chat: bool) -> Response:
         served = self.served
-        asked = read(await _body(request), served.tokenizer, chat)
-        answers = served.answers(asked)
+        body = await _body(request)
+        # Templates, long texts and schemas take their time: not the event loop's.
+        asked = await asyncio.to_thread(read, body, served.tokenizer, chat)
+        answers = served.answers(asked, await asyncio.to_thread(served.rules, asked))
         reply = Reply(asked, served.name, answers)
         if asked.stream:
             return Streamed(served, reply)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 
 from topwork.errors import TopworkError, nearest
 from topwork.text import Tokenizer
+from topwork.text.chat import apply_chat_template
 
 # Without effect on an answer.
 INERT = frozenset({
@@ -40,6 +42,8 @@ KINDS: dict[str, tuple[type, ...]] = {
     "stop": (str, list), "stop_token_ids": (list,), "messages": (list,), "tools": (list,),
     "model": (str,), "stream": (bool,), "response_format": (dict,), "structured_outputs": (dict,),
 }  # fmt: skip
+# How a template is applied, which is the server's to say.
+OWN = frozenset(inspect.signature(apply_chat_template).parameters)
 MOST = 128
 """Answers of one request."""
 TOP = 20
@@ -243,13 +247,20 @@ def _chat(given: Mapping[str, Any], tokenizer: Tokenizer) -> list[int]:
     if tokenizer.chat_template is None:
         raise RequestError("the model has no chat template; use /v1/completions", "messages")
     go_on = bool(given.get("continue_final_message", False))
+    variables = given.get("chat_template_kwargs") or {}
+    if not isinstance(variables, dict) or not OWN.isdisjoint(variables):
+        taken = ", ".join(sorted(OWN & set(variables))) if isinstance(variables, dict) else "a list"
+        raise RequestError(
+            f"chat_template_kwargs are what the template itself reads, not {taken}",
+            "chat_template_kwargs",
+        )
     try:
         return tokenizer.apply_chat_template(
             messages,
             tools=_tools(given),
             add_generation_prompt=bool(given.get("add_generation_prompt", not go_on)),
             continue_final_message=go_on,
-            **(given.get("chat_template_kwargs") or {}),
+            **variables,
         )
     except (TopworkError, TypeError) as error:
         raise RequestError(f"messages: {error}", "messages") from error

@@ -127,7 +127,19 @@ class Served:
 
     # -- requests --------------------------------------------------------------------------------
 
-    def answers(self, asked: Asked) -> list[Answer]:
+    def rules(self, asked: Asked) -> list[list[Constraint]]:
+        """The constraint of each answer, if there is one. Not for the event loop: a large schema
+        takes its time."""
+        if not asked.constraint:
+            return []
+        vocabulary = self.engine.model.config.vocab_size
+        try:
+            first = Constraint(self.tokenizer, vocab_size=vocabulary, **asked.constraint)
+        except TopworkError as error:
+            raise RequestError(str(error), "response_format") from error
+        return [[first.fresh()] for _ in range(asked.count * len(asked.prompts))]
+
+    def answers(self, asked: Asked, rules: Sequence[Sequence[Constraint]] = ()) -> list[Answer]:
         """Queue all answers that a request wants; RequestError where one of them cannot be made."""
         adapter = self.adapter_of(asked.model)
         count = asked.count * len(asked.prompts)
@@ -137,7 +149,8 @@ class Served:
         try:
             for prompt in asked.prompts:
                 for i in range(asked.count):
-                    found.append(self._answer(asked, prompt, adapter, i, len(found)))
+                    rule = rules[len(found)] if rules else ()
+                    found.append(self._answer(asked, prompt, adapter, i, len(found), rule))
         except TopworkError as error:
             self.open += len(found)
             self.leave(found)
@@ -152,21 +165,17 @@ class Served:
             self.engine.leave(answer.request)
 
     def _answer(
-        self, asked: Asked, prompt: list[int], adapter: str | None, repeat: int, index: int
-    ) -> Answer:
+        self, asked: Asked, prompt: list[int], adapter: str | None, repeat: int, index: int,
+        rule: Sequence[Constraint],
+    ) -> Answer:  # fmt: skip
         options = {**asked.options, **self._ends(asked)}
         if repeat and options.get("seed") is not None:
             options["seed"] += repeat
-        processors = []
-        if asked.constraint:
-            processors.append(
-                Constraint(self.tokenizer, vocab_size=self._vocabulary, **asked.constraint)
-            )
         request = self.engine.submit(
             prompt,
             adapter=adapter,
             tokenizer=self.tokenizer,
-            logits_processor=processors,
+            logits_processor=rule,
             top_logprobs=asked.logprobs,
             max_new_tokens=self._limit(asked, prompt),
             max_time=self.limits.max_seconds,
@@ -175,10 +184,6 @@ class Served:
         )
         events = self.engine.follow(request)
         return Answer(index, request, events, asked, self.tokenizer, self.processed_logprobs)
-
-    @property
-    def _vocabulary(self) -> int:
-        return self.engine.model.config.vocab_size
 
     def _ends(self, asked: Asked) -> dict[str, Any]:
         """The ids that end an answer, where they are not those of the model's files."""
