@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from topwork.data.groups import Group, collate_groups
 from topwork.data.packing import Batch
 from topwork.data.prepare import Sample
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.media.placed import Placer
 from topwork.objectives import kept, policy
 from topwork.objectives.ahead import Ahead
 from topwork.objectives.episodes import Stage
@@ -193,6 +194,8 @@ class Draw:
     count: int | None = None
     """Answers to each prompt; None: as the settings say."""
     trainer_state: Callable[[], Any] = lambda: None
+    placer: Placer | None = None
+    """Reads the images of prompts, for a model that takes some."""
 
     @property
     def step(self) -> int:
@@ -330,11 +333,13 @@ def all_alike(rewards: Tensor) -> bool:
 
 
 def collate_answers(
-    drawn: Sequence[Drawn], device: torch.device, ended_only: bool = False
-) -> tuple[Batch, Tensor]:
+    drawn: Sequence[Drawn], device: torch.device, ended_only: bool = False,
+    placer: Placer | None = None,
+) -> tuple[Batch, Tensor]:  # fmt: skip
     """The micro-batch of these answers, and the samplers' log-probabilities of what is trained.
 
-    Answers share their prompt, unless an environment gave them prompts of their own.
+    Answers share their prompt, unless an environment gave them prompts of their own. TrainingError
+    for an image that `placer` cannot read.
     """
     groups, sampled = [], []
     for one in drawn:
@@ -350,8 +355,13 @@ def collate_answers(
                 samples = []
             samples.append(Sample(-1, ids, trained))
             sampled += np.asarray(answer.sampled, np.float32)[trained].tolist()
-        groups.append(Group(one.prompt.row, prompts[-1], tuple(samples)))
-    return collate_groups(groups).to(device), torch.tensor(sampled, device=device)
+        seen = one.prompt.images
+        groups.append(Group(one.prompt.row, prompts[-1], tuple(samples), prompt_images=seen))
+    try:
+        batch = collate_groups(groups, placer)
+    except DataError as error:
+        raise TrainingError(str(error)) from error
+    return batch.to(device), torch.tensor(sampled, device=device)
 
 
 @dataclass

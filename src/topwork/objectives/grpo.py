@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
+from topwork.media import ImageTextProcessor
 from topwork.objectives import policy
 from topwork.objectives.begin import set_up
 from topwork.objectives.draws import (
@@ -172,7 +173,7 @@ class GRPO(OverDraws):
     def _rollout(self, model: nn.Module, drawn: Sequence[Drawn], advantages: Tensor) -> Rollout:
         device = next(model.parameters()).device
         ended_only = self.args.mask_truncated_completions
-        batch, sampled = collate_answers(drawn, device, ended_only)
+        batch, sampled = collate_answers(drawn, device, ended_only, self.draw.placer)
         rollout = Rollout(batch, advantages.flatten().to(device), sampled=sampled)
         if self.args.beta and self.reference is not None:
             with self.reference.of(model) as reference:
@@ -219,7 +220,8 @@ class GRPOTrainer(Trainer):
 
     `reward_funcs`: functions f(prompts=, completions=, **columns) → numbers or None, sequence
     classifiers with one label, names of such, or "file.py:function". Rows have `prompt`, a text or
-    messages.
+    messages; with a model of images in texts and its `AutoProcessor` as `processing_class` they may
+    have images, in the messages or in the column `images`.
 
     `tools`: functions that answers may call. `environment_factory`: makes an environment for each
     answer, whose `reset(**columns)` may add to the prompt, whose other public methods are tools,
@@ -228,6 +230,8 @@ class GRPOTrainer(Trainer):
 
     objective_class: ClassVar[type[GRPO]] = GRPO
     config_class: ClassVar[type[GRPOConfig]] = GRPOConfig
+    sees: ClassVar[bool] = True
+    """Prompts may have images."""
 
     def __init__(
         self,
@@ -236,7 +240,7 @@ class GRPOTrainer(Trainer):
         args: GRPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         reward_processing_classes: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -248,6 +252,7 @@ class GRPOTrainer(Trainer):
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, args.beta, tools, environment_factory,
+            sees=self.sees,
         )  # fmt: skip
         objective = self.objective_class(args, found.draw, reference=found.reference)
         super().__init__(

@@ -25,6 +25,7 @@ def packed(rounds: int, batches: Sequence[Any]) -> dict[str, Tensor]:
         whole = {
             **vars(one),
             **{f"{n}.{k}": v for n, b in inner.items() for k, v in vars(b).items()},
+            **{f"{n}.images.{k}": v for n, b in inner.items() for k, v in b.images.items()},
         }
         for name, value in whole.items():
             if isinstance(value, Tensor):
@@ -55,7 +56,8 @@ def _batch(name: str, shape: dict[str, Any], tensors: dict[str, Tensor]) -> Batc
         k.removeprefix(start): v for k, v in tensors.items() if k.startswith(start)
     }
     lengths = tuple(tuple(n) if isinstance(n, list) else n for n in shape["lengths"])
-    return Batch(lengths=lengths, rows=tuple(shape["rows"]), **own)
+    images = {k.removeprefix("images."): own.pop(k) for k in list(own) if k.startswith("images.")}
+    return Batch(lengths=lengths, rows=tuple(shape["rows"]), images=images, **own)
 
 
 def moved(one: Any, device: torch.device) -> Any:

@@ -115,11 +115,11 @@ def preview_prompts(rows: Any, sight: Sight) -> Shown:
     rounds = getattr(args, "max_tool_calling_iterations", None)
     stage = set_stage(tokenizer, tools or (), environment, rounds)
     schemas = None if stage is None else stage.schemas
-    prompts, long = read_prompts(rows, tokenizer, args.max_prompt_length, schemas)
+    prompts, long = read_prompts(rows, tokenizer, args.max_prompt_length, schemas, sight.placer)
 
     def each() -> Iterator[tuple[str, Runs]]:
         for p in prompts:
-            yield f"row {p.row}: {len(p)} tokens", [(tokenizer.decode(p.ids.tolist()), False)]
+            yield f"row {p.row}: {len(p)} tokens", list(marked_text(p.sample(), tokenizer))
 
     return describe_prompts(prompts, long, args, tokenizer)[:-2], each()
 

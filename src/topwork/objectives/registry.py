@@ -83,16 +83,16 @@ OBJECTIVES = {
         selfdistill.SelfDistillationConfig, selfdistill.SelfDistillationTrainer, preview_advised
     ),
     "grpo": Entry(
-        grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, DRAWN
+        grpo.GRPOConfig, grpo.GRPOTrainer, preview_prompts, DRAWN, images=True
     ),
     "gmpo": Entry(
-        gmpo.GMPOConfig, gmpo.GMPOTrainer, preview_prompts, DRAWN
+        gmpo.GMPOConfig, gmpo.GMPOTrainer, preview_prompts, DRAWN, images=True
     ),
     "sdpo": Entry(
         sdpo.SDPOConfig, sdpo.SDPOTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
     "rloo": Entry(
-        rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN
+        rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN, images=True
     ),
     "a2po": Entry(
         a2po.A2POConfig, a2po.A2POTrainer, preview_prompts, {"reward": "reward_funcs"}

@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from topwork.data import illustrated
+from topwork.data.prepare import Sample
+from topwork.data.prompts import written
 from topwork.data.rows import Row, read_rows
-from topwork.errors import ConfigError, DataError
+from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.generation.engine import Engine
+from topwork.media.placed import Placed, Placer
 from topwork.objectives.rewards import Completion
 from topwork.text import Tokenizer
 
@@ -21,15 +24,21 @@ ENGINE_ROWS = 64
 
 @dataclass(frozen=True)
 class Prompt:
-    """One row to be answered: `ids` as the model reads them, the generation prompt included."""
+    """One row to be answered: `ids` as the model reads them, the generation prompt included, in
+    which `images` stand."""
 
     row: int
     ids: np.ndarray
     given: Any
     columns: Mapping[str, Any]
+    images: tuple[Placed, ...] = field(default=(), kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def sample(self) -> Sample:
+        """It as a row without a trained token."""
+        return Sample(self.row, self.ids, np.zeros(len(self), np.bool_), images=self.images)
 
 
 @dataclass(frozen=True)
@@ -104,6 +113,36 @@ class EngineWriter:
         return [Answer(r.new_ids, r.finish_reason == "stop", r.logprobs) for r in asked]
 
 
+@dataclass(frozen=True)
+class SeeingWriter(EngineWriter):
+    """`generate` for a model that reads the images of its prompts, all answers to one at a time."""
+
+    placer: Placer
+
+    def answers(
+        self, model: Any, prompts: Sequence[Prompt], count: int, limit: int, seeds: list[int]
+    ) -> list[list[Answer]]:
+        """`count` answers to each prompt. TrainingError for an image that cannot be read."""
+        return [self._to(model, *one, count, limit) for one in zip(prompts, seeds)]
+
+    def _to(self, model: Any, prompt: Prompt, seed: int, count: int, limit: int) -> list[Answer]:
+        device = next(model.parameters()).device
+        try:
+            images = self.placer.tensors([prompt.sample()])
+        except DataError as error:
+            raise TrainingError(str(error)) from error
+        out = model.generate(
+            torch.from_numpy(prompt.ids).long()[None].to(device),
+            **{name: tensor.to(device) for name, tensor in images.items()},
+            **{**self.options, "max_new_tokens": limit, "num_return_sequences": count},
+            seed=seed,
+        )
+        end = self.options["eos_token_id"]
+        rows = out[:, len(prompt) :].tolist()
+        stops = [row.index(end) + 1 if end in row else None for row in rows]
+        return [Answer(row[:stop], stop is not None) for row, stop in zip(rows, stops)]
+
+
 def seeds(count: int, generator: torch.Generator | None = None) -> list[int]:
     """Fresh seeds, by default from torch's own generator, so that a resumed run draws the same."""
     return torch.randint(2**62, (count,), generator=generator).tolist()
@@ -114,41 +153,54 @@ def roll_out(
     generator: torch.Generator | None = None,
 ) -> list[list[Answer]]:  # fmt: skip
     """`count` answers to each prompt."""
+    if isinstance(writer, SeeingWriter):
+        return writer.answers(model, prompts, count, limit, seeds(len(prompts), generator))
     texts = [prompt.ids.tolist() for prompt in prompts for _ in range(count)]
     found = writer.write(model, texts, [limit] * len(texts), seeds(len(texts), generator))
     return [found[at : at + count] for at in range(0, len(found), count)]
 
 
 def read_prompts(
-    source: Any, tokenizer: Tokenizer, limit: int | None, schemas: Schemas | None = None
-) -> tuple[list[Prompt], int]:
+    source: Any, tokenizer: Tokenizer, limit: int | None, schemas: Schemas | None = None,
+    placer: Placer | None = None,
+) -> tuple[list[Prompt], int]:  # fmt: skip
     """The rows of `source` with their prompts as tokens, and how many were too long.
 
     A row has `prompt`, a text or messages; further columns go to the reward functions. `schemas`:
-    the tools of a row, which the template describes, beside those of its column `tools`.
+    the tools of a row, which the template describes, beside those of its column `tools`. `placer`
+    writes the images of rows that have some.
     """
     rows = read_rows(source)
-    prompts = [_prompt(number, row, tokenizer, schemas) for number, row in enumerate(rows)]
+    prompts = [_prompt(number, row, tokenizer, schemas, placer) for number, row in enumerate(rows)]
     kept = [p for p in prompts if limit is None or len(p) <= limit]
     if not kept:
         raise DataError(f"every one of the {len(rows)} prompts is longer than {limit} tokens")
     return kept, len(prompts) - len(kept)
 
 
-def _prompt(number: int, row: Row, tokenizer: Tokenizer, schemas: Schemas | None) -> Prompt:
+def _prompt(
+    number: int, row: Row, tokenizer: Tokenizer, schemas: Schemas | None, placer: Placer | None
+) -> Prompt:
     given = row.get("prompt")
-    if illustrated.any_in(row, given):
+    if placer is None and illustrated.any_in(row, given):
         raise DataError(
-            f"row {number} has images (in its column `images` or in its messages), which answers "
-            "that are drawn cannot see yet: leave them out, or train on given answers (DPOTrainer, "
-            "SFTTrainer)"
+            f"row {number} has images (in its column `images` or in its messages), which nothing "
+            "reads here: they need a model of images in texts with its AutoProcessor as "
+            "processing_class, and GRPOTrainer, RLOOTrainer or a trainer on given answers "
+            "(DPOTrainer, SFTTrainer); else leave them out"
         )
     tools = list(row.get("tools") or ())
     if schemas is not None:
         tools += schemas(row, number)
-    if isinstance(given, str):
-        if schemas is not None:
-            raise DataError(f"row {number}: with tools `prompt` is messages, not a text")
+    images: tuple[Placed, ...] = ()
+    if isinstance(given, str) and schemas is not None:
+        raise DataError(f"row {number}: with tools `prompt` is messages, not a text")
+    if placer is not None and isinstance(given, Sequence):
+        try:
+            ids, images = written(row, tokenizer, placer, tools)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+    elif isinstance(given, str):
         ids = tokenizer(given)["input_ids"]
     elif isinstance(given, Sequence):
         ids = tokenizer.apply_chat_template(
@@ -160,7 +212,7 @@ def _prompt(number: int, row: Row, tokenizer: Tokenizer, schemas: Schemas | None
         )
     if not len(ids):
         raise DataError(f"row {number}: the prompt is empty")
-    return Prompt(number, np.asarray(ids, np.int32), given, row)
+    return Prompt(number, np.asarray(ids, np.int32), given, row, images=images)
 
 
 def completion(prompt: Prompt, answer: Answer, tokenizer: Tokenizer) -> Completion:

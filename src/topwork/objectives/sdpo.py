@@ -313,6 +313,7 @@ class SDPOTrainer(GRPOTrainer):
 
     objective_class: ClassVar[type[GRPO]] = SDPO
     config_class: ClassVar[type[GRPOConfig]] = SDPOConfig
+    sees: ClassVar[bool] = False
 
     def __init__(
         self,

@@ -137,7 +137,7 @@ class SelfDistillation:
 
     def prompt(self, sample: Advised) -> Sample:
         """The one that the student reads."""
-        return Sample(sample.row, sample.ids, np.zeros(len(sample), np.bool_))
+        return sample.sample()
 
     def loss(self, model: nn.Module, batch: TwoViews) -> Loss:
         with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
@@ -208,7 +208,8 @@ def describe_advised(
 ) -> list[str]:
     """`describe_prompts`, and what the teacher reads in place of the first one."""
     lines = describe_prompts(prompts, long, args, tokenizer)
-    return [*lines, f"  teacher: {quoted(prompts[0].teacher, tokenizer).lstrip()}"]
+    taught = tokenizer.decode(prompts[0].teacher.tolist())
+    return [*lines, f"  teacher: {quoted(taught).lstrip()}"]
 
 
 class SelfDistillationTrainer(Trainer):
