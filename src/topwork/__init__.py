@@ -21,7 +21,15 @@ if TYPE_CHECKING:
     from topwork.training import (  # its Trainer is the loop below all others
         EarlyStoppingCallback,
         TrainerCallback,
+        TrainerControl,
+        TrainerState,
         TrainingArguments,
+        get_constant_schedule,
+        get_constant_schedule_with_warmup,
+        get_cosine_schedule_with_warmup,
+        get_linear_schedule_with_warmup,
+        get_scheduler,
+        set_seed,
     )
 
 # Modules are read on first use, so that `import topwork` loads no torch.

@@ -79,7 +79,7 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     run("train", *common, *extra, "--output_dir", out, "--max_steps", 1, "--disable_tqdm",
         "--save_strategy", "no", "--lora.r", 2, "--lora.target_modules", "[q_proj]")  # fmt: skip
     assert (out / "adapter_model.safetensors").is_file()
-    assert len((out / "log.jsonl").read_text().splitlines()) == 1
+    assert len((out / "log.jsonl").read_text().splitlines()) == 2  # the step, and the whole run
 
 
 @pytest.mark.parametrize("data", ["dpo"], indirect=True)

@@ -31,7 +31,7 @@ def train(home, rows, **more):
 
 
 def losses(trainer):
-    return [e["loss"] for e in trainer.state.log_history]
+    return [e["loss"] for e in trainer.state.log_history if "loss" in e]
 
 
 class Endless:

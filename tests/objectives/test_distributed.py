@@ -55,6 +55,7 @@ def launch(out, micro, world, script=SCRIPT, names=("DPO", "KTO")):
         json.loads(line)
         for name in names
         for line in (out / name / "log.jsonl").read_text().splitlines()
+        if "train_loss" not in line
     ]
 
 

@@ -232,7 +232,7 @@ def test_a_run_trains_on_what_the_policy_wrote_alone(tmp_path, kind, config):
     inner = run.objective.loss
     run.objective.loss = lambda model, batch: batches.append(batch) or inner(model, batch)
     run.train()
-    (log,) = run.state.log_history
+    log = run.state.log_history[0]
     assert log["tools/call_frequency"] == 1
     assert log["tools/failure_frequency"] == 0
     assert log["rewards/calls/mean"] == 1
@@ -254,7 +254,7 @@ def test_environments_of_rounds_in_flight_are_apart(tmp_path):
         peft_config=LoraConfig(r=4, target_modules="all-linear"),
     )  # fmt: skip
     run.train()
-    assert [e["rewards/undisturbed/mean"] for e in run.state.log_history] == [1.0] * 8
+    assert [e["rewards/undisturbed/mean"] for e in run.state.log_history[:-1]] == [1.0] * 8
     made = [e for stage in run.objective.draw.stages for e in stage.pool[None]]
     assert len({id(e) for e in made}) == len(made) == 8
 

@@ -44,6 +44,6 @@ def launch(out, micro, world):
 def test_two_processes_train_as_one_does(tmp_path):
     one, two = launch(tmp_path / "one", 4, 1), launch(tmp_path / "two", 2, 2)
     for ours, theirs in zip(two, one, strict=True):
-        for key in ("loss", "grad_norm", "eval_loss"):
+        for key in ("loss", "grad_norm", "eval_loss", "train_loss"):
             if key in ours:
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-5), key

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from topwork import training
 from topwork.data.collators import Collator
@@ -31,6 +32,7 @@ from topwork.objectives.labelled import (
 from topwork.objectives.setup import named_sets
 from topwork.training import TrainerCallback, TrainingArguments
 from topwork.training.evaluation import Means
+from topwork.training.results import speed, steps_of
 
 
 class EvalPrediction(NamedTuple):
@@ -63,18 +65,21 @@ class Trainer(training.Trainer):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | None = None,
         args: TrainingArguments | None = None,
         data_collator: Collator | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
+        model_init: Callable[[], nn.Module] | None = None,
         compute_loss_func: Callable[..., Tensor] | None = None,
         compute_metrics: Callable[[EvalPrediction], dict[str, Any]] | None = None,
         callbacks: Sequence[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, LRScheduler | None] = (None, None),
         preprocess_logits_for_metrics: Callable[[Any, Any], Any] | None = None,
     ) -> None:
+        if model is None and model_init is not None:
+            model = model_init()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"Trainer needs a model, not a {type(model).__name__}; load it first")
         optimizer, scheduler = optimizers
@@ -82,7 +87,6 @@ class Trainer(training.Trainer):
             raise ConfigError("optimizers=(None, scheduler): a scheduler needs its optimizer")
         self.compute_metrics, self.compute_loss_func = compute_metrics, compute_loss_func
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.processing_class = processing_class
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         named = {name: numbered(rows, name) for name, rows in named_sets(eval_dataset).items()}
         data = () if train_dataset is None else numbered(train_dataset, "train_dataset")
@@ -115,6 +119,22 @@ class Trainer(training.Trainer):
         else:
             loss = loss_in(outputs, inputs)
         return (loss, outputs) if return_outputs else loss
+
+    # -- batches, to look at ---------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The rows of the training data as batches, in their order: for scripts to look at."""
+        return self._loader(self.train_dataset, self.args.train_batch_size)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
+        chosen = self.eval_dataset if eval_dataset is None else eval_dataset
+        return self._loader(chosen, self.args.eval_batch_size)
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader[Any]:
+        return self._loader(test_dataset, self.args.eval_batch_size)
+
+    def _loader(self, rows: Any, size: int) -> DataLoader[Any]:
+        return DataLoader(rows, batch_size=size, collate_fn=self.data_collator)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -153,9 +173,11 @@ class Trainer(training.Trainer):
         started = time.perf_counter()
         with self.judging():
             found = self._outcome(numbered(test_dataset, "test_dataset"))
-        found.metrics["runtime"] = time.perf_counter() - started
+        count, size = len(test_dataset), self.args.eval_batch_size * self.world.size
+        found.metrics.update(speed(time.perf_counter() - started, count, steps_of(count, size)))
         prefix = f"{metric_key_prefix}_"
         named = {prefix + k.removeprefix(prefix): v for k, v in found.metrics.items()}
+        self._fire("on_predict", metrics=named)
         return found._replace(metrics=named)
 
     def judge(self, batch: LabelledBatch) -> tuple[training.Loss | None, Any]:

@@ -77,6 +77,7 @@ class TrainingArguments:
     """None: as `logging_steps`."""
     eval_on_start: bool = False
     save_strategy: str = "steps"
+    """When to save: "no", "steps", "epoch", or "best": when `metric_for_best_model` is the best."""
     save_steps: int = 500
     save_total_limit: int | None = None
     """Checkpoints to keep; older ones go once the newest is verified."""
@@ -122,7 +123,7 @@ class TrainingArguments:
             raise ConfigError(f"save_total_limit={self.save_total_limit} must be at least 1")
         for name in ("logging_strategy", "eval_strategy"):
             _one_of(name, getattr(self, name), STRATEGIES)
-        _one_of("save_strategy", self.save_strategy, STRATEGIES)
+        _one_of("save_strategy", self.save_strategy, (*STRATEGIES, "best"))
         if "8bit" in self.optim or self.optim.startswith("paged"):
             raise ConfigError(
                 f"optim={self.optim!r}: moments are kept in fp32, for what is trained alone; use "

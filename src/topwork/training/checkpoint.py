@@ -163,3 +163,9 @@ def _sync(path: Path) -> None:
 def _remove(path: Path) -> None:
     if path.is_dir():
         shutil.rmtree(path)
+
+
+def get_last_checkpoint(folder: str | Path) -> str | None:
+    """The newest whole checkpoint in `folder`, as scripts ask for it."""
+    found = latest(Path(folder))
+    return None if found is None else str(found)

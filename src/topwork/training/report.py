@@ -18,7 +18,10 @@ from topwork.training.state import TrainerState
 
 REPORT, COMPLETIONS = "report.html", "completions.jsonl"
 FIRST = ("loss", "reward", "learning_rate", "grad_norm")  # curves that come first
-NO_CURVE = frozenset({"step", "epoch", "num_tokens", "runtime"})
+NO_CURVE = frozenset({
+    "step", "epoch", "num_tokens", "runtime", "samples_per_second", "steps_per_second",
+    "train_loss", "train_runtime", "train_samples_per_second", "train_steps_per_second",
+})  # fmt: skip
 SHOWN = 24  # entries of completions.jsonl, evenly over the run
 BINS = 24
 HEADING = "## Training"

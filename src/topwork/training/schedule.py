@@ -7,9 +7,10 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, nearest
 
 Schedule = Callable[[int], float | None]
 """A step (from 0) → factor on the learning rate; None: the optimiser's rates are set already."""
@@ -108,3 +109,38 @@ class Given:
             while self.at < step:
                 self.inner.step()
                 self.at += 1
+
+
+def get_scheduler(
+    name: str, optimizer: Optimizer, num_warmup_steps: int = 0, num_training_steps: int = 0,
+    scheduler_specific_kwargs: dict[str, Any] | None = None,
+) -> LambdaLR:  # fmt: skip
+    """A torch scheduler for a loop of one's own, in one of the shapes of `lr_scheduler_type`."""
+    if name not in SCHEDULES:
+        raise ConfigError(
+            f"there is no schedule {name!r}{nearest(name, SCHEDULES)}; there are "
+            f"{', '.join(SCHEDULES)}"
+        )
+    options = scheduler_specific_kwargs or {}
+    return LambdaLR(optimizer, schedule(name, num_training_steps, num_warmup_steps, **options))
+
+
+def get_linear_schedule_with_warmup(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int
+) -> LambdaLR:
+    return get_scheduler("linear", optimizer, num_warmup_steps, num_training_steps)
+
+
+def get_cosine_schedule_with_warmup(
+    optimizer: Optimizer, num_warmup_steps: int, num_training_steps: int, num_cycles: float = 0.5
+) -> LambdaLR:
+    options = {"num_cycles": num_cycles}
+    return get_scheduler("cosine", optimizer, num_warmup_steps, num_training_steps, options)
+
+
+def get_constant_schedule(optimizer: Optimizer) -> LambdaLR:
+    return get_scheduler("constant", optimizer)
+
+
+def get_constant_schedule_with_warmup(optimizer: Optimizer, num_warmup_steps: int) -> LambdaLR:
+    return get_scheduler("constant_with_warmup", optimizer, num_warmup_steps)

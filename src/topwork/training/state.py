@@ -34,6 +34,17 @@ class TrainerState:
     """Fingerprint of the training data."""
     pending: dict[str, Any] = field(default_factory=dict)
     """Sums since the last log."""
+    loss_sum: float = 0.0
+    """The losses of all steps that were logged, summed."""
+    num_train_epochs: int = 0
+    train_batch_size: int = 0
+    logging_steps: int = 0
+    eval_steps: int = 0
+    save_steps: int = 0
+    total_flos: float = 0.0
+    """Not counted."""
+    is_world_process_zero: bool = True
+    is_local_process_zero: bool = True
     callbacks: dict[str, Any] = field(default_factory=dict)
     """What callbacks with `state_dict` want kept."""
 
@@ -47,6 +58,23 @@ class TrainerState:
             return cls(**json.loads((folder / STATE).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise CheckpointError(f"{folder / STATE}: {error}") from error
+
+
+def begun(data: str, steps: int, per_epoch: int, args: Any, world: Any) -> TrainerState:
+    """The state of a run of `steps` steps, `per_epoch` of them an epoch, before its first."""
+    return TrainerState(
+        max_steps=steps, data=data, num_train_epochs=-(-steps // per_epoch),
+        train_batch_size=args.train_batch_size, logging_steps=args.logging_steps,
+        eval_steps=args.eval_steps, save_steps=args.save_steps,
+        is_world_process_zero=world.is_main, is_local_process_zero=world.is_main,
+    )  # fmt: skip
+
+
+def set_seed(seed: int) -> None:
+    """Start torch's, numpy's and Python's generators from `seed`."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
 
 
 def save_rng(folder: Path) -> None:

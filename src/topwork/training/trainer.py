@@ -7,50 +7,41 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from topwork.errors import CheckpointError, ConfigError, TrainingError
+from topwork.errors import ConfigError, TrainingError
 from topwork.ops.memory import keep_freed_memory
 from topwork.training import checkpoint as checkpoints
-from topwork.training import distributed, files
+from topwork.training import distributed, files, saving
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import TrainerCallback, TrainerControl
 from topwork.training.distributed import choose_device
 from topwork.training.evaluation import Means, better
 from topwork.training.interrupt import StopRequest
-from topwork.training.objective import Objective, held_state, penalty, take_up, total_units
+from topwork.training.objective import Objective, penalty, total_units
 from topwork.training.optim import Optimiser, clip
 from topwork.training.plan import Plan, main_dtype, plan_of, resident_memory
 from topwork.training.precision import cast
 from topwork.training.progress import Show
-from topwork.training.report import Facts, add_run, facts_of, keep_until, write_report
+from topwork.training.report import facts_of, keep_until, write_report
+from topwork.training.results import TrainOutput, check_overrides, speed, steps_of
 from topwork.training.sampler import Sampler
 from topwork.training.samples import SampleAnswers
 from topwork.training.schedule import Given, Schedule, schedule
-from topwork.training.state import TrainerState, load_rng, save_rng
+from topwork.training.state import TrainerState, begun
+from topwork.training.surroundings import Surroundings
 from topwork.training.trackers import trackers
 
-OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
-OBJECTIVE, LOG = "objective.safetensors", "log.jsonl"
+LOG = "log.jsonl"
 
 
-@dataclass(frozen=True)
-class TrainOutput:
-    """What `train` returns."""
-
-    global_step: int
-    training_loss: float
-    metrics: dict[str, float]
-
-
-class Trainer:
+class Trainer(Surroundings):
     """Trains `model` towards `objective` on prepared samples.
 
     `train_data` and `eval_data` are sequences of the objective's samples; `eval_data` may be
@@ -72,13 +63,13 @@ class Trainer:
         data_fingerprint: str = "",
         notes: Sequence[str] = (),
     ) -> None:
+        check_overrides(type(self))
         self.world = distributed.join()
         self.args, self.objective, self.tokenizer = args, objective, tokenizer
         self.train_data, self.notes = train_data, list(notes)
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
         self.eval_data = {name: data for name, data in named.items() if len(data)}
         shown = SampleAnswers(objective, self.eval_data, tokenizer, args.sample_answers)
-        self.callbacks = [*callbacks, shown, *trackers(args, self.world.is_main)]
         self.device = choose_device(args.device, args.use_cpu)
         if args.bf16 is not None:
             cast(model, args.bf16)
@@ -93,9 +84,8 @@ class Trainer:
         self.schedule: Schedule
         if args.eval_strategy != "no" and not self.eval_data:
             raise ConfigError(f"eval_strategy={args.eval_strategy!r} needs an eval_dataset")
-        self._home = Path(args.output_dir)
         self._tokens, self._since = 0, 0.0
-        self._facts: Facts | None = None
+        self._add_callbacks([*callbacks, shown, *trackers(args, self.world.is_main)])
 
     # -- the run ---------------------------------------------------------------------------------
 
@@ -107,9 +97,9 @@ class Trainer:
         """
         keep_freed_memory()
         self._prepare()
-        folder = self._found(resume_from_checkpoint)
+        folder = saving.chosen_checkpoint(self._home, resume_from_checkpoint)
         if folder is not None:
-            self._resume(folder)
+            saving.resume(self, folder)
         state, args = self.state, self.args
         with Show(state.max_steps, state.global_step, self._quiet) as self.show, \
                 StopRequest() as stop:  # fmt: skip
@@ -122,6 +112,7 @@ class Trainer:
             if args.eval_on_start and state.global_step == 0:
                 self.evaluate()
             self._since, self._tokens = time.perf_counter(), 0
+            self._began = (self._since, state.global_step)
             while state.global_step < state.max_steps and not self.control.should_training_stop:
                 if state.global_step % self.sampler.steps_per_epoch == 0 and not state.micro_step:
                     self._fire("on_epoch_begin")
@@ -130,16 +121,17 @@ class Trainer:
                 if stop.signal is not None:
                     self._stop(stop)
             self._finish()
-        losses = [e["loss"] for e in state.log_history if "loss" in e]
-        last = losses[-1] if losses else float("nan")
-        metrics = {k: v for e in state.log_history[-2:] for k, v in e.items() if k != "step"}
-        return TrainOutput(state.global_step, last, metrics)
+        last = state.log_history[-1]
+        metrics = {k: v for k, v in last.items() if k != "step"}
+        return TrainOutput(state.global_step, last["train_loss"], metrics)
 
     def _prepare(self) -> None:
         args = self.args
         if not len(self.train_data):
             raise ConfigError("there is no training data")
-        self.optimiser = Optimiser(self.model, args, self._given_optimizer)
+        made = self.create_optimizer()
+        if not hasattr(self, "optimiser") or made is not self.optimiser.inner:  # by a subclass
+            self.optimiser = Optimiser(self.model, args, made)
         if not self.optimiser.named:
             raise ConfigError("no parameter of the model is trainable: add an adapter")
         self.sampler = Sampler(
@@ -152,7 +144,7 @@ class Trainer:
         steps = args.max_steps
         if steps <= 0:
             steps = math.ceil(args.num_train_epochs * self.sampler.steps_per_epoch)
-        self.state = TrainerState(max_steps=steps, data=self.state.data)
+        self.state = begun(self.state.data, steps, self.sampler.steps_per_epoch, args, self.world)
         self.control = TrainerControl()
         self.schedule = self._given_schedule or schedule(
             args.lr_scheduler_type, steps, args.warmup(steps), **args.lr_scheduler_kwargs
@@ -187,6 +179,7 @@ class Trainer:
         self._fire("on_pre_optimizer_step")
         rate = self.optimiser.set_factor(self.schedule(state.global_step))
         self.optimiser.step()
+        self._fire("on_optimizer_step")
         state.global_step += 1
         state.micro_step = 0
         state.epoch = state.global_step / self.sampler.steps_per_epoch
@@ -253,7 +246,9 @@ class Trainer:
     def _finish(self) -> None:
         args, state = self.args, self.state
         newest = checkpoints.checkpoints(self._home)
-        if args.save_strategy != "no" and (not newest or newest[-1][0] != state.global_step):
+        if args.save_strategy in ("steps", "epoch") and (
+            not newest or newest[-1][0] != state.global_step
+        ):
             self.save_checkpoint()
         else:
             self._report()
@@ -261,7 +256,21 @@ class Trainer:
             checkpoints.verify(Path(state.best_model_checkpoint))
             files.load_trained(self.model, Path(state.best_model_checkpoint))
         self.model.eval()
+        self.log({**self._summary(), "train_loss": self._mean_loss()})
         self._fire("on_train_end")
+
+    def _summary(self) -> dict[str, float]:
+        """How fast the run went, since it began or was resumed."""
+        start, first = self._began
+        steps = self.state.global_step - first
+        samples = steps * self.args.train_batch_size * self.args.gradient_accumulation_steps
+        found = speed(time.perf_counter() - start, samples * self.world.size, steps)
+        return {f"train_{name}": value for name, value in found.items()}
+
+    def _mean_loss(self) -> float:
+        """Over all steps, those before a resumption among them."""
+        (rest,) = self.world.total(self.state.pending.get("loss", 0.0))
+        return (self.state.loss_sum + rest) / max(1, self.state.global_step)
 
     # -- evaluation ------------------------------------------------------------------------------
 
@@ -280,9 +289,12 @@ class Trainer:
             for name, data in chosen.items():
                 prefix = f"{metric_key_prefix}_{name}_" if name else f"{metric_key_prefix}_"
                 means = self.measure(data or ())
-                means["runtime"], started = time.perf_counter() - started, time.perf_counter()
+                size = self.args.eval_batch_size * self.world.size
+                count = len(data or ())
+                means |= speed(time.perf_counter() - started, count, steps_of(count, size))
+                started = time.perf_counter()
                 found |= {prefix + k.removeprefix(prefix): v for k, v in means.items()}
-        self._log(found)
+        self.log(found)
         self._note_best(found)
         self._fire("on_evaluate", metrics=found)
         self._since += time.perf_counter() - paused
@@ -313,6 +325,7 @@ class Trainer:
         for at in range(0, len(mine), size):
             group = [data[i] for i in mine[at : at + size]]
             yield from self.objective.assemble(self.model, [group])
+            self._fire("on_prediction_step")
 
     def _note_best(self, metrics: dict[str, float]) -> None:
         state, args = self.state, self.args
@@ -320,7 +333,8 @@ class Trainer:
         if found is None:
             return
         state.best_metric = found
-        if args.load_best_model_at_end and hasattr(self, "optimiser"):
+        wanted = args.load_best_model_at_end or args.save_strategy == "best"
+        if wanted and hasattr(self, "optimiser"):
             state.best_model_checkpoint = str(self._home / f"checkpoint-{state.global_step}")
             self.control.should_save = True
 
@@ -345,13 +359,15 @@ class Trainer:
             "tokens_per_second": round(self._tokens / max(seconds, 1e-9), 1),
             "memory": resident_memory(),
         }
+        state.loss_sum += flat[0]
         state.pending = {}
         self._tokens, self._since = 0, time.perf_counter()
-        self._log(entry)
+        self.log(entry)
 
-    def _log(self, entry: dict[str, Any]) -> None:
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
+        """Put `logs` into the run's history and its log, show and report them."""
         state = self.state
-        whole = {**entry, "epoch": round(state.epoch, 6), "step": state.global_step}
+        whole = {**logs, "epoch": round(state.epoch, 6), "step": state.global_step}
         state.log_history.append(whole)
         if self.world.is_main and hasattr(self, "show"):
             self.show.log({k: v for k, v in whole.items() if k != "memory"})
@@ -401,7 +417,9 @@ class Trainer:
         state = self.state
         folder = self._home / f"checkpoint-{state.global_step}"
         if self.world.is_main:
-            folder = checkpoints.write_checkpoint(self._home, state.global_step, self._write)
+            folder = checkpoints.write_checkpoint(
+                self._home, state.global_step, partial(saving.write, self)
+            )
             if self.args.save_total_limit is not None:
                 best = state.best_model_checkpoint
                 checkpoints.prune(
@@ -412,75 +430,13 @@ class Trainer:
         self._fire("on_save")
         return folder
 
-    def _write(self, folder: Path) -> None:
-        files.save_model(self.model, folder, self.tokenizer)
-        files.save_trained(self.model, folder)
-        save_file(
-            {k: v.contiguous() for k, v in self.optimiser.state().items()}, folder / OPTIMISER
-        )
-        if gradients := self.optimiser.gradients():
-            save_file({k: v.contiguous() for k, v in gradients.items()}, folder / GRADIENTS)
-        if held := held_state(self.objective):
-            save_file({k: v.contiguous() for k, v in held.items()}, folder / OBJECTIVE)
-        save_rng(folder)
-        self.args.save(folder / "training_args.json")
-        kept = {
-            f"{i}.{type(c).__name__}": c.state_dict()  # type: ignore[attr-defined]
-            for i, c in enumerate(self.callbacks)
-            if hasattr(c, "state_dict")
-        }
-        TrainerState(**{**asdict(self.state), "callbacks": kept}).save(folder)
-
-    def _found(self, given: bool | str | Path | None) -> Path | None:
-        if given is None or given is False:
-            return None
-        if given is True:
-            folder = checkpoints.latest(self._home)
-            if folder is None:
-                raise CheckpointError(f"{self._home}: there is no checkpoint to resume from")
-            return folder
-        checkpoints.verify(Path(given))
-        return Path(given)
-
-    def _resume(self, folder: Path) -> None:
-        saved = TrainerState.load(folder)
-        if saved.data != self.state.data:
-            raise CheckpointError(
-                f"{folder}: was trained on other data (or other settings of it) than given now; "
-                "to go on with new data start a run from its model"
-            )
-        saved.max_steps = self.state.max_steps
-        self.state = saved
-        files.load_trained(self.model, folder)
-        self.optimiser.load(load_file(folder / OPTIMISER))
-        if (folder / GRADIENTS).exists():
-            self.optimiser.set_gradients(load_file(folder / GRADIENTS))
-        if (folder / OBJECTIVE).exists():
-            take_up(self.objective, load_file(folder / OBJECTIVE))
-        for i, callback in enumerate(self.callbacks):
-            kept = saved.callbacks.get(f"{i}.{type(callback).__name__}")
-            if kept is not None:
-                callback.load_state_dict(kept)  # type: ignore[attr-defined]
-        load_rng(folder)
-
-    def save_model(self, output_dir: str | Path | None = None) -> None:
-        """The model (or its adapters) and the tokenizer, ready to use."""
-        folder = Path(output_dir or self._home)
-        if self.world.is_main:
-            folder.mkdir(parents=True, exist_ok=True)
-            files.save_model(self.model, folder, self.tokenizer)
-            if self._facts is not None and self.state.log_history:
-                add_run(folder, self.state, self._facts)
-        self.world.wait()
-
     # -- small things ----------------------------------------------------------------------------
 
-    def _fire(self, event: str, **more: Any) -> None:
-        for callback in self.callbacks:
-            getattr(callback, event)(
-                self.args, self.state, self.control, model=self.model,
-                processing_class=self.tokenizer, trainer=self, **more,
-            )  # fmt: skip
+    def create_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser of the run; a subclass may make another and return it."""
+        self.optimiser = Optimiser(self.model, self.args, self._given_optimizer)
+        self.optimizer = self.optimiser.inner
+        return self.optimizer
 
     def _samples(self, items: int) -> int:
         """Samples that make up a batch size."""
