@@ -74,7 +74,7 @@ def test_a_folder_of_adapters_is_listed_and_a_broken_one_named(shelf, base):
         run("adapters", "list", base)
 
 
-def test_inspect_tells_how_much_is_changed_and_that_it_fits(shelf, base):
+def test_inspect_tells_how_much_is_changed_and_that_it_fits(shelf, base, tmp_path):
     adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), shelf / "first")
     merged, plain = adapted.merge_and_unload(), AutoModelForCausalLM.from_pretrained(base)
     norms = [
@@ -86,6 +86,14 @@ def test_inspect_tells_how_much_is_changed_and_that_it_fits(shelf, base):
     least, _, most = map(float, found.groups())
     assert (least, most) == pytest.approx((min(norms), max(norms)), rel=1e-3)
     assert f"fits {base} (llama): every name and shape" in output
+    assert "vLLM: loads it\n" in output
+    assert "leave out peft_type=IA3" in run("adapters", "inspect", shelf / "ia3")
+    make(tmp_path / "x", base, lora(r=32, modules_to_save=["lm_head"]))
+    assert "leave out modules_to_save" in run("adapters", "inspect", tmp_path / "x")
+    make(tmp_path / "wide", base, lora(r=32))
+    assert "vLLM: loads it with --max-lora-rank 32\n" in run(
+        "adapters", "inspect", tmp_path / "wide"
+    )
 
 
 def test_an_adapter_whose_base_differs_is_refused_with_the_difference(shelf, tmp_path):

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft.files import AdapterFile, LoraPair, compare, find_adapters
+from topwork.peft.files import AdapterFile, LoraPair, compare, elsewhere, find_adapters
 
 AUTO = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -62,6 +62,7 @@ def inspection(adapter: str, base: str | None) -> str:
             shown = f"{len(value)} names" if isinstance(value, list) and len(value) > 12 else value
             lines.append(f"{key}: {shown}")
     lines += ["", _contents(file)]
+    lines += ["", *elsewhere(file)]
     if file.broken:
         lines.append(f"NOT FINITE: {', '.join(file.broken)}")
     named = base or config.base_model_name_or_path

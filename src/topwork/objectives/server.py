@@ -23,6 +23,7 @@ from urllib.parse import urlsplit
 from topwork.errors import ConfigError, TrainingError
 from topwork.objectives.rollouts import Answer
 from topwork.peft import PeftModel
+from topwork.peft.files import beyond_lora
 from topwork.training.distributed import World
 
 REQUESTS = 64  # at a time
@@ -142,14 +143,7 @@ def check_servable(model: PeftModel) -> None:
     config: Any = model.active_peft_config
     if config.peft_type != "LORA":
         raise ConfigError(f"rollout_server takes LoRA adapters, not {config.peft_type}")
-    beyond = {
-        "use_dora": config.use_dora,
-        "bias": config.bias != "none",
-        "modules_to_save": config.modules_to_save,
-        "target_parameters": getattr(config, "target_parameters", None),
-        "trainable_token_indices": getattr(config, "trainable_token_indices", None),
-    }
-    if found := [name for name, given in beyond.items() if given]:
+    if found := beyond_lora(config):
         raise ConfigError(
             f"rollout_server: vLLM leaves {', '.join(found)} out of an adapter, so its answers "
             "would not be the policy's; leave it out, or draw in this process"

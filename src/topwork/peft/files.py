@@ -18,6 +18,8 @@ from topwork.peft.config import FILE, PeftConfig
 from topwork.peft.methods.lora import LoraConfig, scale_at
 
 MODULE = state.PREFIX + "model."
+VLLM_RANK = 16
+"""The largest rank that vLLM takes unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,16 @@ class LoraPair:
         left = self.b.double().T @ other.b.double()
         right = self.a.double() @ other.a.double().T
         return float((left * right).sum()) * self.scale * other.scale
+
+
+def beyond_lora(config: PeftConfig) -> list[str]:
+    """The options of an adapter that a reader of plain LoRA (vLLM, llama.cpp) leaves out."""
+    if not isinstance(config, LoraConfig):
+        return [f"peft_type={config.peft_type}"]
+    variants = [name for name in config.VARIANTS if name != "velora_config"]  # of training alone
+    options = ("lora_bias", "modules_to_save", "target_parameters", "trainable_token_indices")
+    bias = ["bias"] if config.bias != "none" else []
+    return bias + [name for name in (*variants, *options) if getattr(config, name)]
 
 
 @dataclass(frozen=True)
@@ -87,6 +99,22 @@ class AdapterFile:
         """The tensors that `pairs` leaves out: biases, embeddings, whole modules."""
         used = {f"{MODULE}{path}.lora_{m}.weight" for path in self.pairs() for m in "AB"}
         return sorted(set(self.tensors) - used)
+
+
+def elsewhere(file: AdapterFile) -> list[str]:
+    """What other programs would do with an adapter, a line each."""
+    beyond = beyond_lora(file.config)
+    if not beyond:
+        beyond = [f"{key}, which is no linear's" for key in file.besides_pairs()[:3]]
+    if beyond:
+        left = ", ".join(beyond)
+        return [
+            f"vLLM, llama.cpp: leave out {left}; merge it (topwork merge), or write its change as "
+            "LoRA (topwork adapters convert --rank)"
+        ]
+    most = max((len(pair.a) for pair in file.pairs().values()), default=0)
+    flag = f" with --max-lora-rank {most}" if most > VLLM_RANK else ""
+    return [f"vLLM: loads it{flag}", "llama.cpp: topwork adapters convert writes it as .gguf"]
 
 
 def find_adapters(folder: str | Path) -> Iterator[Path]:
