@@ -101,6 +101,8 @@ HOMES = {
     "GKDTrainer": "topwork.objectives",
     "SDPOConfig": "topwork.objectives",
     "SDPOTrainer": "topwork.objectives",
+    "IWOPDConfig": "topwork.objectives",
+    "IWOPDTrainer": "topwork.objectives",
     "SelfDistillationConfig": "topwork.objectives",
     "SelfDistillationTrainer": "topwork.objectives",
     "TPOConfig": "topwork.objectives",

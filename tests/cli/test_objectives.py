@@ -21,6 +21,7 @@ ROWS = {
     "tpo": [{**row, "reference": f" yes indeed {i}"} for i, row in enumerate(PAIRS)],
     "distill": tiny.chats(4),
     "gkd": tiny.chats(4),
+    "iw_opd": tiny.chats(4),
     "uld": tiny.chats(4),
     "self_distill": ADVISED,
     "kto": JUDGED,
@@ -28,7 +29,8 @@ ROWS = {
 }
 SHOWN = {
     "sft": "messages format", "distill": "messages format", "gkd": "messages format",
-    "uld": "messages format", "self_distill": "prompts: 4 rows, an answer to each",
+    "iw_opd": "messages format", "uld": "messages format",
+    "self_distill": "prompts: 4 rows, an answer to each",
     "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right",
     **dict.fromkeys(("grpo", "gmpo", "sdpo"), "prompts: 4 rows, 8 answers to each"),
@@ -69,7 +71,7 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     assert SHOWN.get(objective, "preference format; 4 of 4 rows kept") in shown
     assert "row 1" in shown
     out = tmp_path / "out"
-    extra = ("--teacher", base) if objective in ("distill", "gkd", "uld") else ()
+    extra = ("--teacher", base) if objective in ("distill", "gkd", "iw_opd", "uld") else ()
     if objective == "self_distill":
         extra = ("--max_completion_length", 4)
     if objective in ("grpo", "gmpo", "sdpo", "a2po", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):

@@ -7,6 +7,7 @@ from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig
 from topwork.objectives.gkd import GKD, GKDConfig, GKDTrainer
 from topwork.objectives.gmpo import GMPOConfig, GMPOTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
+from topwork.objectives.iwopd import IWOPD, IWOPDConfig, IWOPDTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
 from topwork.objectives.online import (
     XPO,
@@ -55,6 +56,9 @@ __all__ = [
     "GKD",
     "GKDConfig",
     "GKDTrainer",
+    "IWOPD",
+    "IWOPDConfig",
+    "IWOPDTrainer",
     "SelfDistillation",
     "SelfDistillationConfig",
     "SelfDistillationTrainer",

@@ -14,6 +14,7 @@ from topwork.objectives import (
     gkd,
     gmpo,
     grpo,
+    iwopd,
     kto,
     online,
     ppo,
@@ -75,6 +76,9 @@ OBJECTIVES = {
     ),
     "gkd": Entry(
         gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}
+    ),
+    "iw_opd": Entry(
+        iwopd.IWOPDConfig, iwopd.IWOPDTrainer, preview_rows, {"teacher": "teacher_model"}
     ),
     "uld": Entry(
         uld.ULDConfig, uld.ULDTrainer, preview_rows, {"teacher": "teacher_model"}
