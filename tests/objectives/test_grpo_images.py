@@ -23,6 +23,7 @@ from topwork import (
 )
 from topwork.cli.main import app
 from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.objectives import rollouts
 from topwork.objectives.rollouts import read_prompts, roll_out
 
 
@@ -90,11 +91,12 @@ def test_prompts_are_what_the_processor_writes(family, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_answers_are_those_of_generate(family, tmp_path):
-    """At a temperature near 0 a draw is the likeliest answer."""
+def test_answers_are_those_of_generate(family, tmp_path, monkeypatch):
+    """At a temperature near 0 a draw is the likeliest answer, to one prompt as to several."""
     made = pair(family)
     run = trainer(tmp_path, family, made=made, temperature=1e-4)
-    draw, prompts = run.objective.draw, run.train_data[:2]
+    draw, prompts = run.objective.draw, run.train_data
+    assert len({len(p) for p in prompts}) == len(prompts)
     found = roll_out(draw.writer, made.model, prompts, 2, 5)
     for prompt, (first, second) in zip(prompts, found):
         out = made.model.generate(
@@ -103,6 +105,9 @@ def test_answers_are_those_of_generate(family, tmp_path):
         )  # fmt: skip
         assert first.ids == second.ids == out[0, len(prompt) :].tolist()
         assert first.ended == (2 in first.ids)
+    monkeypatch.setattr(rollouts, "ENGINE_ROWS", 3)  # one prompt at a time
+    again = roll_out(draw.writer, made.model, prompts, 2, 5)
+    assert [[a.ids for a in row] for row in again] == [[a.ids for a in row] for row in found]
     other = [{**row, "images": [picture(24, 16, 9)]} for row in asked(family)[:1]]
     (prompt,) = trainer(tmp_path, family, made=made, data=other).train_data
     assert prompt.ids.tolist() == prompts[0].ids.tolist()

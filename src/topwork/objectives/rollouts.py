@@ -115,7 +115,8 @@ class EngineWriter:
 
 @dataclass(frozen=True)
 class SeeingWriter(EngineWriter):
-    """`generate` for a model that reads the images of its prompts, all answers to one at a time."""
+    """`generate` for a model that reads the images of its prompts, as many texts at once as the
+    engine takes; what is seen is read once for all answers to it."""
 
     placer: Placer
 
@@ -123,22 +124,36 @@ class SeeingWriter(EngineWriter):
         self, model: Any, prompts: Sequence[Prompt], count: int, limit: int, seeds: list[int]
     ) -> list[list[Answer]]:
         """`count` answers to each prompt. TrainingError for an image that cannot be read."""
-        return [self._to(model, *one, count, limit) for one in zip(prompts, seeds)]
+        size = max(1, ENGINE_ROWS // count)
+        parts = [slice(at, at + size) for at in range(0, len(prompts), size)]
+        found = [self._to(model, prompts[p], seeds[p.start], count, limit) for p in parts]
+        flat = [answer for part in found for answer in part]
+        return [flat[at : at + count] for at in range(0, len(flat), count)]
 
-    def _to(self, model: Any, prompt: Prompt, seed: int, count: int, limit: int) -> list[Answer]:
+    def _to(
+        self, model: Any, prompts: Sequence[Prompt], seed: int, count: int, limit: int
+    ) -> list[Answer]:
+        """The answers to several prompts, which end at one place."""
         device = next(model.parameters()).device
         try:
-            images = self.placer.tensors([prompt.sample()])
+            images = self.placer.tensors([prompt.sample() for prompt in prompts])
         except DataError as error:
             raise TrainingError(str(error)) from error
+        images.pop("token_type_ids", None)  # of prompts alone they say nothing
+        end, longest = self.options["eos_token_id"], max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), end)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = torch.from_numpy(prompt.ids)
+            mask[row, longest - len(prompt) :] = 1
         out = model.generate(
-            torch.from_numpy(prompt.ids).long()[None].to(device),
+            ids.to(device),
+            mask.to(device),
             **{name: tensor.to(device) for name, tensor in images.items()},
             **{**self.options, "max_new_tokens": limit, "num_return_sequences": count},
             seed=seed,
         )
-        end = self.options["eos_token_id"]
-        rows = out[:, len(prompt) :].tolist()
+        rows = out[:, longest:].tolist()
         stops = [row.index(end) + 1 if end in row else None for row in rows]
         return [Answer(row[:stop], stop is not None) for row, stop in zip(rows, stops)]
 
