@@ -71,15 +71,12 @@ def since(
         elif "lora_B" in key:
             made[key] = torch.cat([tensor.detach(), -before[key].to(tensor)], 1)
     grown = 2**0.5 if config.use_rslora else 2  # the scale stays: alpha/√r, alpha/r
-    own = {key: value * grown for key, value in config.alpha_pattern.items()}
-    for key in config.rank_pattern:
-        own.setdefault(key, config.lora_alpha * grown)
     changed = replace(
         config,
         r=2 * config.r,
         lora_alpha=config.lora_alpha * grown,
         rank_pattern={key: 2 * value for key, value in config.rank_pattern.items()},
-        alpha_pattern=own,
+        alpha_pattern={key: value * grown for key, value in config.alpha_pattern.items()},
         init_lora_weights=True,
     )
     return changed, made

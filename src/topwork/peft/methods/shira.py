@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft.config import LayerConfig, at_least, one_of
 from topwork.peft.layer import Graft
+from topwork.peft.methods._entries import changed_linear
 
 
 @dataclass(kw_only=True)
@@ -48,6 +49,11 @@ class Shira(Graft):
         values = values.zero_() if config.init_weights else values.normal_()
         indices = torch.stack([rows, columns]).to(torch.int32).to(self.layer.device)
         return {"shira_weight": nn.Parameter(values), "shira_indices": indices}
+
+    def whole(self, x: Tensor) -> Tensor | None:
+        rows, columns = self["shira_indices"].long()
+        places = rows * self.site.inputs + columns
+        return changed_linear(self.base, x, places, self["shira_weight"])
 
     def delta(self) -> Tensor:
         values, indices = self["shira_weight"], self["shira_indices"].long()

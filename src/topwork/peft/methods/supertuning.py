@@ -6,7 +6,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +15,7 @@ from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least
 from topwork.peft.layer import Graft
+from topwork.peft.methods._entries import changed_linear
 from topwork.peft.tensors import Matrix
 
 
@@ -85,11 +85,10 @@ class Supertuning(Graft):
 
     def whole(self, x: Tensor) -> Tensor | None:
         """One product with the changed weight, which is not kept for the backward pass."""
-        parts = sites.linear_parts(self.base)
-        if parts is None or parts.terms or not isinstance(parts.weight, Tensor):
-            return None
         places = self["supertuning_indices"].long()
-        y = _Changed.apply(x, parts.weight, parts.bias, places, self["supertuning_values"])
+        y = changed_linear(self.base, x, places, self["supertuning_values"])
+        if y is None:
+            return None
         return self._with_product(x, y)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
@@ -113,31 +112,6 @@ class Supertuning(Graft):
             return self._sparse()
         a, b = (self[f"supertuning_lora_{m}"].float() for m in "AB")
         return self._sparse() + b @ a * self.scale
-
-
-class _Changed(torch.autograd.Function):
-    """x (W + Δ)ᵀ + b, the Δ of `values` at flat `places` of W. Only Δ and x have gradients."""
-
-    @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, places: Tensor, values: Tensor
-    ) -> Tensor:
-        ctx.save_for_backward(x, weight, places, values)
-        return F.linear(x, changed(weight, places, values), bias)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        x, weight, places, values = ctx.saved_tensors
-        dx = dy @ changed(weight, places, values) if ctx.needs_input_grad[0] else None
-        whole = dy.reshape(-1, dy.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        bias = dy.reshape(-1, dy.shape[-1]).sum(0) if ctx.needs_input_grad[2] else None
-        return dx, None, bias, None, whole.flatten()[places].to(values.dtype)
-
-
-def changed(weight: Tensor, places: Tensor, values: Tensor) -> Tensor:
-    """`weight` with `values` added at flat `places`."""
-    flat = weight.detach().flatten().scatter_add(0, places, values.to(weight.dtype))
-    return flat.view(weight.shape)
 
 
 CONFIG = SupertuningConfig
