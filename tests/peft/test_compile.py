@@ -10,7 +10,9 @@ import torch
 
 import tiny
 import topwork
+from parity.bases import IDS as WORDS
 from parity.bases import close, randomise
+from parity.test_methods import FIRST, of_tasks, our_config
 from topwork import LoraConfig, get_peft_model
 from topwork.quant import Blocks, QuantisedLinear, Rows
 from topwork.quant.config import linears_of
@@ -21,7 +23,10 @@ LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
 
 
 def llama(form=None):
-    model = tiny.model(hidden_size=32, intermediate_size=48, num_hidden_layers=1)
+    return quantised(tiny.model(hidden_size=32, intermediate_size=48, num_hidden_layers=1), form)
+
+
+def quantised(model, form):
     for path, linear in list(linears_of(model, model.trunk)) if form else ():
         home, _, name = path.rpartition(".")
         setattr(model.get_submodule(home), name, QuantisedLinear.of(linear, form))
@@ -110,3 +115,42 @@ def test_packed_rows_compile_too():
         outputs_and_gradients(model, partial(way, lengths=(3, 5))) for way in (model, compiled)
     )
     close(made, plain, rtol=1e-4, atol=1e-4)
+
+
+def small(form=None):
+    torch.manual_seed(0)
+    config = topwork.Config(
+        model_type="qwen2", vocab_size=37, hidden_size=24, intermediate_size=40,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2,
+    )  # fmt: skip
+    return quantised(topwork.AutoModelForCausalLM.from_config(config), form)
+
+
+# Those whose training differs from their inference, and the newest.
+TRAINS = ("Lily", "Frod", "OSF", "Super", "Adamss", "Shadow", "Poly", "Shira", "Pvera", "AdaLora")
+OWN = [
+    r
+    for r in FIRST
+    if r.config.startswith(TRAINS)
+    or {"monteclora_config", "alora_invocation_tokens"} & set(r.options)
+]
+
+
+@pytest.mark.parametrize("row", OWN, ids=str)
+def test_a_compiled_training_step_has_the_same_loss_and_gradients(row):
+    torch._dynamo.reset()
+    model = get_peft_model(small(), our_config(row)).train()
+    randomise(model)
+
+    def step(ids):
+        return model(ids, labels=ids, **of_tasks(model)).loss
+
+    found = []
+    for way in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        torch.manual_seed(3)
+        loss = way(WORDS)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)])
+        model.zero_grad(set_to_none=True)
+    assert len(found[0]) > 1
+    close(found[1], found[0], rtol=1e-3, atol=1e-4)
