@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from topwork import AutoModelForSeq2SeqLM, Config, LoraConfig, get_peft_model
+from topwork.errors import TopworkError
 from topwork.models.auto import AutoModelForSpeechSeq2Seq
+from topwork.models.compiled import CompiledStep
 from topwork.models.seq2seq import DecoderView
 from topwork.models.stack import Memory
 from topwork.ops.native import crossed
@@ -161,6 +164,58 @@ def test_generate_gives_the_same_with_and_without_it(name, options, monkeypatch)
     assert torch.equal(native, model.generate(**call, **options))
 
 
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("spread", [1e-3, 1.0, 1e6])
+def test_screened_best_are_those_of_all_logits(rows, spread):
+    model = made("bart")
+    head = nn.Linear(64, 1003, bias=False)
+    more = 0.1 * spread * torch.randn(1003)
+    more[400:600] = 0
+    with torch.inference_mode():
+        head.weight *= torch.randn(1003, 1).exp() * spread
+        head.weight[7] = 0
+        cache = model.cache_of(model.encode(torch.randint(5, 90, (rows, 9))))
+        step = CompiledStep.of(model.decoder_stack, head, cache, 40, more=more)
+        tried = []
+        for at in range(40):
+            tokens = torch.randint(5, 90, (rows, 1))
+            logits = step.step(tokens, 1)[:, 0].clone()
+            if at % 2:  # a close race of two hundred, some of which are equal
+                state = step._program._made["y"][:1]
+                head.weight[400:600] = 9 * spread * state * (1 + 1e-7 * torch.randn(200, 1))
+                head.weight[420:430] = head.weight[410]
+                cache.crop(at)
+                logits = step.step(tokens, 1)[:, 0].clone()
+                assert logits[0].argmax() in range(400, 600)
+            step._program.screen()
+            cache.crop(at)
+            peak, best = step.greedy(tokens)
+            assert torch.equal(best, logits.argmax(-1))
+            assert torch.equal(peak, logits.amax(-1))
+            tried.append(step._program.tried)
+        assert min(tried) < 100 * rows
+        assert min(tried[1::2]) >= 200
+
+
+def test_a_large_head_is_screened_where_that_pays_and_damage_is_still_named():
+    torch.manual_seed(0)
+    options = {**MODELS["bart"], "vocab_size": 20_000}
+    model = AutoModelForSeq2SeqLM.from_config(Config(model_type="bart", **options)).eval()
+    with torch.inference_mode():
+        view = DecoderView(model, model.encode(torch.randint(5, 90, (2, 9))))
+        cache, tokens = view.new_cache(), torch.tensor([[2], [2]])
+        step = view.compiled(cache, 30)
+        for _ in range(3):
+            assert not step._program.screened or step._greedy == 2
+            step.greedy(tokens)
+        assert step._program.screened
+        assert 2 <= step._program.tried < 2000
+    with torch.no_grad():
+        model.lm_head.weight[19_990, 5] = float("nan")
+    with pytest.raises(TopworkError, match="not numbers"):
+        model.generate(torch.randint(5, 80, (1, 6)), max_new_tokens=30, do_sample=False)
+
+
 def test_a_text_longer_than_the_positions_is_refused_as_ever():
     model = made("bart")
     ids = torch.randint(5, 90, (1, 6))
@@ -172,7 +227,7 @@ def test_damaged_weights_are_named():
     model = made("t5")
     with torch.no_grad():
         model.lm_head.weight[88, 3] = float("nan")
-    with pytest.raises(Exception, match="not numbers"):
+    with pytest.raises(TopworkError, match="not numbers"):
         model.generate(torch.randint(5, 80, (2, 6)), max_new_tokens=4, do_sample=False)
 
 

@@ -21,7 +21,8 @@ from topwork.nn.relative import relative_bias
 from topwork.ops.native import crossed
 from topwork.ops.native.crossed import Means, Pair, Program, Sizes
 
-Pairs = list[tuple[Tensor, Tensor]]
+LARGE = 2**20
+"""Numbers in a head that is not read faster than it is screened."""
 
 
 class CompiledStep:
@@ -32,6 +33,7 @@ class CompiledStep:
     def __init__(self, program: Program, cache: DecoderCache) -> None:
         self._program, self._cache = program, cache
         self._bound: Any = None
+        self._greedy = 0
         told, (keys, _) = cache.told, cache.texts[0]
         lengths = torch.full(keys.shape[:1], keys.shape[1]) if told is None else told.sum(1)
         self._lengths = lengths.to(torch.int32)
@@ -75,8 +77,20 @@ class CompiledStep:
 
     def greedy(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The values [B] and ids [B] of the largest logits after `ids` [B, 1]."""
+        program = self._program
         self._run(ids, False)
-        return self._program.best
+        self._greedy += 1
+        if self._greedy == 2 and len(ids) <= crossed.SCREENED and self._worth_a_screen():
+            program.screen()
+        elif program.screened and program.tried > len(ids) * program.sizes.vocab // 8:
+            program.screen(False)  # it leaves too many
+        return program.best
+
+    def _worth_a_screen(self) -> bool:
+        """Whether reading a large head in fp32 again and again is worth a copy of 8 bits."""
+        program, size = self._program, self._program.sizes
+        left = program.room - self._cache.stores[0].length
+        return program.dtype is torch.float32 and size.vocab * size.hidden >= LARGE and left >= 16
 
     def _run(self, ids: Tensor, whole: bool) -> Tensor:
         cache = self._cache
@@ -127,9 +141,9 @@ def _written(
     spec, names = stack.spec, stack.spec.names
     words = part(stack, names.words)
     kinds = [n for n in crossed.ACTIVATIONS if ACTIVATIONS.get(n) is ACTIVATIONS[spec.activation]]
-    sizes = Sizes(spec.hidden, spec.heads, spec.head_dim, spec.width, spec.vocab)
     if type(words) is not nn.Embedding or type(head) is not nn.Linear or not kinds:
         return None
+    sizes = Sizes(spec.hidden, spec.heads, spec.head_dim, spec.width, head.out_features)
     if words._forward_hooks or head._forward_hooks or head._forward_pre_hooks or not sizes.fit():
         return None
     norms = [part(block, n) for block in stack.blocks for n in _norms(block)]

@@ -18,7 +18,7 @@
 #include "few.h"
 
 enum { SILU, GELU_TANH, GELU, RELU };
-enum { BLOCK = 256 /* outputs of the head that are looked at while they are near */ };
+enum { BLOCK = 256 /* outputs of the head that are looked at while they are near */, SCREENED = 4 };
 
 typedef struct { const void *weight, *bias; } Pair;  // of a linear, or a norm
 
@@ -34,6 +34,9 @@ typedef struct {
   Pair first, last, head;            // norms of the embeddings and of the end, or null
   const void *more;                  // [V], added to the logits, or null
   const float *near;                 // [H, reach] added to scores by distance, or null
+  const int8_t *codes;               // [V up to 16, C]: of the head, by `screen`, or null
+  const float *steps, *doubts;       // [V]
+  float *highest;                    // [SCREENED, V]
   i64 count, hidden, heads, size, width, vocab, room, texts_room, reach, activation;
   i64 centred, before, half, tiles;  // LayerNorm; norms stand before; bf16; AMX
   float eps, scale, word_scale, head_scale;
@@ -52,6 +55,8 @@ typedef struct {
   float *logits;           // [R, V] or null: the largest are enough
   float *peaks;            // [threads + 1, R]: the largest logits, at last of all threads
   int32_t *best;           // [threads + 1, R]: and where they first stand
+  float *lowest;           // [threads, SCREENED]
+  i64 *tried;              // [threads]: logits that were computed in full
 } Step;
 
 typedef struct { const Stack *s; const Step *t; i64 me, of; } Crew;
@@ -425,6 +430,139 @@ FLAT void finish(int half, const Crew *c, i64 widest) {
   }
 }
 
+// -- the largest logit in fp32 from a quarter of the head's bytes ----------------------------------
+//
+// Beside each row w of the head lies a copy of 8 bits, s c. Since |w x - s c x| <= |w - s c| |x|, the
+// copies bound all logits, and only those that could be the largest are computed, as `finish` does.
+// What is found is what `finish` finds: the bounds have room for the rounding of either sum.
+
+// codes [V, C], steps and doubts [V] of w [V, C]: w within `doubts` of steps · codes.
+void topwork_screen(const float *w, int8_t *codes, float *steps, float *doubts, i64 V, i64 C,
+                    i64 threads) {
+#pragma omp parallel for num_threads((int)threads) schedule(static)
+  for (i64 o = 0; o < V; o++) {
+    const float *row = w + o * C;
+    __m512 most = ALL(0), far = ALL(0), square = ALL(0);
+    for (i64 i = 0; i < C; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
+    const float top = _mm512_reduce_max_ps(most);
+    const int sound = top > 1e-30f && top < 1e30f;
+    const float step = sound ? top / 127 : 0, inverse = sound ? 127 / top : 0;
+    for (i64 i = 0; i < C; i += 16) {
+      const __m512 x = _mm512_loadu_ps(row + i);
+      const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(x, ALL(inverse)));
+      const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), ALL(step), x);
+      far = _mm512_fmadd_ps(rest, rest, far);
+      square = _mm512_fmadd_ps(x, x, square);
+      _mm_storeu_si128((__m128i *)(codes + o * C + i), _mm512_cvtsepi32_epi8(code));
+    }
+    // Of C / 16 sums in lanes and their sum, twice.
+    const float slack = 2 * (C / 16 + 16) * 1.2e-7f;
+    const float doubt = 1.001f * (sqrtf(_mm512_reduce_add_ps(far)) +
+                                  slack * sqrtf(_mm512_reduce_add_ps(square)));
+    steps[o] = step;
+    doubts[o] = doubt < 1e30f ? doubt : INFINITY;  // of what is no number too
+  }
+}
+
+static float length_of(const float *x, i64 C) {
+  __m512 square = ALL(0);
+  for (i64 i = 0; i < C; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    square = _mm512_fmadd_ps(v, v, square);
+  }
+  return sqrtf(_mm512_reduce_add_ps(square));
+}
+
+// The bounds of 16 logits of n rows; the largest lower one of each row so far.
+FLAT void bound(const Stack *s, const float *x, const float *lengths, i64 o, __mmask16 m,
+                __m512 *lowest, int n) {
+  const i64 C = s->hidden;
+  __m512 sums[SCREENED][16];
+  for (int j = 0; j < 16; j++) {
+    __m512 sum[SCREENED];
+    const int8_t *code = s->codes + (o + j) * C;
+    for (int r = 0; r < n; r++) sum[r] = ALL(0);
+    for (i64 i = 0; i < C; i += 16) {
+      _mm_prefetch((const char *)code + i + 4096, _MM_HINT_T0);
+      const __m512 c = _mm512_cvtepi32_ps(
+          _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(code + i))));
+#pragma GCC unroll 4
+      for (int r = 0; r < n; r++) sum[r] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + r * C + i), sum[r]);
+    }
+    for (int r = 0; r < n; r++) sums[r][j] = sum[r];
+  }
+  const __m512 step = _mm512_maskz_loadu_ps(m, s->steps + o);
+  const __m512 doubt = _mm512_maskz_loadu_ps(m, s->doubts + o);
+  const __m512 more = s->more ? _mm512_maskz_loadu_ps(m, (const float *)s->more + o) : ALL(0);
+  for (int r = 0; r < n; r++) {
+    const __m512 about = _mm512_mul_ps(sums_of(sums[r]), step), sum = _mm512_add_ps(about, more);
+    __m512 far = _mm512_mul_ps(doubt, ALL(lengths[r]));
+    far = _mm512_fmadd_ps(_mm512_add_ps(_mm512_abs_ps(about), _mm512_abs_ps(more)), ALL(5e-7f), far);
+    _mm512_mask_storeu_ps(s->highest + r * s->vocab + o, m, _mm512_add_ps(sum, far));
+    lowest[r] = _mm512_mask_max_ps(lowest[r], m, _mm512_sub_ps(sum, far), lowest[r]);
+  }
+}
+
+// Fill `highest` and this thread's `lowest`; whether the rows are sound enough for it.
+static int bound_all(const Crew *c) {
+  const Stack *s = c->s;
+  const int n = (int)c->t->rows;
+  const Span own = share_of(c, s->vocab);
+  const float *x = s->y;
+  float lengths[SCREENED];
+  __m512 lowest[SCREENED];
+  for (int r = 0; r < n; r++) {
+    lengths[r] = 1.0001f * length_of(x + r * s->hidden, s->hidden);
+    if (!(lengths[r] > 1e-15f && lengths[r] < 1e15f)) return 0;
+    lowest[r] = ALL(-INFINITY);
+  }
+  for (i64 o = own.from; o < own.to; o += 16) {
+    const __mmask16 m = own.to - o < 16 ? (1u << (own.to - o)) - 1 : 0xffff;
+    switch (n) {
+      case 1: bound(s, x, lengths, o, m, lowest, 1); break;
+      case 2: bound(s, x, lengths, o, m, lowest, 2); break;
+      case 3: bound(s, x, lengths, o, m, lowest, 3); break;
+      case 4: bound(s, x, lengths, o, m, lowest, 4); break;
+    }
+  }
+  for (int r = 0; r < n; r++)
+    c->t->lowest[c->me * SCREENED + r] = _mm512_reduce_max_ps(lowest[r]);
+  return 1;
+}
+
+// The largest of this thread's logits that could be the largest of all.
+static void try(const Crew *c) {
+  const Stack *s = c->s;
+  const i64 V = s->vocab, C = s->hidden, R = c->t->rows;
+  const Span own = share_of(c, V);
+  i64 tried = 0;
+  for (i64 r = 0; r < R; r++) {
+    float least = -INFINITY, top = -INFINITY, logit;
+    i64 place = own.from;
+    for (i64 i = 0; i < c->of; i++) {
+      const float other = c->t->lowest[i * SCREENED + r];
+      least = other > least ? other : least;
+    }
+    for (i64 o = own.from; o < own.to; o += 16) {
+      const __mmask16 m = own.to - o < 16 ? (1u << (own.to - o)) - 1 : 0xffff;
+      const __m512 high = _mm512_maskz_loadu_ps(m, s->highest + r * V + o);
+      // Not below: a bound that is no number excludes nothing.
+      __mmask16 open = _mm512_mask_cmp_ps_mask(m, high, ALL(least), _CMP_NLT_UQ);
+      for (; open; open &= open - 1, tried++) {
+        const i64 i = o + __builtin_ctz(open);
+        const Part part = {at(0, s->head.weight, i * C), s->head.bias ? at(0, s->head.bias, i) : 0,
+                           &logit, 1};
+        few(0, &part, at(0, s->y, r * C), 0, 1, C, 0, 1);
+        logit = _mm512_cvtss_f32(logits_at(0, s, &logit, 0, i, 1));
+        if (top == top && !(logit <= top)) top = logit, place = i;
+      }
+    }
+    c->t->peaks[c->me * R + r] = top;
+    c->t->best[c->me * R + r] = (int32_t)place;
+  }
+  c->t->tried[c->me] = tried;
+}
+
 static void agree(const Step *t, i64 of) {
   for (i64 r = 0; r < t->rows; r++) {
     i64 found = 0;
@@ -485,7 +623,13 @@ FLAT void run(int half, const Stack *s, const Step *t, i64 me, i64 of) {
       store(half, y, i, _mm512_mul_ps(load(half, y, i), ALL(s->head_scale)));
   }
   BARRIER
-  finish(half, c, widest);
+  if (!half && s->codes && !t->logits && t->rows <= SCREENED && bound_all(c)) {
+    BARRIER
+    try(c);
+  } else {
+    t->tried[me] = 0;
+    finish(half, c, widest);
+  }
   BARRIER
   if (me == 0) agree(t, of);
 }

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from topwork.ops.native.attention import has_amx
-from topwork.ops.native.build import library
+from topwork.ops.native.build import call, library
 
-MOST_ROWS, BLOCK = 32, 256
+MOST_ROWS, BLOCK, SCREENED = 32, 256, 4
 ACTIVATIONS = {
     "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
 }  # fmt: skip
@@ -39,14 +39,17 @@ def _halves(names: Sequence[str]) -> str:
 _Layer = _structure("_Layer", at=f"{_halves(PAIRS)} keys values memory_keys memory_values")
 _Stack = _structure(
     "_Stack",
-    at=f"layers words places {_halves(('first', 'last', 'head'))} more near",
+    at=f"layers words places {_halves(('first', 'last', 'head'))} more near codes steps doubts "
+    "highest",
     whole="count hidden heads size width vocab room texts_room reach activation centred before "
     "half tiles",
     real="eps scale word_scale head_scale",
     at_="x y q k v inner open said packed scores",
 )
 _Step = _structure(
-    "_Step", whole="rows position threads", at="ids from_ owner lengths logits peaks best"
+    "_Step",
+    whole="rows position threads",
+    at="ids from_ owner lengths logits peaks best lowest tried",
 )
 
 
@@ -121,6 +124,7 @@ class Program:
             setattr(self._stack, name, None if tensor is None else tensor.data_ptr())
         self._rows = 0
         self._bound: list[Any] = []
+        self._screen: tuple[Tensor, ...] = ()
 
     def bind(
         self, own: Sequence[tuple[Tensor, Tensor]], memory: Sequence[tuple[Tensor, Tensor]]
@@ -132,6 +136,35 @@ class Program:
             made.memory_keys, made.memory_values = seen.data_ptr(), told.data_ptr()
         self._stack.room, self._stack.texts_room = own[0][0].shape[2], memory[0][0].shape[2]
         self._rows = 0
+
+    def screen(self, wanted: bool = True) -> None:
+        """From now on look for the best in fp32 among those that a copy of the head in 8 bits
+        leaves; what is found is the same. The copy costs about what reading the head does.
+        """
+        s, stack = self.sizes, self._stack
+        self._screen = ()
+        if wanted:
+            codes = torch.empty(-(-s.vocab // 16) * 16, s.hidden, dtype=torch.int8)
+            steps, doubts = torch.empty(s.vocab), torch.empty(s.vocab)
+            self._screen = codes, steps, doubts, torch.empty(SCREENED, s.vocab)
+            weight = self.kept[1]["head"][0]
+            call(
+                "topwork_screen", weight, codes, steps, doubts, *weight.shape,
+                torch.get_num_threads(),
+            )  # fmt: skip
+        found = self._screen or (None,) * 4
+        for name, tensor in zip(("codes", "steps", "doubts", "highest"), found):
+            setattr(stack, name, None if tensor is None else tensor.data_ptr())
+
+    @property
+    def screened(self) -> bool:
+        """Whether there is a copy, and the last run had no more than four rows."""
+        return bool(self._screen) and self._rows <= SCREENED
+
+    @property
+    def tried(self) -> int:
+        """How many logits the last run computed in full behind the screen."""
+        return int(self._tried.sum())
 
     def _make_room(self, rows: int, threads: int) -> None:
         """Buffers for what passes between the parts."""
@@ -150,6 +183,8 @@ class Program:
         self.logits = torch.empty(0)
         self._peaks = torch.empty(threads + 1, rows)
         self._best = torch.empty(threads + 1, rows, dtype=torch.int32)
+        self._lowest = torch.empty(threads, SCREENED)
+        self._tried = torch.zeros(threads, dtype=torch.long)
         self._rows, self._threads, self._made = rows, threads, made
 
     def run(
@@ -170,7 +205,7 @@ class Program:
             rows, position, threads,
             *(t.data_ptr() for t in (ids, origin, owner, lengths)),
             self.logits.data_ptr() if whole else None,
-            *(t.data_ptr() for t in (self._peaks, self._best)),
+            *(t.data_ptr() for t in (self._peaks, self._best, self._lowest, self._tried)),
         )  # fmt: skip
         _kernel()(ctypes.addressof(self._stack), ctypes.addressof(step))
         return self.logits
