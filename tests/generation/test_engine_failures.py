@@ -29,7 +29,7 @@ def mamba():
 def failing(engine, id):
     """Let a pass over a piece with `id` raise once it is computed; how many pieces it had."""
     runner, told = getattr(engine.runner, "_modules", engine.runner), []
-    after = runner._after
+    after = runner._hidden
 
     def raising(pieces, *rest):
         found = after(pieces, *rest)
@@ -38,7 +38,7 @@ def failing(engine, id):
             raise RuntimeError("on purpose")
         return found
 
-    runner._after = raising
+    runner._hidden = raising
     return told
 
 

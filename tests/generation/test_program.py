@@ -13,7 +13,6 @@ from topwork import (
     PromptTuningConfig,
     get_peft_model,
 )
-from topwork.errors import ConfigError
 from topwork.generation import loop
 from topwork.generation.engine import Engine
 from topwork.generation.program import compile_step
@@ -379,13 +378,3 @@ def test_a_text_may_outgrow_the_trained_context_in_the_engine():
     alone = model.generate(torch.arange(1, 61)[None], max_new_tokens=30)
     assert len(request.ids) == alone.shape[1]
     assert request.ids[:64] == alone[0, :64].tolist()
-
-
-@pytest.mark.parametrize("kind", ["aLoRA", "prompt", "prefix"])
-def test_the_engine_refuses_an_adapter_that_is_no_change_of_a_rows_layers(kind):
-    engine = Engine(get_peft_model(make("llama"), GRAFTS[kind]).eval())
-    with pytest.raises(ConfigError, match=r"adapter 'default' .* use model.generate"):
-        engine.submit([1, 2, 3], max_new_tokens=2)
-    request = engine.submit([1, 2, 3], adapter=None, max_new_tokens=2)
-    list(engine.run())
-    assert request.finish_reason == "length"

@@ -104,6 +104,8 @@ def test_each_row_of_a_batch_goes_through_its_adapter(on, tmp_path):
         ours(input_ids=ids, adapter_names=["othr"] * 4)
     with pytest.raises(ConfigError, match="3 entries"):
         ours(input_ids=ids, adapter_names=names[:3])
+    with pytest.raises(ConfigError, match="5 entries for 4 rows"):
+        ours(ids, adapter_names=["other"] * 5)
     ours.train()
     with pytest.raises(ConfigError, match="for inference"):
         ours(input_ids=ids, adapter_names=names)

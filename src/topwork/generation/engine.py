@@ -32,8 +32,30 @@ from topwork.generation.request import ACTIVE, Event, Request
 from topwork.generation.runner import NativeRunner, Next, Piece, Runner, StateRunner, is_recurrent
 from topwork.generation.stopping import StopStrings
 from topwork.nn.paged import PagePool
+from topwork.peft.acting import Acting, acting
 
 Work = list[tuple[Request, Piece]]
+
+
+def chosen(model: Any, name: str | None) -> str | None:
+    """The adapter that `name` means; ConfigError where there is none, or no single active one."""
+    known = getattr(model, "peft_config", None) or {}
+    if name == ACTIVE:
+        active = list(getattr(model, "active_adapters", ())) if known else []
+        if len(active) > 1:
+            raise ConfigError(f"adapters {active} are active: name one, or None")
+        name = active[0] if active else None
+    if name is not None and name not in known:
+        raise ConfigError(f"there is no adapter {name!r}{nearest(name, known)}")
+    return name
+
+
+def room_of(model: Any, name: str | None) -> tuple[int, int]:
+    """How many virtual tokens adapter `name` puts before a text, and how often texts are cached."""
+    name = chosen(model, name)
+    config = None if name is None else model.peft_config[name]
+    lead = config.num_virtual_tokens if config is not None and config.is_prompt_learning else 0
+    return lead, 1 if config is None else config.passes
 
 
 class Engine:
@@ -97,6 +119,7 @@ class Engine:
         config: GenerationConfig | None = None,
         *,
         adapter: str | None = ACTIVE,
+        task_id: int | None = None,
         tokenizer: Any = None,
         logits_processor: Sequence[Processor] = (),
         stopping_criteria: Sequence[Criterion] = (),
@@ -104,8 +127,9 @@ class Engine:
         **options: Any,
     ) -> Request:
         """Queue one prompt [T]. `adapter`: a name, None for none, by default the active one;
-        `stop_strings` needs the `tokenizer`; with `top_logprobs`, `request.told` has what the
-        model said of each token, and of so many likeliest ones.
+        `task_id`: of an adapter that knows several; `stop_strings` needs the `tokenizer`; with
+        `top_logprobs`, `request.told` has what the model said of each token, and of so many
+        likeliest ones.
 
         Raises ConfigError for what cannot be meant; the other requests are not touched.
         """
@@ -122,11 +146,8 @@ class Engine:
         for name, given in refused.items():
             if given:
                 raise ConfigError(f"the engine does not offer {name}; submit plain requests")
-        if prompt.shape[1] + new > self.pool.pages * self.pool.size:
-            raise ConfigError(
-                f"{prompt.shape[1]} + {new} tokens do not fit into cache_tokens="
-                f"{self.pool.pages * self.pool.size}"
-            )
+        acts = acting(self.model, chosen(self.model, adapter), prompt[0].tolist(), task_id)
+        self._fits(acts, prompt.shape[1] + new)
         if top_logprobs is not None and not 0 <= top_logprobs <= self.model.config.vocab_size:
             raise ConfigError(
                 f"top_logprobs={top_logprobs} must be from 0 to the vocabulary's size"
@@ -134,27 +155,24 @@ class Engine:
         if settled.stop_strings:
             stopping_criteria = [*stopping_criteria, StopStrings(tokenizer, settled.stop_strings)]
         request = Request(
-            prompt[0].tolist(), settled, new, self._adapter(adapter),
+            prompt[0].tolist(), settled, new, acts,
             self.model.config.vocab_size, logits_processor, stopping_criteria, top_logprobs,
         )  # fmt: skip
         self._arrived.append(request)
         return request
 
-    def _adapter(self, name: str | None) -> str | None:
-        known = getattr(self.model, "peft_config", None) or {}
-        if name == ACTIVE:
-            active = list(getattr(self.model, "active_adapters", ())) if known else []
-            if len(active) > 1:
-                raise ConfigError(f"adapters {active} are active: name one, or None")
-            name = active[0] if active else None
-        if name is not None and name not in known:
-            raise ConfigError(f"there is no adapter {name!r}{nearest(name, known)}")
-        why = None if name is None else known[name].beyond_rows
-        if why is not None:
-            raise ConfigError(
-                f"adapter {name!r} {why}, which the engine's rows cannot do; use model.generate"
-            )
-        return name
+    def _fits(self, acts: Acting, tokens: int) -> None:
+        """ConfigError where so many tokens, acted on so, cannot be cached."""
+        if isinstance(self.runner, StateRunner):
+            if acts.lead and self.model.prompt_encoder[acts.adapter].is_prefix:
+                raise ConfigError(f"a recurrent model has no place for {acts.adapter!r}, a prefix")
+            if acts.twice and self.max_rows < 2:
+                raise ConfigError(f"{acts.adapter!r} reads twice: it needs max_rows=2 or more")
+            return  # a state has one size
+        room, tokens = self.pool.pages * self.pool.size, tokens + acts.lead
+        if -(-tokens // self.pool.size) * (1 + acts.twice) > self.pool.pages:
+            twice = "twice " * acts.twice
+            raise ConfigError(f"{twice}{tokens} tokens do not fit into cache_tokens={room}")
 
     @property
     def busy(self) -> bool:
@@ -185,7 +203,7 @@ class Engine:
             for i, (request, piece) in enumerate(done):
                 request.held += len(piece.ids)
                 request.name_pages(self.pool)
-                if request.held == len(request.ids):
+                if request.held == len(request.text):
                     ready.append((i, request))
             events += failed
             return events if following is None else events + self._choose(ready, following)
@@ -227,14 +245,14 @@ class Engine:
             self.pool.forget()
             self.runner.refresh()
             self._weights = self._versions()
-        promised = {name for request in self._running for name in request.promised()}
+        promised = {name for request in self._running for name in request.promised(self.pool)}
         for request in list(self._waiting):
             # Where another request is about to write the same beginning, wait and share it.
             if promised and not promised.isdisjoint(request.names_of_prompt(self.pool)):
                 continue
             if len(self._running) >= self.max_rows or not request.start(self.pool):
                 return
-            promised.update(request.promised())
+            promised.update(request.promised(self.pool))
             self._waiting.remove(request)
             self._running.append(request)
 
@@ -265,8 +283,7 @@ class Engine:
             if not self._room(request, count):
                 continue
             left -= count
-            new = request.ids[request.held : request.held + count]
-            work.append((request, Piece(new, request.held, request.pages, request.adapter)))
+            work.append((request, request.piece(count)))
         return [(r, p) for r, p in work if r in self._running]
 
     def _room(self, request: Request, count: int) -> bool:
@@ -279,7 +296,7 @@ class Engine:
             self._waiting.insert(0, youngest)
             if youngest is request:
                 return False
-        request.pages += self.pool.take(wanted)
+        request.grow(request.held + count, self.pool)
         return True
 
     # -- choosing --------------------------------------------------------------------------------

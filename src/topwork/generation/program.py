@@ -184,13 +184,12 @@ class CachedProgram:
 
 
 def compile_step(
-    model: Any, rows: int, length: int, adapters: Sequence[str] = (), **how: bool
+    model: Any, rows: int, length: int, adapters: Sequence[str] | None = None, **how: bool
 ) -> StepProgram | None:
     """The step of `model` for `rows` rows and texts of up to `length` tokens, or None.
 
-    `adapters`: which adapters a row may name by their index; without, the active one acts on every
-    row. `how`: portable and steady, see
-    `Program`.
+    `adapters`: which adapters a row may name by their index; None: the active one acts on every
+    row. `how`: portable and steady, see `Program`.
     """
     if rows > decode.MOST_ROWS or not decode.ready():
         return None
@@ -214,8 +213,9 @@ class _Writer:
     """Writes the program of one model."""
 
     def __init__(
-        self, model: Any, rows: int, length: int, adapters: Sequence[str], how: Mapping[str, Any]
-    ) -> None:
+        self, model: Any, rows: int, length: int, adapters: Sequence[str] | None,
+        how: Mapping[str, Any],
+    ) -> None:  # fmt: skip
         trunk, head = model.trunk, getattr(model, "lm_head", None)
         _known(type(trunk) is Decoder and head is not None, type(trunk))
         self.trunk: Decoder = trunk
@@ -380,7 +380,8 @@ class _Writer:
             rows, before = slice(start, start + to.shape[1]), module
             start = rows.stop
             weights.append((self._weight(module, rows), to))
-            found = [self._term(module, name, rows) for name in self.adapters or _active(module)]
+            names = _active(module) if self.adapters is None else self.adapters
+            found = [self._term(module, name, rows) for name in names]
             if any(term is not None for term in found):
                 terms.append((found, to))
         self.program.linears(x, weights, add)
@@ -409,7 +410,7 @@ class _Writer:
         graft = module.grafts.get(name)
         if graft is None:
             return None
-        term = graft.term()
+        term = graft.term() if self.adapters is None else graft.token_term()
         _known(term is not None, graft)
         assert term is not None
         a, b = (t.detach().to(torch.bfloat16).contiguous() for t in (term.a, term.b[rows]))

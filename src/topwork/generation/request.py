@@ -11,12 +11,17 @@ from torch import Tensor
 
 from topwork.errors import ConfigError, TopworkError
 from topwork.generation import draw
+from topwork.generation.chain import Chain
 from topwork.generation.config import GenerationConfig
 from topwork.generation.loop import Criterion
 from topwork.generation.processors import NEVER, Processor, apply, processors
+from topwork.generation.runner import Piece
 from topwork.nn.paged import PagePool
+from topwork.peft.acting import Acting
 
 ACTIVE = "__active__"
+VIRTUAL = -1
+"""What stands in a text for a virtual token."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,7 @@ class Request:
         prompt: list[int],
         config: GenerationConfig,
         new: int,
-        adapter: str | None,
+        acting: Acting,
         vocab: int,
         extra: Sequence[Processor] = (),
         criteria: Sequence[Criterion] = (),
@@ -63,16 +68,19 @@ class Request:
         self.prompt = prompt
         self.config = config
         self.new = new
-        self.adapter = adapter
+        self.acting = acting
         self.ids = list(prompt)
+        self.text = [VIRTUAL] * acting.lead + self.ids  # what is cached
         self.logprobs: list[float] = []
         self.top_logprobs = top_logprobs
         self.told: list[Told] = []
         self.finish_reason: str | None = None
         self.error: Exception | None = None
         self.cancelled = False
-        self.pages: list[int] = []
-        self.held = 0  # tokens whose keys and values lie in the pages
+        of = None if acting.adapter is None else acting
+        self._chain = Chain(acting.own, of)
+        self._bare = Chain(0, (of, "bare")) if acting.twice else None  # of the first pass
+        self.held = 0  # tokens of the text whose keys and values lie in the pages
         self.generator = draw.stream(config.seed)
         length = len(prompt)
         self.processors = processors(
@@ -80,9 +88,6 @@ class Request:
         )  # fmt: skip
         self._stops = frozenset(config.stops)
         self._criteria = criteria
-        self._names: list[int] = []  # of the full pages
-        self._prompt_pages = 0
-        self._named = 0
         self._started = time.monotonic()
         self._said: Tensor | None = None  # log-probabilities [V] of the next token
 
@@ -101,7 +106,19 @@ class Request:
         """End it at the next step; its pages become free."""
         self.cancelled = True
 
+    @property
+    def adapter(self) -> str | None:
+        return self.acting.adapter
+
     # -- for the engine --------------------------------------------------------------------------
+
+    @property
+    def pages(self) -> list[int]:
+        return self._chain.pages
+
+    @property
+    def _chains(self) -> list[Chain]:
+        return [self._chain] if self._bare is None else [self._chain, self._bare]
 
     @property
     def made(self) -> int:
@@ -113,54 +130,59 @@ class Request:
         return limit is not None and time.monotonic() - self._started > limit
 
     def next_count(self, piece: int) -> int:
-        """Tokens of the next piece: they end at multiples of `piece`, whoever else is there."""
-        return min(len(self.ids), self.held // piece * piece + piece) - self.held
+        """Tokens of the next piece: it ends at a multiple of `piece`, or with the virtual ones."""
+        stop = min(len(self.text), self.held // piece * piece + piece)
+        return (min(stop, self.acting.lead) if self.held < self.acting.lead else stop) - self.held
+
+    def piece(self, count: int) -> Piece:
+        """The next `count` tokens."""
+        new = self.text[self.held : self.held + count]
+        bare = [] if self._bare is None else self._bare.pages
+        return Piece(new, self.held, self.pages, self.acting, bare)
 
     def pages_for(self, tokens: int, size: int) -> int:
         """How many more pages `tokens` tokens need."""
-        return max(0, -(-tokens // size) - len(self.pages))
+        return sum(max(0, -(-tokens // size) - len(chain.pages)) for chain in self._chains)
+
+    def grow(self, tokens: int, pool: PagePool) -> None:
+        """Take the pages that `tokens` tokens need."""
+        for chain in self._chains:
+            chain.pages += pool.take(max(0, -(-tokens // pool.size) - len(chain.pages)))
 
     def names_of_prompt(self, pool: PagePool) -> list[int]:
         """A name for each full page before the prompt's last id."""
-        size = pool.size
-        while (len(self._names) + 1) * size <= len(self.ids):
-            end = (len(self._names) + 1) * size
-            before = self._names[-1] if self._names else self.adapter
-            self._names.append(pool.name_for(before, tuple(self.ids[end - size : end])))
-        self._prompt_pages = (len(self.prompt) - 1) // size
-        return self._names[: self._prompt_pages]
+        return self._chain.names(self.text, pool)[: self._prompt_pages(pool)]
 
-    def promised(self) -> list[int]:
+    def _prompt_pages(self, pool: PagePool) -> int:
+        return (self.acting.lead + len(self.prompt) - 1) // pool.size
+
+    def promised(self, pool: PagePool) -> list[int]:
         """Names of pages of the prompt that are still to be written."""
-        return self._names[self._named : self._prompt_pages]
+        return self._chain.promised(self._prompt_pages(pool))
 
     def start(self, pool: PagePool) -> bool:
         """Take over pages that hold the beginning already; False when pages are too scarce."""
-        self.names_of_prompt(pool)
-        for name in self._names[: (len(self.ids) - 1) // pool.size]:
-            page = pool.find(name)
-            if page is None:
-                break
-            self.pages.append(page)
-        self.held = len(self.pages) * pool.size
-        self._named = len(self.pages)
-        if self.pages_for(len(self.ids) + 1, pool.size) > pool.spare:
+        for chain in self._chains:
+            chain.find(self.text, pool)
+        found = min(len(chain.pages) for chain in self._chains)
+        for chain in self._chains:
+            chain.keep(found, pool)
+        self.held = found * pool.size
+        if self.pages_for(len(self.text) + 1, pool.size) > pool.spare:
             self.stop(pool)
             return False
         return True
 
     def name_pages(self, pool: PagePool) -> None:
         """Let others find the pages that have become full."""
-        full = self.held // pool.size
-        self.names_of_prompt(pool)
-        for i in range(self._named, min(full, len(self._names))):
-            pool.name(self.pages[i], self._names[i])
-        self._named = max(self._named, min(full, len(self._names)))
+        for chain in self._chains:
+            chain.name(self.held, self.text, pool)
 
     def stop(self, pool: PagePool) -> None:
         """Give the pages back; what was made stays, so that it could go on later."""
-        pool.release(self.pages)
-        self.pages, self.held, self._named = [], 0, 0
+        for chain in self._chains:
+            chain.keep(0, pool)
+        self.held = 0
 
     @property
     def takes_best(self) -> bool:
@@ -191,6 +213,7 @@ class Request:
     def give(self, token: int, logprob: float | None = None) -> str | None:
         """Append a token; the reason when the request ends with it."""
         self.ids.append(token)
+        self.text.append(token)
         if logprob is not None:
             self.logprobs.append(logprob)
         if self._said is not None:

@@ -5,32 +5,47 @@ A runner takes pieces of texts whose pages are ready, and gives the logits after
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from topwork import ops
-from topwork.errors import ConfigError
 from topwork.generation.program import StepProgram, compile_step
 from topwork.nn.mamba import RecurrentStore
 from topwork.nn.paged import PagedRows, PagePool
 from topwork.ops.native.decode import MOST_ROWS
+from topwork.peft.acting import Acting, apart, low_rank, virtual_tokens, within
+from topwork.peft.targets import is_wrapper
 
-NO_ADAPTER = "__base__"
+NOTHING = Acting()
 
 
 @dataclass
 class Piece:
-    """New `ids` of one text behind the `start` tokens that its `pages` hold already."""
+    """New `ids` of one text behind the `start` tokens that its `pages` hold already; `bare`: the
+    pages of its first pass, if it is read twice. Virtual tokens are pieces of their own."""
 
     ids: list[int]
     start: int
     pages: list[int]
-    adapter: str | None = None
+    acting: Acting = NOTHING
+    bare: list[int] = field(default_factory=list)
+
+    @property
+    def is_virtual(self) -> bool:
+        return self.start < self.acting.lead
+
+    def parts(self) -> list[list[Piece]]:
+        """Its tokens before the adapter's own, which must see nothing of it, and the others."""
+        before = self.acting.own - self.start
+        if not 0 < before < len(self.ids):
+            return [[self]]
+        first = replace(self, ids=self.ids[:before], acting=NOTHING)
+        rest = replace(self, ids=self.ids[before:], start=self.start + before)
+        return [[first], [rest]]
 
 
 @dataclass
@@ -65,14 +80,19 @@ class Runner(Protocol):
 
 
 class ModuleRunner:
-    """Runs the model's own modules: single tokens as one batch, longer pieces one by one."""
+    """Runs the model's own modules: single tokens as one batch, longer pieces one by one.
+
+    Adapters that change what all rows go through have batches of their own.
+    """
 
     def __init__(self, model: Any, pool: PagePool) -> None:
         self.model = model
         self.pool = pool
+        self.refresh()
 
     def refresh(self) -> None:
-        """The modules are read at each step."""
+        """The modules are read at each step; here, which adapters cannot share one."""
+        self._apart = apart(self.model)
 
     def run(self, pieces: Sequence[Piece]) -> Next:
         was_training = self.model.training
@@ -83,42 +103,75 @@ class ModuleRunner:
             self.model.train(was_training)
 
     def _logits(self, pieces: Sequence[Piece]) -> Tensor:
-        groups: list[list[int]] = [[i for i, p in enumerate(pieces) if len(p.ids) == 1]]
-        groups += [[i] for i, p in enumerate(pieces) if len(p.ids) > 1]
+        groups: dict[Hashable, list[int]] = {}
+        for i, piece in enumerate(pieces):
+            name = piece.acting.adapter
+            single = len(piece.ids) == 1 and not piece.is_virtual
+            shared = (name,) if name in self._apart else ()
+            groups.setdefault(shared if single else i, []).append(i)
         logits: list[Tensor | None] = [None] * len(pieces)
-        for group in groups:
-            if group:
-                found = self._batch([pieces[i] for i in group])
-                for i, row in zip(group, found):
-                    logits[i] = row
+        for group in groups.values():
+            parts = pieces[group[0]].parts() if len(group) == 1 else [[pieces[i] for i in group]]
+            for i, row in zip(group, [self._batch(part) for part in parts][-1]):
+                logits[i] = row
         return torch.stack([row for row in logits if row is not None])
 
     def _batch(self, pieces: Sequence[Piece]) -> Tensor:
         """Pieces of one length [B, T] → [B, V]."""
-        ids = torch.tensor([p.ids for p in pieces])
-        starts = torch.tensor([p.start for p in pieces])
-        positions = starts[:, None] + torch.arange(ids.shape[1])
-        rows = PagedRows(self.pool, [p.pages for p in pieces], starts.tolist(), ids.shape[1])
-        keep = None if bool(rows.keep.all()) else rows.keep
-        return self._after(pieces, ids, positions, ops.Layout(None, rows.length, keep), rows)
+        virtual = None
+        if pieces[0].is_virtual:
+            virtual = virtual_tokens(self.model, pieces[0].acting)
+            if isinstance(virtual, list):
+                return self._stored(pieces[0], virtual)
+        twice = [piece for piece in pieces if piece.acting.twice]
+        bare = None
+        if twice:
+            bare = self._hidden([replace(p, acting=NOTHING, pages=p.bare) for p in twice])
+        last = self._hidden(pieces, bare, virtual)[:, -1:]
+        if not is_wrapper(self.model.get_output_embeddings()):
+            return self.model.head(last[:, 0]).float()
+        ends = torch.tensor([[p.start + len(p.ids) - 1] for p in pieces])
+        with self._adapters(pieces, ends, None if bare is None else bare[:, -1:]):
+            return self.model.head(last)[:, 0].float()
 
-    def _after(
+    def _adapters(self, pieces: Sequence[Piece], positions: Tensor, bare: Tensor | None) -> Any:
+        rows = [p.acting for p in pieces]
+        return within(self.model, rows, positions, bare, rows[0].adapter not in self._apart)
+
+    def _stored(self, piece: Piece, layers: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Put a prefix's keys and values where the piece lies; nothing follows it [1, V]."""
+        stop = piece.start + len(piece.ids)
+        rows = PagedRows(self.pool, [piece.pages], [piece.start], len(piece.ids))
+        for layer, (k, v) in enumerate(layers):
+            rows.update(layer, k[:, piece.start : stop], v[:, piece.start : stop])
+        return torch.zeros(1, self.model.config.vocab_size)
+
+    def _hidden(
+        self, pieces: Sequence[Piece], bare: Tensor | None = None, virtual: Tensor | None = None
+    ) -> Tensor:
+        """[B, T, C]; `bare`: of the first pass, for those that are read twice; `virtual`
+        [1, lead, C]: the embeddings of virtual tokens."""
+        starts, new = [p.start for p in pieces], len(pieces[0].ids)
+        rows = PagedRows(self.pool, [p.pages for p in pieces], starts, new)
+        keep = None if bool(rows.keep.all()) else rows.keep
+        return self._through(pieces, ops.Layout(None, rows.length, keep), rows, bare, virtual)
+
+    def _through(
         self,
         pieces: Sequence[Piece],
-        ids: Tensor,
-        positions: Tensor,
         layout: ops.Layout,
         cache: Any,
+        bare: Tensor | None,
+        virtual: Tensor | None,
     ) -> Tensor:
-        with self._adapters([p.adapter for p in pieces]):
-            hidden = self.model.trunk(ids, positions=positions, layout=layout, cache=cache)
-            return self.model.head(hidden[:, -1]).float()
-
-    def _adapters(self, names: list[str | None]) -> Any:
-        by_row = getattr(self.model, "rows_by_adapter", None)
-        if by_row is None:
-            return nullcontext()
-        return by_row([name or NO_ADAPTER for name in names])
+        starts = torch.tensor([p.start for p in pieces])[:, None]
+        positions = starts + torch.arange(len(pieces[0].ids))
+        ids = torch.tensor([p.ids for p in pieces]) if virtual is None else None
+        embeds = None if virtual is None else virtual[:, positions[0]]
+        with self._adapters(pieces, positions, bare):
+            return self.model.trunk(
+                ids, inputs_embeds=embeds, positions=positions, layout=layout, cache=cache
+            )
 
 
 def is_recurrent(model: Any) -> bool:
@@ -149,22 +202,23 @@ class StateRunner(ModuleRunner):
                     to[pages] = value
         return found
 
-    def _batch(self, pieces: Sequence[Piece]) -> Tensor:
-        ids = torch.tensor([p.ids for p in pieces])
+    def _hidden(
+        self, pieces: Sequence[Piece], bare: Tensor | None = None, virtual: Tensor | None = None
+    ) -> Tensor:
         starts = torch.tensor([p.start for p in pieces])[:, None]
         pages = torch.tensor([p.pages[0] for p in pieces])
-        past, new = int(starts.max()), ids.shape[1]
+        past, new = int(starts.max()), len(pieces[0].ids)
         keep = torch.arange(past + new) >= past - starts  # rows are aligned at their ends
         cache = self.model.new_cache()
         for store, held in zip(cache.stores, self._held):
             store.length = past
             if held is not None:  # what a page held of another text is forgotten
                 old = (starts > 0)[..., None]
-                store.inputs, store.state = (t[pages] * old for t in held)
+                store.inputs, store.state = (torch.where(old, t[pages], 0) for t in held)
         layout = ops.Layout(None, past, None if bool(keep.all()) else keep)
-        logits = self._after(pieces, ids, starts + torch.arange(new), layout, cache)
+        hidden = self._through(pieces, layout, cache, bare, virtual)
         self._made.append((pages, [(store.inputs, store.state) for store in cache.stores]))
-        return logits
+        return hidden
 
 
 class NativeRunner:
@@ -178,7 +232,7 @@ class NativeRunner:
         self.pool = pool
         self._modules = ModuleRunner(model, pool)
         self._step: StepProgram | None = None
-        self._adapters: list[str] = []
+        self._adapters: list[str] | None = None
         self.refresh()
 
     @property
@@ -187,7 +241,8 @@ class NativeRunner:
 
     def refresh(self) -> None:
         """Read the model again: its weights or adapters have changed."""
-        self._adapters = list(getattr(self.model, "peft_config", {}))
+        self._modules.refresh()
+        self._adapters = low_rank(self.model)
         length = self.pool.pages * self.pool.size  # a text may outgrow the trained context
         step = None
         if self.pool.size % 16 == 0:
@@ -205,15 +260,22 @@ class NativeRunner:
     def run(self, pieces: Sequence[Piece]) -> Next:
         if self._step is None:
             return self._modules.run(pieces)
+        index = self._index
+        rest = [i for i, p in enumerate(pieces) if p.is_virtual or p.acting.on_layers not in index]
         # Rows of one adapter side by side share its tiles.
-        index = {name: i for i, name in enumerate(self._adapters)}
-        for piece in pieces:
-            if piece.adapter is not None and piece.adapter not in index:
-                raise ConfigError(f"the adapter {piece.adapter!r} is no longer there")
-        order = sorted(range(len(pieces)), key=lambda i: index.get(pieces[i].adapter or "", -1))
-        back = torch.tensor(order).argsort()
-        found = self._in_groups([pieces[i] for i in order])
+        order = sorted(
+            set(range(len(pieces))) - set(rest), key=lambda i: index[pieces[i].acting.on_layers]
+        )
+        parts = [self._in_groups([pieces[i] for i in order])] if order else []
+        parts += [self._modules.run([pieces[i] for i in rest])] if rest else []
+        back = torch.tensor([*order, *rest]).argsort()
+        found = Next.joined(parts)
         return Next(found.logits[back], found.peak[back], found.best[back])
+
+    @property
+    def _index(self) -> dict[str | None, int]:
+        """The adapters that the program knows, and none, by their numbers in it."""
+        return {None: -1} | {name: i for i, name in enumerate(self._adapters or ())}
 
     def _in_groups(self, pieces: Sequence[Piece]) -> Next:
         """As many rows at once as the program takes."""
@@ -238,14 +300,16 @@ class NativeRunner:
         pages = torch.tensor(
             [[*p.pages, *[0] * (longest - len(p.pages))] for p in pieces], dtype=torch.int32
         )
-        index = {name: i for i, name in enumerate(self._adapters)}
-        adapter = torch.tensor([index.get(p.adapter or "", -1) for p in pieces], dtype=torch.int32)
+        positions = starts.repeat_interleave(counts) + offsets
+        adapter = torch.tensor([self._index[p.acting.on_layers] for p in pieces])
+        acts = positions >= torch.tensor([p.acting.start for p in pieces]).repeat_interleave(counts)
+        adapter = torch.where(acts, adapter.repeat_interleave(counts), -1).to(torch.int32)
         step, count = self._step, len(pieces)
         logits = step.run(
             ids,
-            starts.repeat_interleave(counts) + offsets,
+            positions,
             pages.repeat_interleave(counts, 0),
-            adapter=adapter.repeat_interleave(counts) if self._adapters else None,
+            adapter=adapter if self._adapters else None,
             wanted=(ends - 1).to(torch.int32),
         )
         # The next group of rows goes into the same buffers.

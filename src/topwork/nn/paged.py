@@ -124,6 +124,7 @@ class PagedRows:
         offsets = torch.arange(pool.size)
         for row, (held, end) in enumerate(zip(pages, ends)):
             slots = (torch.tensor(held)[:, None] * pool.size + offsets).flatten()[:end]
+            place[row] = slots[0]  # out of sight, and its own: another text's may be no numbers
             place[row, self.span - end :] = slots
             self.keep[row, self.span - end :] = True
         self._place = place // pool.size, place % pool.size

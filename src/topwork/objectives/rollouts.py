@@ -14,7 +14,8 @@ from topwork.data.prepare import Sample
 from topwork.data.prompts import written
 from topwork.data.rows import Row, read_rows
 from topwork.errors import ConfigError, DataError, TrainingError
-from topwork.generation.engine import Engine
+from topwork.generation.engine import Engine, room_of
+from topwork.generation.request import ACTIVE
 from topwork.media.placed import Placed, Placer
 from topwork.objectives.rewards import Completion
 from topwork.text import Tokenizer
@@ -101,7 +102,8 @@ class EngineWriter:
     ) -> list[Answer]:
         """Beginnings that several texts share are read once; texts leave as they end."""
         rows = min(ENGINE_ROWS, len(texts))
-        longest = max(len(t) + n for t, n in zip(texts, limits))
+        lead, passes = room_of(model, self.options.get("adapter", ACTIVE))
+        longest = (max(len(t) + n for t, n in zip(texts, limits)) + lead) * passes
         engine = Engine(model, max_rows=rows, cache_tokens=(rows + 1) * (longest + 32))
         asked = [
             engine.submit(list(text), **{**self.options, "max_new_tokens": limit, "seed": seed})

@@ -83,9 +83,19 @@ class PeftConfig:
         return False
 
     @property
+    def passes(self) -> int:
+        """How often the model reads each text."""
+        return 1
+
+    @property
     def beyond_rows(self) -> str | None:
-        """What the adapter does that is no change of one row's layers, if anything: the engine
-        mixes rows and leaves it to `generate`."""
+        """What it does that cannot be had text by text, if anything: the engine mixes texts and
+        leaves it to `generate`."""
+        return None
+
+    @property
+    def tasks(self) -> int | None:
+        """How many tasks it knows, where each row names one."""
         return None
 
     def to_dict(self) -> dict[str, Any]:

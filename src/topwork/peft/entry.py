@@ -4,7 +4,7 @@ of the tokens (aLoRA's invocation, X-LoRA's scalings, a shadow, Poly's tasks), o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -86,10 +86,16 @@ class Entry:
     @contextmanager
     def _telling(self, call: dict[str, Any]) -> Iterator[None]:
         """Within it the layers know what the arguments of a `call` say to their methods."""
-        told = [name for name in self.owner.active_adapters if name in self._told]
+        with self.telling(self.owner.active_adapters, call):
+            yield
+
+    @contextmanager
+    def telling(self, names: Iterable[str], call: dict[str, Any]) -> Iterator[None]:
+        """The same for the adapters `names`."""
         with ExitStack() as stack:
-            for name in told:
-                stack.enter_context(self._told[name].during(self.owner.peft_config[name], call))
+            for name in names:
+                if name in self._told:
+                    stack.enter_context(self._told[name].during(self.owner.peft_config[name], call))
             yield
 
     def _ours(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -112,7 +118,8 @@ class Entry:
         """The model's modules, whose own methods find this object's `backbone` and `new_cache`."""
         if self._made is None or not torch.compiler.is_compiling():
             self._made = copy.copy(self.model)
-            self._made.backbone, self._made.new_cache = self.backbone, self.new_cache
+            # Not by setattr: a module may stand under that name (Mamba's trunk).
+            vars(self._made).update(backbone=self.backbone, new_cache=self.new_cache)
         return self._made
 
     def _weighed(

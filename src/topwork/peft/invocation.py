@@ -13,6 +13,7 @@ from torch import Tensor
 
 from topwork.errors import ConfigError
 from topwork.ops.recompute import Carried
+from topwork.peft.parts import telling, told
 
 NEVER = 2**62
 """The start of an adapter that does not act on a row."""
@@ -30,22 +31,25 @@ class Invoked:
         """The tokens of `name` as they lie in a layer's input of `shape`."""
         return laid(self.on[name], self.keep, shape)
 
+    def part(self, shape: torch.Size, dim: int, index: Tensor) -> Invoked:
+        return Invoked({n: self.laid(n, shape).index_select(dim, index.cpu()) for n in self.on})
 
-def laid(told: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
-    """What is told [B, T, ...] of tokens, as those lie in a layer's input of `shape`."""
-    if shape[:2] == told.shape[:2]:
-        return told
+
+def laid(said: Tensor, keep: Tensor | None, shape: torch.Size) -> Tensor:
+    """What is `said` [B, T, ...] of tokens, as those lie in a layer's input of `shape`."""
+    if shape[:2] == said.shape[:2]:
+        return said
     if keep is not None and shape[0] == 1 and shape[1] == int(keep.sum()):
-        return told[keep][None]
-    if len(shape) == 2 and shape[0] == told.shape[0] * told.shape[1]:
-        return told.flatten(0, 1)
+        return said[keep][None]
+    if len(shape) == 2 and shape[0] == said.shape[0] * said.shape[1]:
+        return said.flatten(0, 1)
     raise ConfigError(
-        f"which of the {list(told.shape[:2])} tokens a layer's input {list(shape)} holds is not "
+        f"which of the {list(said.shape[:2])} tokens a layer's input {list(shape)} holds is not "
         "known"
     )
 
 
-INVOKED: Carried[Invoked] = Carried("topwork.invoked")
+INVOKED: Carried[Invoked] = told(Carried("topwork.invoked"))
 
 
 def invoked(name: str, y: Tensor) -> Tensor:
@@ -57,21 +61,6 @@ def invoked(name: str, y: Tensor) -> Tensor:
             "with input_ids"
         )
     return state.laid(name, y.shape).to(y.device)
-
-
-@contextmanager
-def narrowed(shape: torch.Size, dim: int, index: Tensor) -> Iterator[None]:
-    """Within it a layer computes the part `index` along `dim` of an input of `shape`."""
-    state = INVOKED.get()
-    if state is None:
-        yield
-        return
-    on = {name: state.laid(name, shape).index_select(dim, index.cpu()) for name in state.on}
-    token = INVOKED.set(Invoked(on))
-    try:
-        yield
-    finally:
-        INVOKED.reset(token)
 
 
 class Invocations:
@@ -130,11 +119,8 @@ class Invocations:
     def within(self, ids: Tensor | None, keep: Tensor | None, lengths: Any, cache: Any, past: int
                ) -> Iterator[None]:  # fmt: skip
         """Within it the layers know on which of the new `ids` adapters act."""
-        token = INVOKED.set(self.seen(ids, keep, lengths, past, cache))
-        try:
+        with telling(INVOKED, self.seen(ids, keep, lengths, past, cache)):
             yield
-        finally:
-            INVOKED.reset(token)
 
     @contextmanager
     def hooked(self, model: Any) -> Iterator[None]:

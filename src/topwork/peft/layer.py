@@ -20,7 +20,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites, targets, usual
 from topwork.peft.config import PeftConfig
-from topwork.peft.invocation import narrowed
+from topwork.peft.parts import narrowed
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
 from topwork.peft.tensors import Bare, Matrix, Tensors
@@ -52,6 +52,8 @@ class Graft:
     """The layers it goes to."""
     USUAL: ClassVar[dict[str, Any]] = usual.LINEARS
     """model_type → the modules it goes to where none are named."""
+    BY_ROW: ClassVar[bool] = True
+    """Whether the rows of a pass may go through different adapters."""
     SHOWN: ClassVar[dict[str, str]] = {}
     """What the layer shows of its adapters, by their names: peft's attribute → the graft's."""
 
@@ -128,6 +130,10 @@ class Graft:
     def share_from(cls, config: Any, layers: list[Any], model: nn.Module) -> dict[str, Tensor]:
         """The same, where it follows from the weights of `model`."""
         return cls.share(config, layers)
+
+    def token_term(self) -> ops.LoraTerm | None:
+        """Its term on the tokens on which it acts, for a caller that knows those."""
+        return self.term()
 
     def whole(self, x: Tensor) -> Tensor | None:
         """The layer's output at once, where no other adapter computes on it; None: step by step."""
@@ -332,13 +338,21 @@ class AdaptedLayer(nn.Module):
     # -- computing -------------------------------------------------------------------------------
 
     def _using(self) -> list[Graft]:
+        """What computes, where all rows go through the same."""
         if self.disabled or self.merged_adapters:
             return []
-        return [self.grafts[name] for name in self.active if name in self.grafts]
+        names = self.active if self.rows is None else self.rows.through(self.grafts)[0]
+        return [self.grafts[name] for name in names if name in self.grafts]
+
+    def _differs(self) -> bool:
+        """Whether rows go through different adapters here."""
+        if self.rows is None or self.disabled or self.merged_adapters:
+            return False
+        return len(self.rows.through(self.grafts)) > 1
 
     def linear_parts(self) -> ops.LinearParts | None:
         """What this layer computes, so that a block can run several as one function."""
-        if self.rows is not None or self.site.kind != "linear":
+        if self.site.kind != "linear" or self._differs():
             return None
         parts = sites.linear_parts(self.base_layer)
         terms = [graft.term() for graft in self._using()]
@@ -347,7 +361,7 @@ class AdaptedLayer(nn.Module):
         return replace(parts, terms=(*parts.terms, *(t for t in terms if t is not None)))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.rows is not None and not self.disabled and not self.merged_adapters:
+        if self.rows is not None and self._differs():
             return self._by_rows(x, self.rows)
         parts = self.linear_parts()
         if parts is not None:
@@ -396,8 +410,8 @@ class AdaptedLayer(nn.Module):
         parts, order = [], []
         dim = rows.dim_of(x)
         for name, index in rows.of(x).items():
-            using = [self.grafts[name]] if name in self.grafts else []
-            if any(graft.changes() for graft in using):
+            using = [self.grafts[n] for n in rows.members(name) if n in self.grafts]
+            if not all(graft.BY_ROW for graft in using):
                 raise ConfigError(f"adapter_names: {using[0].path} has one adapter for all rows")
             with narrowed(x.shape, dim, index):
                 parts.append(self._through(x.index_select(dim, index), using, self.base_layer))

@@ -86,7 +86,7 @@ class PeftModel(nn.Module):
         `adapter_names`: one adapter for each row of the batch (or each packed document of
         `lengths`), "__base__" for none. `task_ids` [B]: for multitask prompt tuning.
         """
-        with self.rows_by_adapter(adapter_names, kwargs):
+        with self.rows_by_adapter(adapter_names, {**dict(zip(("input_ids",), args)), **kwargs}):
             output = self.entry.call("forward", args, kwargs)
         penalty = self.penalty() if self.training else None
         if penalty is not None and getattr(output, "loss", None) is not None:
@@ -307,8 +307,8 @@ class PeftModel(nn.Module):
             raise ConfigError("adapter_names does not go with modules that are trained whole")
         if self.training:
             raise ConfigError("adapter_names is for inference; call eval() first")
-        call = call or {}
-        rows = Rows(names, call.get("attention_mask"), call.get("lengths"))
+        members = {name: self._expanded((name,)) for name in set(names) & self.peft_config.keys()}
+        rows = Rows(names, call or {}, members)
         for layer in self._layers():
             layer.rows = rows
         self.entry.by_row = True

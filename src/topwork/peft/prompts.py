@@ -54,10 +54,6 @@ class PromptLearningConfig(PeftConfig):
     def is_prompt_learning(self) -> bool:
         return True
 
-    @property
-    def beyond_rows(self) -> str | None:
-        return "puts virtual tokens before the text"
-
 
 class Prompt(nn.Module):
     """The virtual tokens of one adapter. A method overrides what it does differently."""

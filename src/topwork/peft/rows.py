@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,18 @@ from topwork.errors import ConfigError
 class Rows:
     """Which adapter each row of a batch goes through ("__base__": none)."""
 
-    def __init__(self, names: list[str], keep: Tensor | None, lengths: Any = None) -> None:
+    def __init__(
+        self, names: list[str], call: Mapping[str, Any], members: Mapping[str, tuple[str, ...]]
+    ) -> None:
+        """Of a model's `call`. `members`: the adapters on layers that stand for a name, if others
+        than itself."""
+        keep, lengths = call.get("attention_mask"), call.get("lengths")
+        given = lengths or call.get("input_ids", names)
+        if len(names) != len(given):
+            raise ConfigError(f"adapter_names has {len(names)} entries for {len(given)} rows")
         self.names = names
+        self._members = members
+        self._distinct = list(dict.fromkeys(names))
         self._of_row = torch.arange(len(names))
         # A model may compute a padded batch as one packed row: then each token has its adapter.
         self._of_token: Tensor | None = None
@@ -22,6 +33,15 @@ class Rows:
             self._of_token = keep.bool().cpu().nonzero()[:, 0]
         elif lengths is not None:
             self._of_token = torch.repeat_interleave(self._of_row, torch.tensor(lengths))
+
+    def members(self, name: str) -> tuple[str, ...]:
+        """The adapters on layers that stand for `name`."""
+        return self._members.get(name, (name,))
+
+    def through(self, held: Container[str]) -> list[tuple[str, ...]]:
+        """The different sets of adapters that rows go through at a layer that has `held`."""
+        names = (self.members(name) for name in self._distinct)
+        return list(dict.fromkeys(tuple(n for n in part if n in held) for part in names))
 
     def _packed(self, x: Tensor) -> bool:
         tokens = self._of_token

@@ -16,6 +16,7 @@ from topwork.nn.cache import KVCache
 from topwork.ops.recompute import Carried
 from topwork.peft import inject
 from topwork.peft.invocation import laid
+from topwork.peft.parts import telling, told
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,12 @@ class Scalings:
     values: Tensor
     keep: Tensor | None = None
 
+    def part(self, shape: torch.Size, dim: int, index: Tensor) -> Scalings:
+        values = laid(self.values, self.keep, shape)
+        return Scalings(values.index_select(dim, index.to(values.device)))
 
-SCALINGS: Carried[Scalings] = Carried("topwork.scalings")
+
+SCALINGS: Carried[Scalings] = told(Carried("topwork.scalings"))
 
 
 def scaling(layer: int, y: Tensor) -> Tensor:
@@ -77,11 +82,8 @@ class Router(nn.Module):
     @contextmanager
     def within(self, hidden: Tensor, keep: Tensor | None = None) -> Iterator[None]:
         """Within it the adapters count by the scalings for `hidden`."""
-        token = SCALINGS.set(Scalings(self(hidden), keep))
-        try:
+        with telling(SCALINGS, Scalings(self(hidden), keep)):
             yield
-        finally:
-            SCALINGS.reset(token)
 
     def through(self, model: Any, input_ids: Tensor | None, **call: Any) -> Tensor:
         """Both passes of a model of ours; hidden states [B, T, C]."""

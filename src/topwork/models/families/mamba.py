@@ -181,14 +181,15 @@ class CausalMamba(CausalModel):
     # The checkpoint calls the trunk as the contract calls what it does: the module serves as both.
     @property
     def backbone(self) -> Mamba:  # type: ignore[override]
+        # A view of the model with adapters has an entry of its own.
+        return vars(self).get("backbone") or self.trunk
+
+    @property
+    def trunk(self) -> Mamba:
         try:
             return self._modules["backbone"]  # type: ignore[return-value]
         except KeyError:
             raise AttributeError("backbone") from None
-
-    @property
-    def trunk(self) -> Mamba:
-        return self.backbone
 
     @property
     def layer_count(self) -> int:

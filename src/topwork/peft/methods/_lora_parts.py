@@ -23,6 +23,7 @@ class ParameterLora(Graft):
     a B for each (`target_parameters`). In files a module's first parameter stands innermost."""
 
     KINDS = ("other", "linear", "embedding")
+    BY_ROW = False
 
     @property
     def names(self) -> list[str]:
@@ -93,6 +94,7 @@ class MultiheadLora(Graft):
     """
 
     KINDS = ("multihead",)
+    BY_ROW = False
     PLACES = (("in_proj_weight", "lora_", 1), ("out_proj.weight", "lora_out_", 2))
 
     def create(self) -> dict[str, Tensor | nn.Module]:

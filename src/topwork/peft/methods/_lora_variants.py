@@ -189,13 +189,16 @@ class ALora(Lora):
     def term(self) -> ops.LoraTerm | None:
         return None
 
+    def token_term(self) -> ops.LoraTerm | None:
+        return super().term()
+
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        on = invoked(self.name, y)
-        if on is None:
-            return y
+        on = invoked(self.name, y)[..., None]
         a, b = (m.to(y.dtype) for m in self.matrices())
         x = F.dropout(x, self.dropout, self.layer.training)
-        return y + F.linear(F.linear(x, a) * on[..., None].to(y.dtype), b) * self.scale
+        term = F.linear(F.linear(x, a), b) * self.scale
+        # Not times zero: a damaged adapter must leave alone what stands before its invocation.
+        return y + torch.where(on, term, 0)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         raise ConfigError(f"{self.path}: aLoRA acts on some tokens only and cannot be merged")

@@ -62,10 +62,6 @@ class AdaptionPromptConfig(LayerConfig):
     adapter_layers: int | None = None
     peft_type: str = "ADAPTION_PROMPT"
 
-    @property
-    def beyond_rows(self) -> str | None:
-        return "puts prompts into attention (LLaMA-Adapter)"
-
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("adapter_len", "adapter_layers"):
@@ -94,6 +90,7 @@ class AdaptionPromptConfig(LayerConfig):
 class AdaptionPrompt(Graft):
     """On attention's last linear. Its companion on the queries' linear hands them over."""
 
+    BY_ROW = False
     config: AdaptionPromptConfig
     queries: Tensor | None = None
     """[B, T, at least H D], of the call that is going on."""

@@ -34,6 +34,10 @@ class LilyConfig(LayerConfig):
     """The B start at zero; False: they are random."""
     peft_type: str = "LILY"
 
+    @property
+    def beyond_rows(self) -> str | None:
+        return "mixes by all tokens of a pass (LILY)"
+
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("r", self.r, 1)

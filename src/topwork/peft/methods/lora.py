@@ -113,14 +113,6 @@ class LoraConfig(LayerConfig):
     """No effect: whether a weight is stored [in, out] is seen from the layer."""
     peft_type: str = "LORA"
 
-    @property
-    def beyond_rows(self) -> str | None:
-        if self.alora_invocation_tokens:
-            return "acts from its invocation on (aLoRA)"
-        if self.target_parameters:
-            return "changes parameters for all rows alike (target_parameters)"
-        return None
-
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least("r", self.r, 1)

@@ -54,6 +54,10 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     def inits(self) -> tuple[str, ...]:
         return ("RANDOM", "TEXT", *SOURCES)
 
+    @property
+    def tasks(self) -> int | None:
+        return self.num_tasks
+
 
 class MultitaskPrompt(PromptEmbedding):
     config: MultitaskPromptTuningConfig

@@ -16,6 +16,7 @@ from topwork.errors import ConfigError
 from topwork.ops.recompute import Carried
 from topwork.peft.config import LayerConfig, at_least, one_of
 from topwork.peft.layer import Graft
+from topwork.peft.parts import telling, told
 
 
 @dataclass(kw_only=True)
@@ -33,8 +34,8 @@ class PolyConfig(LayerConfig):
     peft_type: str = "POLY"
 
     @property
-    def beyond_rows(self) -> str | None:
-        return "needs task_ids (Poly)"
+    def tasks(self) -> int | None:
+        return self.n_tasks
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,7 +52,24 @@ class Logits(nn.Module):
         self.module_logits = nn.Parameter(logits)
 
 
-TASKS: Carried[tuple[Tensor, tuple[int, ...] | None]] = Carried("topwork.tasks")
+@dataclass(frozen=True)
+class Tasks:
+    """The task of each row [B], and how many real tokens a row has."""
+
+    ids: Tensor
+    counts: tuple[int, ...] | None = None
+
+    def part(self, shape: torch.Size, dim: int, index: Tensor) -> Tasks:
+        index = index.to(self.ids.device)
+        if dim == 0:
+            return Tasks(self.ids.repeat_interleave(shape[0] // len(self.ids))[index])
+        counts = torch.tensor(self.counts, device=index.device)
+        row = torch.arange(len(self.ids), device=index.device).repeat_interleave(counts)
+        rows, counts = row[index].unique_consecutive(return_counts=True)
+        return Tasks(self.ids[rows], tuple(counts.tolist()))
+
+
+TASKS: Carried[Tasks] = told(Carried("topwork.tasks"))
 
 
 class Poly(Graft):
@@ -84,17 +102,14 @@ class Poly(Graft):
         counts = call.get("lengths")
         if keep is not None and keep.dim() == 2:
             counts = tuple(keep.sum(1).tolist())
-        token = TASKS.set((tasks, counts))
-        try:
+        with telling(TASKS, Tasks(tasks, counts)):
             yield
-        finally:
-            TASKS.reset(token)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        state = TASKS.get()
-        if state is None:
+        known = TASKS.get()
+        if known is None:
             raise ConfigError("POLY needs task_ids, one for each row")
-        tasks, counts = state
+        tasks, counts = known.ids, known.counts
         if x.shape[0] % len(tasks) == 0 and (len(tasks) > 1 or counts is None or len(counts) == 1):
             wide = tasks.repeat_interleave(x.shape[0] // len(tasks))
             rows = x

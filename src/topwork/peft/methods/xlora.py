@@ -45,8 +45,8 @@ class XLoraConfig(PeftConfig):
     peft_type: str = "XLORA"
 
     @property
-    def beyond_rows(self) -> str | None:
-        return "is a mixture drawn by a first pass (X-LoRA)"
+    def passes(self) -> int:
+        return 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
