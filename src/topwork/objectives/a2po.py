@@ -25,6 +25,7 @@ from topwork.objectives.draws import (
     collate_answers,
     split,
 )
+from topwork.objectives.familiar import settled
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.online import no_correction, write_as
 from topwork.objectives.reference import Reference
@@ -175,8 +176,9 @@ class A2POTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
         peft_config: PeftConfig | None = None,
+        **more: Any,
     ) -> None:
-        args = args or A2POConfig()
+        args, optimizer = settled(args, A2POConfig, optimizer, more)
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, held=1.0,

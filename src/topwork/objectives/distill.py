@@ -16,6 +16,7 @@ from topwork.data.prepare import Prepared, Sample, opening, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
 from topwork.objectives.answers import means
+from topwork.objectives.familiar import settled
 from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets
@@ -137,8 +138,9 @@ class DistillationTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or self.config_class()
+        args, optimizer = settled(args, self.config_class, optimizer, more)
         if teacher_model is None or train_dataset is None:
             raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
         model, tokenizer = load_pair(model, processing_class, args)

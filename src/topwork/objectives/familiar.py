@@ -1,8 +1,14 @@
-"""Names of post-training's settings in other libraries that are no fields here; see
-`topwork.training.familiar`."""
+"""Names of post-training's settings in other libraries that are no fields here (see
+`topwork.training.familiar`), and what their trainers take besides."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from topwork.errors import ConfigError, nearest
+from topwork.training import TrainingArguments
 from topwork.training.familiar import Familiar, idle, refused
 
 TEXTS = {
@@ -53,6 +59,7 @@ DRAWS = {
         vllm_importance_sampling_clip_min=(None, "it is called importance_correction_min"),
         generation_batch_size=(None, "set steps_per_generation, in micro-batches"),
         num_generations_eval=(None, "evaluation draws num_generations answers as well"),
+        chat_template_kwargs=(None, "write what they say into chat_template"),
         generation_kwargs=(None, "set temperature, top_p, top_k, min_p and repetition_penalty"),
         sync_ref_model=(False, "the reference is the policy as it starts"),
         ref_model_mixup_alpha=(0.6, "the reference is the policy as it starts"),
@@ -66,7 +73,54 @@ DRAWS = {
         log_completions_hub_repo=(None, "completions.jsonl is in output_dir"),
     ),
 }  # fmt: skip
+C = TypeVar("C", bound=TrainingArguments)
 SCALES: dict[str | bool, str] = {True: "group", False: "none"}
 """What `scale_rewards` means where it is no name."""
 
-__all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "Familiar"]
+# What trainers take elsewhere and what to do instead; at None they ask for nothing.
+ELSEWHERE = {
+    "data_collator": "rows become batches as they are; Trainer takes a collator",
+    "compute_metrics": "evaluation tells the objective's own metrics; Trainer takes others",
+    "preprocess_logits_for_metrics": "logits are never whole in memory; Trainer takes it",
+    "compute_loss_func": "set loss_type; Trainer takes any loss",
+    "optimizer_cls_and_kwargs": "pass optimizers=(optimizer, None)",
+    "model_init": "pass the model",
+    "rollout_func": "tools and environment_factory make answers of several turns",
+    "tokenizer": "it is called processing_class",
+    "max_seq_length": "set max_length in args",
+    **dict.fromkeys(
+        ("max_length", "packing", "dataset_text_field", "beta", "loss_type", "dataset_num_proc"),
+        "set it in args",
+    ),
+}
+
+
+def settled(
+    args: TrainingArguments | None, config: type[C], optimizer: Any, given: Mapping[str, Any]
+) -> tuple[C, Any]:
+    """A trainer's settings, as a `config`, and its optimizer, or a pair of it and a scheduler.
+
+    `given`: what was passed besides: `optimizers`, `quantization_config` (of a model that is loaded
+    by name), and what has no meaning here. ConfigError says what to do instead.
+    """
+    if args is not None and not isinstance(args, TrainingArguments):
+        raise ConfigError(f"args is a {type(args).__name__}, not a {config.__name__}")
+    found = config() if args is None else args
+    if not isinstance(found, config):
+        found = config.of(found.to_dict())
+    for name, value in given.items():
+        if name == "optimizers":
+            optimizer = optimizer or (tuple(value) if any(value) else None)
+        elif name == "quantization_config":
+            if value is not None:
+                found = copy.copy(found)
+                found.model_init_kwargs = {**(found.model_init_kwargs or {}), name: value}
+        elif name not in ELSEWHERE:
+            known = ("optimizers", "quantization_config", *ELSEWHERE)
+            raise ConfigError(f"the trainer has no argument {name!r}{nearest(name, known)}")
+        elif value is not None:
+            raise ConfigError(f"{name} has no meaning here: {ELSEWHERE[name]}")
+    return found, optimizer
+
+
+__all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "Familiar", "settled"]

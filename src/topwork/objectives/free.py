@@ -27,6 +27,7 @@ from topwork.objectives.answers import (
     read_answers,
     report,
 )
+from topwork.objectives.familiar import settled
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, one_of
@@ -205,8 +206,9 @@ class WithoutReference(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or self.CONFIG()
+        args, optimizer = settled(args, self.CONFIG, optimizer, more)
         reader = load_reader(model, processing_class, args)
         data = read_answers(
             train_dataset, eval_dataset, reader.tokenizer, args, self.formats, placer=reader.placer

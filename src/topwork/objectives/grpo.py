@@ -24,7 +24,7 @@ from topwork.objectives.draws import (
     split,
     sums_of,
 )
-from topwork.objectives.familiar import SCALES
+from topwork.objectives.familiar import SCALES, settled
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.policy import PolicyLoss
 from topwork.objectives.reference import Reference
@@ -247,8 +247,9 @@ class GRPOTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         tools: Sequence[Callable[..., Any]] = (),
         environment_factory: Any = None,
+        **more: Any,
     ) -> None:
-        args = args or self.config_class()
+        args, optimizer = settled(args, self.config_class, optimizer, more)
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, args.beta, tools, environment_factory,

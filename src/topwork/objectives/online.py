@@ -26,6 +26,7 @@ from topwork.objectives.draws import (
     collate_answers,
     split,
 )
+from topwork.objectives.familiar import settled
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
@@ -343,8 +344,9 @@ class OnlineDPOTrainer(Trainer):
         optimizer: torch.optim.Optimizer | None = None,
         tools: Sequence[Callable[..., Any]] = (),
         environment_factory: Any = None,
+        **more: Any,
     ) -> None:
-        args = args or self.config_class()
+        args, optimizer = settled(args, self.config_class, optimizer, more)
         if self.drawn and (args.rollout_server or tools or environment_factory):
             raise ConfigError(
                 "both answers are written in this process and in one turn: leave rollout_server, "

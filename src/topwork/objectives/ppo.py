@@ -24,6 +24,7 @@ from topwork.objectives.draws import (
     split,
     sums_of,
 )
+from topwork.objectives.familiar import settled
 from topwork.objectives.grpo import corrected
 from topwork.objectives.logprobs import score, token_logprobs
 from topwork.objectives.policy import PolicyLoss
@@ -226,8 +227,9 @@ class PPOTrainer(Trainer):
         tools: Sequence[Callable[..., Any]] = (),
         environment_factory: Any = None,
         value_model: nn.Module | str | Path | None = None,
+        **more: Any,
     ) -> None:
-        args = args or PPOConfig()
+        args, optimizer = settled(args, PPOConfig, optimizer, more)
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, args.kl_coef, tools, environment_factory,

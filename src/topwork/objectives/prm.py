@@ -21,6 +21,7 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.models import AutoModelForTokenClassification
 from topwork.objectives.answers import AnswersConfig, means
+from topwork.objectives.familiar import settled
 from topwork.objectives.reward import with_head
 from topwork.objectives.setup import adapted, load_pair, named_sets
 from topwork.objectives.vocabulary import added_ids
@@ -174,8 +175,9 @@ class PRMTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or PRMConfig()
+        args, optimizer = settled(args, PRMConfig, optimizer, more)
         if train_dataset is None:
             raise ConfigError("PRMTrainer needs train_dataset")
         model, tokenizer = load_pair(

@@ -20,6 +20,7 @@ from topwork.errors import ConfigError
 from topwork.media import ImageTextProcessor
 from topwork.models import AutoModelForCausalLM
 from topwork.objectives.answers import AnswersConfig, read_answers, report
+from topwork.objectives.familiar import settled
 from topwork.objectives.setup import adapted, at_least, load_model
 from topwork.objectives.sighted import load_reader, model_class
 from topwork.objectives.vocabulary import added_ids, as_large
@@ -247,8 +248,9 @@ class ReferenceTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or self.config_class()
+        args, optimizer = settled(args, self.config_class, optimizer, more)
         reader = load_reader(model, processing_class, args)
         data = read_answers(
             train_dataset, eval_dataset, reader.tokenizer, args, self.formats,

@@ -26,6 +26,7 @@ from topwork.objectives.answers import (
     read_answers,
     report,
 )
+from topwork.objectives.familiar import settled
 from topwork.objectives.logprobs import padded
 from topwork.objectives.setup import adapted, load_pair
 from topwork.objectives.vocabulary import added_ids
@@ -106,8 +107,9 @@ class RewardTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or RewardConfig()
+        args, optimizer = settled(args, RewardConfig, optimizer, more)
         model, tokenizer = load_pair(
             model, processing_class, args, AutoModelForSequenceClassification, num_labels=1
         )

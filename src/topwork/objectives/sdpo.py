@@ -327,10 +327,11 @@ class SDPOTrainer(GRPOTrainer):
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
         peft_config: PeftConfig | None = None,
+        **more: Any,
     ) -> None:
         super().__init__(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-            reward_processing_classes, callbacks, optimizer, peft_config,
+            reward_processing_classes, callbacks, optimizer, peft_config, **more,
         )  # fmt: skip
         given: Any = self.args
         objective: Any = self.objective

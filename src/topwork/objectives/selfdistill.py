@@ -21,6 +21,7 @@ from topwork.objectives.answers import Metrics, means
 from topwork.objectives.begin import describe_prompts, prompts_fingerprint, quoted
 from topwork.objectives.distill import head_of, seen_at
 from topwork.objectives.draws import Drawn, SamplingConfig, collate_answers
+from topwork.objectives.familiar import settled
 from topwork.objectives.reference import FollowPolicy, Reference, choose_reference
 from topwork.objectives.rollouts import (
     Answer,
@@ -225,8 +226,9 @@ class SelfDistillationTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or SelfDistillationConfig()
+        args, optimizer = settled(args, SelfDistillationConfig, optimizer, more)
         model, tokenizer = load_pair(model, processing_class, args)
         if train_dataset is None:
             raise ConfigError("the trainer needs train_dataset: `prompt`, `privileged_context`")

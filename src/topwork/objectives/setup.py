@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from topwork import hub
-from topwork.errors import ConfigError, nearest
+from topwork.errors import CheckpointError, ConfigError, nearest
 from topwork.models import AutoModelForCausalLM
 from topwork.nn.moe import RouterLoss
 from topwork.objectives.vocabulary import extend, with_tokens
@@ -30,13 +30,24 @@ def load_pair(
     if isinstance(model, (str, Path)):
         tokenizer = tokenizer or AutoTokenizer.from_pretrained(model, **where(args))
     model = load_model(model, args, auto, "model_init_kwargs", **options)
-    if tokenizer is None:
-        raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
+    found: Tokenizer = tokenizer or beside(model, AutoTokenizer)
     if args.chat_template is not None:
-        tokenizer.chat_template = args.chat_template
+        found.chat_template = args.chat_template
     router_weight(model, getattr(args, "router_aux_loss_coef", None))
-    extend(model, tokenizer, args)
-    return model, tokenizer
+    extend(model, found, args)
+    return model, found
+
+
+def beside(model: Any, auto: Any) -> Any:
+    """The tokenizer or processor in the place that a loaded model came from."""
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    place = getattr(inner, "name_or_path", "")
+    try:
+        if place:
+            return auto.from_pretrained(place)
+    except CheckpointError:  # there is none
+        pass
+    raise ConfigError("a model that is loaded already needs its tokenizer: processing_class=…")
 
 
 def router_weight(model: Any, asked: float | None) -> float:

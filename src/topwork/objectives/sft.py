@@ -25,7 +25,7 @@ from topwork.data.stream import Stream
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
-from topwork.objectives.familiar import TEXTS, Familiar
+from topwork.objectives.familiar import TEXTS, Familiar, settled
 from topwork.objectives.language import LanguageConfig
 from topwork.objectives.logprobs import score
 from topwork.objectives.routing import routed
@@ -181,8 +181,9 @@ class SFTTrainer(Trainer):
         callbacks: Sequence[TrainerCallback] = (),
         formatting_func: Callable[[Any], str] | None = None,
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or SFTConfig()
+        args, optimizer = settled(args, SFTConfig, optimizer, more)
         reader = load_reader(model, processing_class, args)
         model, tokenizer = reader.model, reader.tokenizer
         marking = marking_of(args, tokenizer)

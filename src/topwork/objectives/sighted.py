@@ -18,7 +18,7 @@ from topwork.models.auto import tasks_of
 from topwork.models.families import NAMES
 from topwork.models.multimodal import ImageTextModel
 from topwork.objectives.labelled import base
-from topwork.objectives.setup import load_pair, where
+from topwork.objectives.setup import beside, load_pair, where
 from topwork.objectives.vocabulary import add_words
 from topwork.text import AutoTokenizer, Tokenizer
 
@@ -44,6 +44,8 @@ def load_reader(model: nn.Module | str | Path, processing: Any, args: Any) -> Re
     if isinstance(model, (str, Path)) and _reads_images(model, args):
         processing = processing or AutoProcessor.from_pretrained(model, **where(args))
         auto = AutoModelForImageTextToText
+    if processing is None and isinstance(base(model), ImageTextModel):
+        processing = beside(model, AutoProcessor)
     if processing is None or isinstance(processing, Tokenizer):
         model, tokenizer = load_pair(model, processing, args, auto)
         return Reader(model, tokenizer, tokenizer)

@@ -87,7 +87,6 @@ class Trainer(training.Trainer):
             raise ConfigError("optimizers=(None, scheduler): a scheduler needs its optimizer")
         self.compute_metrics, self.compute_loss_func = compute_metrics, compute_loss_func
         self.preprocess_logits_for_metrics = preprocess_logits_for_metrics
-        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
         named = {name: numbered(rows, name) for name, rows in named_sets(eval_dataset).items()}
         data = () if train_dataset is None else numbered(train_dataset, "train_dataset")
         self.data_collator = data_collator or Usual(model, processing_class)
@@ -103,6 +102,7 @@ class Trainer(training.Trainer):
             scheduler=scheduler,
             data_fingerprint=fingerprint(train_dataset),
         )
+        self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
 
     def compute_loss(
         self,

@@ -20,6 +20,7 @@ from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import means
 from topwork.objectives.distill import head_of, seen_at
+from topwork.objectives.familiar import settled
 from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets, where
@@ -278,8 +279,9 @@ class ULDTrainer(Trainer):
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
+        **more: Any,
     ) -> None:
-        args = args or ULDConfig()
+        args, optimizer = settled(args, ULDConfig, optimizer, more)
         if teacher_model is None or train_dataset is None:
             raise ConfigError("ULDTrainer needs teacher_model and train_dataset")
         if teacher_processing_class is None:

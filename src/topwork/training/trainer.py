@@ -58,7 +58,7 @@ class Trainer(Surroundings):
         *,
         tokenizer: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | tuple[Any, Any] | None = None,
         scheduler: LRScheduler | None = None,
         data_fingerprint: str = "",
         notes: Sequence[str] = (),
@@ -69,6 +69,7 @@ class Trainer(Surroundings):
         self.train_data, self.notes = train_data, list(notes)
         named = eval_data if isinstance(eval_data, dict) else {"": eval_data or ()}
         self.eval_data = {name: data for name, data in named.items() if len(data)}
+        self.train_dataset, self.eval_dataset = self.train_data, self.eval_data
         shown = SampleAnswers(objective, self.eval_data, tokenizer, args.sample_answers)
         self.device = choose_device(args.device, args.use_cpu)
         if args.bf16 is not None:
@@ -78,7 +79,8 @@ class Trainer(Surroundings):
             model.gradient_checkpointing_enable()  # type: ignore[operator]
         self.state = TrainerState(data=data_fingerprint)
         self.control = TrainerControl()
-        self._given_optimizer = optimizer
+        own, scheduler = optimizer if isinstance(optimizer, tuple) else (optimizer, scheduler)
+        self._given_optimizer: torch.optim.Optimizer | None = own
         self._given_schedule = None if scheduler is None else Given(scheduler)
         self.optimiser: Optimiser
         self.schedule: Schedule
