@@ -316,7 +316,7 @@ class ULDTrainer(Trainer):
                 args.teacher_temperature,
                 args.sft_weight,
                 args.router_aux_loss_coef,
-            ),
+            ),  # fmt: skip
             samples,
             evals,
             tokenizer=tokenizer,
