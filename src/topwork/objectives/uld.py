@@ -307,16 +307,11 @@ class ULDTrainer(Trainer):
         evals: dict[str, Sequence[Any]] = {
             name: read(rows)[1] for name, rows in named_sets(eval_dataset).items()
         }
+        dials = (args.temperature, args.teacher_temperature, args.sft_weight)
         super().__init__(
             adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
-            ULD(
-                Reference(teacher),
-                args.temperature,
-                args.teacher_temperature,
-                args.sft_weight,
-                args.router_aux_loss_coef,
-            ),  # fmt: skip
+            ULD(Reference(teacher), *dials, args.router_aux_loss_coef),
             samples,
             evals,
             tokenizer=tokenizer,
