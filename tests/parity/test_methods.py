@@ -58,6 +58,7 @@ ROWS = [
     row("LoraConfig", "convs", r=4),
     row("LoraConfig", "convs", r=4, use_dora=True),
     row("LoraConfig", "convs", r=4, target_modules=["grouped"], merges=False),
+    row("LoraConfig", "convs", r=4, use_dora=True, target_modules=["grouped"], merges=False),
     row("LoraConfig", r=4, lora_bias=True, target_modules=QV),
     row("LoraConfig", r=4, lora_bias=True, target_modules=["down_proj"], merges=False),
     row("LoraConfig", r=4, trainable_token_indices=[1, 5, 2], target_modules=QV),
@@ -319,6 +320,22 @@ def variant(row):
 
 
 FIRST = list({variant(r): r for r in ROWS if r.base == "qwen2"}.values())
+
+
+@pytest.mark.parametrize("row", FIRST, ids=str)
+def test_adapters_kept_in_half_precision_compute_train_and_merge(row):
+    model = base(row.base).bfloat16()
+    ours = get_peft_model(model, our_config(row), autocast_adapter_dtype=False)
+    randomise(ours)
+    ours.eval()
+    found = outputs(ours, row.base)
+    found.float().square().mean().backward()
+    assert any(p.grad is not None for p in ours.parameters() if p.requires_grad)
+    if row.merges:
+        ours.merge_adapter()
+        merged = outputs(ours, row.base)
+        off = (merged - found).float().norm() / found.float().norm()
+        assert off < 0.05
 
 
 @pytest.mark.parametrize("row", FIRST, ids=str)

@@ -232,3 +232,37 @@ def test_the_base_is_built_for_the_task_that_the_file_says(tmp_path):
     loaded = AutoPeftModel.from_pretrained(tmp_path / "adapter")
     assert loaded(torch.arange(5)[None]).logits.shape == (1, 3)
     assert loaded.peft_config["default"].peft_type.value == "LORA"
+
+
+def test_each_row_goes_through_its_adapters_own_head():
+    model = tuned(modules_to_save=["2"], target_modules=["0"])
+    model.add_adapter("other", LoraConfig(target_modules=["0"], modules_to_save=["2"]))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.5)
+    model.eval()
+    wanted = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        wanted.append(model(X))
+    with model.disable_adapter():
+        wanted.append(model(X))
+    mixed = model(X, adapter_names=["other", "default", "__base__", "other", "default"])
+    rows = [wanted[at][row] for row, at in enumerate((1, 0, 2, 1, 0))]
+    torch.testing.assert_close(mixed, torch.stack(rows))
+
+
+def test_what_is_trained_whole_is_no_target_and_no_container():
+    model = tuned(target_modules=["0", "2"], modules_to_save=["2"])
+    assert {name.split(".")[2] for name in trained(model)} == {"0", "2"}
+    assert not any("2.lora" in name for name in trained(model))
+    boxed = nn.ModuleDict({"a": nn.Linear(6, 6), "b": nn.ModuleList([nn.Linear(6, 6)])})
+    with pytest.raises(ConfigError, match="b is a ModuleList"):
+        get_peft_model(boxed, LoraConfig(target_modules=["a"], modules_to_save=["b"]))
+
+
+def test_two_adapters_do_not_train_the_same_biases():
+    model = tuned(bias="lora_only")
+    with pytest.raises(ConfigError, match="'default' trains biases"):
+        model.add_adapter("other", LoraConfig(target_modules=["0"], bias="all"))
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))

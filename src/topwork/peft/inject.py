@@ -130,6 +130,9 @@ def save_whole(model: nn.Module, config: Any, name: str) -> None:
         module = model.get_submodule(path)
         if isinstance(module, AdaptedLayer):
             raise ConfigError(f"modules_to_save: {path} carries an adapter already")
+        if isinstance(module, (nn.ModuleDict, nn.ModuleList)):
+            kind = type(module).__name__
+            raise ConfigError(f"modules_to_save: {path} is a {kind}; name the modules in it")
         if not isinstance(module, SavedModule):
             module = SavedModule(module)
             put(model, path, module)
@@ -242,7 +245,7 @@ def cast_to_base(model: nn.Module, name: str) -> None:
     for layer in layers_of(model):
         dtype = next((p.dtype for p in layer.base_layer.parameters()), torch.float32)
         for _, tensor in layer.held(name):
-            if dtype.is_floating_point:
+            if dtype.is_floating_point and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
 
 

@@ -20,7 +20,6 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites, targets, usual
 from topwork.peft.config import PeftConfig
-from topwork.peft.parts import narrowed
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
 from topwork.peft.tensors import Bare, Matrix, Tensors
@@ -166,11 +165,17 @@ class Graft:
 
     # -- what a method may use -------------------------------------------------------------------
 
-    def __getitem__(self, name: str) -> Any:
+    def parameter(self, name: str) -> Any:
         """A parameter of this adapter by its name in `create`."""
         layer = self.layer if self.owner is None else self.owner.layer
         found = getattr(layer, name)[self.name]
         return found.weight if isinstance(found, Matrix) else found
+
+    def __getitem__(self, name: str) -> Any:
+        """The same to compute with: fp32, where it is kept in half precision."""
+        found = self.parameter(name)
+        half = isinstance(found, Tensor) and found.dtype in (torch.float16, torch.bfloat16)
+        return found.float() if half else found
 
     def has(self, name: str) -> bool:
         home = getattr(self.layer, name, None)
@@ -407,16 +412,13 @@ class AdaptedLayer(nn.Module):
         return sorted(using, key=lambda graft: kinds.index(type(graft)))
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
-        parts, order = [], []
-        dim = rows.dim_of(x)
-        for name, index in rows.of(x).items():
+        def of(name: str) -> Callable[[Tensor], Tensor]:
             using = [self.grafts[n] for n in rows.members(name) if n in self.grafts]
             if not all(graft.BY_ROW for graft in using):
                 raise ConfigError(f"adapter_names: {using[0].path} has one adapter for all rows")
-            with narrowed(x.shape, dim, index):
-                parts.append(self._through(x.index_select(dim, index), using, self.base_layer))
-            order.append(index)
-        return torch.cat(parts, dim).index_select(dim, torch.cat(order).argsort())
+            return lambda part: self._through(part, using, self.base_layer)
+
+        return rows.apply(x, of)
 
     # -- merging ---------------------------------------------------------------------------------
 

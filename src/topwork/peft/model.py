@@ -166,6 +166,11 @@ class PeftModel(nn.Module):
     ) -> None:
         """Create an adapter beside those that are there; it does not become active."""
         check_name(adapter_name, self.peft_config)
+        others = [n for n, c in self.peft_config.items() if getattr(c, "bias", "none") != "none"]
+        if others and getattr(peft_config, "bias", "none") != "none":
+            raise ConfigError(
+                f"{others[0]!r} trains biases of the base; two adapters would share them"
+            )
         model = self.get_base_model()
         origin = getattr(getattr(model, "config", None), "_name_or_path", None)
         named = peft_config.base_model_name_or_path or origin
@@ -303,21 +308,20 @@ class PeftModel(nn.Module):
         for name in names:
             if name != "__base__" and self._known(name).is_prompt_learning:
                 raise ConfigError(f"adapter_names: {name!r} is virtual tokens, not of one row")
-        if any(True for _ in inject.saved_of(self.base_model)):
-            raise ConfigError("adapter_names does not go with modules that are trained whole")
         if self.training:
             raise ConfigError("adapter_names is for inference; call eval() first")
         members = {name: self._expanded((name,)) for name in set(names) & self.peft_config.keys()}
         rows = Rows(names, call or {}, members)
-        for layer in self._layers():
-            layer.rows = rows
+        parts = [*self._layers(), *inject.saved_of(self.base_model)]
+        for part in parts:
+            part.rows = rows
         self.entry.by_row = True
         try:
             yield
         finally:
             self.entry.by_row = False
-            for layer in self._layers():
-                layer.rows = None
+            for part in parts:
+                part.rows = None
 
     def add_weighted_adapter(
         self,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from topwork.errors import ConfigError
+from topwork.peft.parts import narrowed
 
 
 class Rows:
@@ -65,3 +66,12 @@ class Rows:
         for at, row in enumerate(rows.tolist()):
             found.setdefault(self.names[row], []).append(at)
         return {name: torch.tensor(at, device=x.device) for name, at in found.items()}
+
+    def apply(self, x: Tensor, of: Callable[[str], Callable[[Tensor], Tensor]]) -> Tensor:
+        """`x` with the rows of each adapter through what `of` gives for its name."""
+        dim, parts, order = self.dim_of(x), [], []
+        for name, index in self.of(x).items():
+            with narrowed(x.shape, dim, index):
+                parts.append(of(name)(x.index_select(dim, index)))
+            order.append(index)
+        return torch.cat(parts, dim).index_select(dim, torch.cat(order).argsort())

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from topwork.errors import ConfigError
+from topwork.peft.rows import Rows
+
 
 class SavedModule(nn.Module):
     """A module that is trained whole, one copy per adapter (`modules_to_save`)."""
@@ -16,6 +19,7 @@ class SavedModule(nn.Module):
         self.modules_to_save = nn.ModuleDict()
         self.active: tuple[str, ...] = ()
         self.disabled = False
+        self.rows: Rows | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -44,10 +48,22 @@ class SavedModule(nn.Module):
     @property
     def chosen(self) -> nn.Module:
         """The module that computes."""
+        if self.rows is not None:
+            raise ConfigError(
+                f"adapter_names: what is trained whole of {type(self.original_module).__name__} "
+                "differs by row, and is asked for at once"
+            )
         for name in self.active:
             if name in self.modules_to_save and not self.disabled:
                 return self.modules_to_save[name]
         return self.original_module
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.chosen(*args, **kwargs)
+        if self.rows is None or self.disabled:
+            return self.chosen(*args, **kwargs)
+        return self.rows.apply(*args, self._of)
+
+    def _of(self, name: str) -> nn.Module:
+        """The copy of adapter `name`, or the original."""
+        held = name in self.modules_to_save
+        return self.modules_to_save[name] if held else self.original_module

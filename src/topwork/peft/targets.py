@@ -22,11 +22,8 @@ def target_names(
 
     ConfigError when the whole, or one of its entries, finds no module.
     """
-    leaves = {
-        name: module
-        for name, module in walk(model)
-        if sites.site_of(base_of(module)).kind in kinds and not _saved(name, config)
-    }
+    every = {n: m for n, m in walk(model) if sites.site_of(base_of(m)).kind in kinds}
+    leaves = {n: m for n, m in every.items() if not _saved(n, config)}
     wanted = config.target_modules or []
     if isinstance(wanted, str) and wanted.lower() == "all-linear":
         head = _output_head(model)
@@ -40,13 +37,13 @@ def target_names(
         _need(found, wanted, leaves, model)
     else:
         for entry in wanted:
-            _need([n for n in leaves if ends(n, entry)], entry, leaves, model)
+            _need([n for n in every if ends(n, entry)], entry, leaves, model)
         found = [n for n in leaves if any(ends(n, entry) for entry in wanted)]
     chosen = [n for n in found if not _excluded(n, config) and _in_layers(n, config)]
     if not chosen:
         raise ConfigError(
             f"target_modules={wanted!r} finds modules of {type(model).__name__}, but "
-            "exclude_modules and layers_to_transform leave none of them"
+            "modules_to_save, exclude_modules and layers_to_transform leave none of them"
         )
     return chosen
 

@@ -146,4 +146,4 @@ def fill_lora(
 def fill_ia3(target: Any, sources: list[tuple[Any, float]]) -> None:
     """The weighted sum of the factors."""
     if sources:
-        target["ia3_l"].copy_(sum(source["ia3_l"] * weight for source, weight in sources))
+        target.parameter("ia3_l").copy_(sum(source["ia3_l"] * weight for source, weight in sources))

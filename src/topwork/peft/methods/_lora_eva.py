@@ -252,7 +252,7 @@ def initialize_lora_eva_weights(
     model.set_adapter(adapter_name)
     for graft in inject.grafts_of(model, adapter_name):
         if graft.path in found:
-            graft["lora_A"].copy_(found[graft.path])
+            graft.parameter("lora_A").copy_(found[graft.path])
 
 
 def _with_ranks(config: LoraConfig, paths: list[str], found: Mapping[str, Tensor]) -> LoraConfig:

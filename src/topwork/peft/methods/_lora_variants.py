@@ -114,7 +114,7 @@ class Mica(Lora):
 
     def trains(self, train: bool) -> None:
         super().trains(train)
-        self["lora_B"].requires_grad_(False)
+        self.parameter("lora_B").requires_grad_(False)
 
 
 class VeLora(Lora):

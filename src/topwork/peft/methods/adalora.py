@@ -141,10 +141,10 @@ class AdaLora(Graft):
         """Update importance |w · ∂L/∂w| and its uncertainty, both smoothed."""
         b1, b2 = self.config.beta1, self.config.beta2
         for name in ("lora_A", "lora_B", "lora_E"):
-            weight = self[name]
+            weight = self.parameter(name)
             if weight.grad is None:
                 continue
-            now = (weight * weight.grad).abs()
+            now = (weight * weight.grad).abs().float()
             mean, spread = self.importance.get(name, (torch.zeros_like(now), torch.zeros_like(now)))
             mean = b1 * mean + (1 - b1) * now
             self.importance[name] = (mean, b2 * spread + (1 - b2) * (now - mean).abs())
@@ -156,7 +156,7 @@ class AdaLora(Graft):
         return e[:, 0] + (a.mean(1) + b.mean(0))
 
     def _switch(self, kept: Tensor) -> None:
-        self["lora_E"].masked_fill_(~kept[:, None], 0.0)
+        self.parameter("lora_E").masked_fill_(~kept[:, None], 0.0)
 
 
 def budget(config: AdaLoraConfig, layers: int, step: int) -> int:

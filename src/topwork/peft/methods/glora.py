@@ -81,7 +81,7 @@ class Glora(Graft):
         }
 
     def _changes(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        a, b, c, d, e = (getattr(self.layer, f"glora_{n}")[self.name]() for n in "ABCDE")
+        a, b, c, d, e = (getattr(self.layer, f"glora_{n}")[self.name]().float() for n in "ABCDE")
         change = (weight * a + b).expand_as(weight)
         return change, None if bias is None else bias * d + e + (weight @ c).squeeze(-1)
 

@@ -87,7 +87,7 @@ class LoKr(Lycoris):
         else:
             w2 = self["lokr_w2_a"] @ self["lokr_w2_b"]
         (_, k), (_, n) = self.rows, self.columns
-        return self.scaled(torch.kron(w1.unsqueeze(-1), w2.reshape(k, n, -1)))
+        return self.scaled(torch.kron(w1.unsqueeze(-1), w2.reshape(k, n, -1).contiguous()))
 
 
 CONFIG = LoKrConfig

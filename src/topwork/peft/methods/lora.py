@@ -216,8 +216,9 @@ class Lora(Graft):
     def matrices(self) -> tuple[Tensor, Tensor]:
         """A [r, in, *kernel] and B [out, r, …]."""
         if self.owner is not None:
-            return self["lora_embedding_B"].t(), self["lora_embedding_A"].t()
-        return self[self.names[0]], self[self.names[1]]
+            b, a = (self.parameter(f"lora_embedding_{name}") for name in "AB")
+            return a.t(), b.t()
+        return self.parameter(self.names[0]), self.parameter(self.names[1])
 
     @property
     def bias(self) -> Tensor | None:
@@ -275,6 +276,9 @@ class Lora(Graft):
         with torch.no_grad():
             weight = sites.read_weight(self.base)
             a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)
+            if self.site.groups > 1:  # the change is no weight of this shape: peft's reading of it
+                added = (b.reshape(-1, self.r) @ a).reshape(weight.shape)
+                return (weight.float() + self.scale * added).flatten(1).norm(dim=1)
             own = self._own_norm(weight)
             cross = (weight.flatten(1) @ a.t().to(weight.dtype)).float()
             squared = own + 2 * self.scale * (b * cross).sum(1)

@@ -82,7 +82,8 @@ class Oft(Graft):
                 norm = self._skew(angles).norm(dim=(1, 2)).unsqueeze(1)
                 most = self.config.eps / angles.shape[0] ** 0.5
                 inside = norm <= most * (1 + 1e-6)
-                angles.copy_(torch.where(inside, angles, angles * (most / norm)))
+                self.parameter("oft_R").copy_(torch.where(inside, angles, angles * (most / norm)))
+            angles = self["oft_R"]
         skew = self._skew(angles)
         return self._series(skew) if self.config.use_cayley_neumann else cayley(skew)
 

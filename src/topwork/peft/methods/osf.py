@@ -105,9 +105,10 @@ class Osf(Graft):
         part: Any = self.layer.osf_svd_params[self.name]
         inside_u = self.site.outputs <= self.site.inputs
         inside_v = self.site.inputs <= self.site.outputs
-        u = _Aside.apply(part.U_low, beside_u, inside_u)
-        v = _Aside.apply(part.V_low.t(), beside_v.t(), inside_v).t()
-        return torch.cat([v, first_v]), torch.cat([u * part.S_low, -first_u * first_s], 1)
+        low_u, low_s, low_v = (m.float() for m in (part.U_low, part.S_low, part.V_low))
+        u = _Aside.apply(low_u, beside_u, inside_u)
+        v = _Aside.apply(low_v.t(), beside_v.t(), inside_v).t()
+        return torch.cat([v, first_v]), torch.cat([u * low_s, -first_u * first_s], 1)
 
     def term(self) -> ops.LoraTerm:
         return ops.LoraTerm(*self._matrices(), 1.0)

@@ -130,7 +130,7 @@ class Poly(Graft):
     def _mixed(self, tasks: Tensor) -> tuple[Tensor, Tensor]:
         """A [B, in, r] and B [B, r, out] of the rows' tasks."""
         config = self.config
-        logits = self.layer.poly_router[self.name].module_logits[tasks]
+        logits = self.layer.poly_router[self.name].module_logits[tasks].float()
         logits = logits.view(-1, config.n_splits, config.n_skills)
         if self.layer.training:
             least = torch.finfo(logits.dtype).eps  # a relaxed Bernoulli's draw at temperature 1
