@@ -12,6 +12,7 @@ from torch import nn
 from topwork import AutoModelForSequenceClassification, Config
 from topwork.errors import CheckpointError, ConfigError, TopworkWarning
 from topwork.peft import (
+    AdaLoraConfig,
     AutoPeftModel,
     AutoPeftModelForCausalLM,
     LoraConfig,
@@ -266,3 +267,53 @@ def test_two_adapters_do_not_train_the_same_biases():
     with pytest.raises(ConfigError, match="'default' trains biases"):
         model.add_adapter("other", LoraConfig(target_modules=["0"], bias="all"))
     model.add_adapter("other", LoraConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_methods_that_call_their_matrices_alike_stand_on_one_layer(first, tmp_path):
+    kinds = [
+        LoraConfig(target_modules=["0"], r=2, init_lora_weights=False),
+        AdaLoraConfig(target_modules=["0"], init_r=3, total_step=9, init_lora_weights=False),
+    ]
+    configs = [kinds[first], kinds[1 - first]]
+    alone = [get_peft_model(net(), config) for config in configs]
+    for at, model in enumerate(alone):
+        model.save_pretrained(tmp_path / str(at))
+    both = PeftModel.from_pretrained(net(), tmp_path / "0")
+    both.load_adapter(tmp_path / "1", "other")
+    for at, name in enumerate(("default", "other")):
+        both.set_adapter(name)
+        torch.testing.assert_close(both(X), alone[at].eval()(X))
+    both.delete_adapter("default")
+    torch.testing.assert_close(both(X), alone[1](X))
+
+
+def test_the_verbs_are_also_those_of_what_stands_around_the_model():
+    model = tuned()
+    inner = model.base_model
+    wanted = model(X)
+    assert inner.peft_config is model.peft_config
+    inner.disable_adapter_layers()
+    assert torch.equal(model(X), net()(X))
+    inner.enable_adapter_layers()
+    copied = copy.deepcopy(model)
+    merged = inner.merge_and_unload()
+    torch.testing.assert_close(merged(X), wanted)
+    copied.base_model.delete_adapter("default")
+    assert torch.equal(copied(X), net()(X))
+
+
+def test_an_adapters_tensors_are_read_from_and_put_into_a_compiled_model():
+    model, other = tuned(), tuned(seed=2)
+    wanted = get_peft_model_state_dict(model)
+    compiled = torch.compile(other, backend="eager")
+    set_peft_model_state_dict(compiled, get_peft_model_state_dict(torch.compile(model)))
+    assert get_peft_model_state_dict(other).keys() == wanted.keys()
+    torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_files_heads_of_its_task_need_not_all_be_there(tmp_path):
+    config = LoraConfig(target_modules=["0"], modules_to_save=["2", "classifier", "score"])
+    get_peft_model(net(), config).save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(net(), tmp_path, device_map="cpu", dtype=torch.float32)
+    assert loaded.load_adapter(tmp_path, "more").missing_keys == []

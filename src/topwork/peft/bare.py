@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from topwork import hub
@@ -19,6 +21,7 @@ from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import check_name
 from topwork.peft.methods.lora import Lora
 from topwork.peft.model import PeftModel
+from topwork.peft.store import LoadResult
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -72,15 +75,37 @@ def get_peft_model_state_dict(
     `state_dict`: the values of the whole model, where they were gathered from elsewhere.
     `save_embedding_layers=True` adds the base's embeddings. A compiled model is always looked into.
     """
-    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, tuple(_sharded())) and state_dict is None:
+        state_dict = model.state_dict()
+    model = _unwrapped(model)
     found = _wanted(model, adapter_name)
     if save_embedding_layers is True and isinstance(model, PeftModel):
         found |= store.embeddings_of(model)
     if state_dict is not None:
-        names = {id(t): name for name, t in model.state_dict(keep_vars=True).items()}
-        gathered = {key: state_dict.get(names.get(id(t), "")) for key, t in found.items()}
-        found = {key: t if gathered[key] is None else gathered[key] for key, t in found.items()}
-    return {key: tensor.detach() for key, tensor in found.items()}
+        held = (*model.named_parameters(), *model.named_buffers())
+        names = {id(tensor): _clean(name) for name, tensor in held}
+        found = {key: state_dict.get(names.get(id(t), ""), t) for key, t in found.items()}
+    return {_clean(key): tensor.detach() for key, tensor in found.items()}
+
+
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Under what torch's compiling, sharding and checkpointing keep the module that they wrap."""
+
+
+def _sharded() -> list[Any]:
+    """FullyShardedDataParallel, where somebody imported it."""
+    found = sys.modules.get("torch.distributed.fsdp")
+    return [] if found is None else [found.FullyShardedDataParallel]
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model inside a compiled, sharded or distributed one."""
+    model = getattr(model, "_orig_mod", model)
+    return model.module if isinstance(model, (DistributedDataParallel, *_sharded())) else model
+
+
+def _clean(name: str) -> str:
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)
 
 
 def _wanted(model: Any, name: str) -> dict[str, Tensor]:
@@ -90,11 +115,6 @@ def _wanted(model: Any, name: str) -> dict[str, Tensor]:
     if name not in configs:
         raise ConfigError(f"{type(model).__name__} has no adapter {name!r}")
     return state.tensors_of(model, configs[name], name)
-
-
-class LoadResult(NamedTuple):
-    missing_keys: list[str]
-    unexpected_keys: list[str]
 
 
 @torch.no_grad()
@@ -110,7 +130,8 @@ def set_peft_model_state_dict(
     Raises CheckpointError for a tensor of another shape, unless `ignore_mismatched_sizes`.
     Adapters are made where the layers are, so `low_cpu_mem_usage` has no effect.
     """
-    wanted = _wanted(model, adapter_name)
+    model = _unwrapped(model)
+    wanted = {_clean(key): tensor for key, tensor in _wanted(model, adapter_name).items()}
     if not isinstance(model, PeftModel):
         prefix = state.PREFIX + "model."
         peft_model_state_dict = {

@@ -6,6 +6,27 @@ from typing import Any
 
 from torch import nn
 
+VERBS = frozenset(
+    {
+        "active_adapter",
+        "active_adapters",
+        "add_adapter",
+        "add_weighted_adapter",
+        "delete_adapter",
+        "disable_adapter_layers",
+        "enable_adapter_layers",
+        "merge_adapter",
+        "merge_and_unload",
+        "peft_config",
+        "set_adapter",
+        "set_requires_grad",
+        "unload",
+        "unmerge_adapter",
+        "update_and_allocate",
+    }
+)
+"""What scripts ask of `model.base_model`, which is peft's tuner there."""
+
 
 class Holder(nn.Module):
     """Stands where peft's tuner stands, so that names in memory equal those of its files."""
@@ -20,7 +41,8 @@ class Holder(nn.Module):
         except AttributeError:
             if name == "model":
                 raise
-            return getattr(self.model, name)
+            owner = self.__dict__.get("owner")
+            return getattr(owner if owner is not None and name in VERBS else self.model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

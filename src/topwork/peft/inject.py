@@ -25,6 +25,10 @@ class Modules(nn.ModuleDict):
     """Whole modules that a method keeps for the model, by adapter."""
 
 
+# A file names the usual heads of its task, of which a model has one.
+HEADS = frozenset(head for heads in TASK_HEADS.values() for head in heads)
+
+
 def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
     return (m for m in model.modules() if isinstance(m, AdaptedLayer))
 
@@ -104,7 +108,7 @@ def paths_to_save(model: nn.Module, config: Any) -> list[str]:
     found: list[str] = []
     for entry in dict.fromkeys(entries):
         paths = [path for path in there if ends(path, entry)]
-        if not paths and entry not in heads:
+        if not paths and entry not in HEADS:
             names = {n.rpartition(".")[2] for n in there}
             raise ConfigError(
                 f"modules_to_save={entry!r} matches no module of {type(model).__name__}"

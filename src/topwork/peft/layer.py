@@ -22,7 +22,7 @@ from topwork.peft import sites, targets, usual
 from topwork.peft.config import PeftConfig
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
-from topwork.peft.tensors import Bare, Matrix, Tensors
+from topwork.peft.tensors import Bare, Matrix, Tensors, hold
 from topwork.peft.views import ByAdapter
 
 
@@ -313,7 +313,7 @@ class AdaptedLayer(nn.Module):
             if home not in self._modules:
                 leafs = nn.ModuleDict() if isinstance(made, nn.Module) else Tensors()
                 self.add_module(home, leafs.train(self.training))
-            getattr(self, home)[name] = made
+            self._modules[home] = hold(getattr(self, home), name, made)
 
     def remove(self, name: str) -> None:
         for home in self._homes():

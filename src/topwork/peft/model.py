@@ -16,7 +16,6 @@ from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.peft import (
     entry,
     inject,
-    methods,
     prompts,
     rounding,
     shadowing,
@@ -64,6 +63,7 @@ class PeftModel(nn.Module):
     ) -> None:
         super().__init__()
         self.base_model = Holder(model)
+        self.base_model.__dict__["owner"] = self  # no submodule of it
         self.peft_config: dict[str, PeftConfig] = {}
         self._active: tuple[str, ...] = ()
         self.entry = entry.Entry(self)
@@ -177,7 +177,9 @@ class PeftModel(nn.Module):
         config = replace(peft_config, base_model_name_or_path=named)
         self.entry.added(adapter_name, config.peft_type)
         if isinstance(config, prompts.PromptLearningConfig):
-            self.peft_config[adapter_name] = self._add_prompt(adapter_name, config)
+            made, encoder = prompts.made_for(model, adapter_name, config)
+            self.peft_config[adapter_name] = made
+            self.prompt_encoder[adapter_name] = encoder.train(self.training)
             return
         if isinstance(config, xlora.XLoraConfig):
             made = xlora.attach(self.base_model, model, adapter_name, config)
@@ -189,16 +191,6 @@ class PeftModel(nn.Module):
         if not autocast_adapter_dtype:
             inject.cast_to_base(model, adapter_name)
         inject.set_trained(model, (adapter_name,), False, self.base_model)
-
-    def _add_prompt(self, name: str, config: prompts.PromptLearningConfig) -> PeftConfig:
-        model: Any = self.get_base_model()
-        kind = methods.method(config.peft_type).PROMPT
-        config = kind.settle(config, model)
-        inject.save_whole(model, config, name)
-        words = model.get_input_embeddings()
-        device = next(model.parameters()).device
-        self.prompt_encoder[name] = kind(config, words).to(device).train(self.training)
-        return config
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Make these adapters the active ones, and (unless `inference_mode`) the trainable ones."""
@@ -491,8 +483,12 @@ class PeftModel(nn.Module):
         autocast_adapter_dtype: bool = True,
         key_mapping: dict[str, str] | None = None,
         **where: Any,
-    ) -> None:
-        """Add the adapter of a folder or Hub id under `adapter_name`; it does not become active."""
+    ) -> store.LoadResult:
+        """Add the adapter of a folder or Hub id under `adapter_name`; it does not become active.
+
+        Every tensor has its place and every place its tensor, else CheckpointError: so the result,
+        which peft gives, names none.
+        """
         folder = store.folder_of(model_id, where)
         config = PeftConfig.from_pretrained(folder)
         config = state.retargeted(config, self.get_base_model(), folder)
@@ -501,3 +497,4 @@ class PeftModel(nn.Module):
         self.add_adapter(adapter_name, config, autocast_adapter_dtype=autocast_adapter_dtype)
         store.fill(self, adapter_name, folder, where.get("allow_bin", False), key_mapping)
         self.set_requires_grad(adapter_name, is_trainable)
+        return store.LoadResult([], [])

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError, ConfigError
 from topwork.nn.cache import KVCache
+from topwork.peft import inject, methods
 from topwork.peft.config import PeftConfig, at_least
 
 Lengths = tuple[int, ...] | None
@@ -157,6 +158,15 @@ class Prompt(nn.Module):
     ) -> Tensor:
         """The loss, where it is not the model's own (`weighs`): see `methods/cpt.py`."""
         raise NotImplementedError
+
+
+def made_for(model: Any, name: str, config: PromptLearningConfig) -> tuple[Any, Prompt]:
+    """`config` with its sizes settled for `model`, and its virtual tokens."""
+    kind = methods.method(config.peft_type).PROMPT
+    config = kind.settle(config, model)
+    inject.save_whole(model, config, name)
+    words = model.get_input_embeddings()
+    return config, kind(config, words).to(next(model.parameters()).device)
 
 
 def sizes_of(model: nn.Module) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,27 @@ from topwork.errors import CheckpointError, ConfigError
 from topwork.peft import card, state
 from topwork.peft.config import PeftConfig
 from topwork.peft.methods.lora import LoraConfig
+
+
+class LoadResult(NamedTuple):
+    """The tensors that were missing, and those not known."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+HOW = (
+    "device_map",
+    "dtype",
+    "ephemeral_gpu_offload",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "offload_dir",
+    "offload_folder",
+    "torch_device",
+    "torch_dtype",
+    "use_safetensors",
+)
 
 
 def tensors_of(model: Any, name: str) -> dict[str, Tensor]:
@@ -99,8 +120,8 @@ def renamed(given: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[st
 
 def folder_of(model_id: str | Path, where: dict[str, Any]) -> Path:
     """The folder of an adapter. What only says how peft shall load it is taken out of `where`:
-    adapters are made where their layers are."""
-    for name in ("torch_device", "low_cpu_mem_usage", "ephemeral_gpu_offload"):
+    adapters are made where their layers are, in fp32 or in their dtype."""
+    for name in HOW:
         where.pop(name, None)
     return hub.resolve(model_id, want=("adapter",), **where).folder
 

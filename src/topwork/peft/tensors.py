@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,7 @@ class Matrix(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
-        self.weight = nn.Parameter(weight)
+        self.weight = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight)
         self.bias = None if bias is None else nn.Parameter(bias)
 
 
@@ -27,6 +28,8 @@ class Tensors(nn.Module):
         return getattr(self, name)
 
     def __setitem__(self, name: str, tensor: Tensor) -> None:
+        if name in self._parameters and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor)
         if isinstance(tensor, nn.Parameter):
             self.register_parameter(name, tensor)
         else:
@@ -52,3 +55,14 @@ class Tensors(nn.Module):
 
     def items(self) -> list[tuple[str, Tensor]]:
         return [(name, self[name]) for name in self.keys()]
+
+
+def hold(home: Any, name: str, made: Tensor | nn.Module) -> nn.Module:
+    """`home` with `made` under `name`: where methods that call theirs alike keep a module and a
+    tensor, as modules both."""
+    if isinstance(made, Tensor) and isinstance(home, nn.ModuleDict):
+        made = Bare(made)
+    if isinstance(made, nn.Module) and isinstance(home, Tensors):
+        home = nn.ModuleDict({key: Bare(tensor) for key, tensor in home.items()})
+    home[name] = made
+    return home
