@@ -64,5 +64,5 @@ def hold(home: Any, name: str, made: Tensor | nn.Module) -> nn.Module:
         made = Bare(made)
     if isinstance(made, nn.Module) and isinstance(home, Tensors):
         home = nn.ModuleDict({key: Bare(tensor) for key, tensor in home.items()})
-    home[name] = made
+    home[name] = made  # type: ignore[assignment, index]
     return home
