@@ -32,6 +32,23 @@ def tokenizer(template: str | None = CHATML) -> Tokenizer:
     return made
 
 
+MERGES = [("a", "b"), ("ab", "ab"), ("c", "c"), ("s", "a"), ("sa", "y")]
+
+
+def other_tokenizer() -> Tokenizer:
+    """The tiny tokenizer with merges, in another order."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
+    pieces = [*SPECIAL, *alphabet, *("".join(m) for m in MERGES)]
+    core = Core(models.BPE(vocab={t: i for i, t in enumerate(pieces)}, merges=MERGES))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    made = Tokenizer(
+        core, {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "chat_template": CHATML}
+    )
+    made.add_tokens(SPECIAL, special=True)
+    return made
+
+
 def model(seed: int = 0, **changes):
     """A two-layer Llama over the tokenizer's vocabulary."""
     torch.manual_seed(seed)

@@ -191,6 +191,8 @@ HOMES = {
     "set_peft_model_state_dict": "topwork.peft",
     "GMPOConfig": "topwork.objectives",
     "GMPOTrainer": "topwork.objectives",
+    "GOLDConfig": "topwork.objectives",
+    "GOLDTrainer": "topwork.objectives",
     "GRPOConfig": "topwork.objectives",
     "GRPOTrainer": "topwork.objectives",
     "RLOOConfig": "topwork.objectives",

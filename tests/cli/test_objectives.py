@@ -23,13 +23,14 @@ ROWS = {
     "gkd": tiny.chats(4),
     "iw_opd": tiny.chats(4),
     "uld": tiny.chats(4),
+    "gold": tiny.chats(4),
     "self_distill": ADVISED,
     "kto": JUDGED,
     "prm": STEPS,
 }
 SHOWN = {
     "sft": "messages format", "distill": "messages format", "gkd": "messages format",
-    "iw_opd": "messages format", "uld": "messages format",
+    "iw_opd": "messages format", "uld": "messages format", "gold": "messages format",
     "self_distill": "prompts: 4 rows, an answer to each",
     "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right",
@@ -71,7 +72,7 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     assert SHOWN.get(objective, "preference format; 4 of 4 rows kept") in shown
     assert "row 1" in shown
     out = tmp_path / "out"
-    extra = ("--teacher", base) if objective in ("distill", "gkd", "iw_opd", "uld") else ()
+    extra = ("--teacher", base) if objective in ("distill", "gkd", "iw_opd", "uld", "gold") else ()
     if objective == "self_distill":
         extra = ("--max_completion_length", 4)
     if objective in ("grpo", "gmpo", "sdpo", "a2po", "rloo", "ppo", "online_dpo", "xpo", "nash_md"):

@@ -7,8 +7,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer as Core
-from tokenizers import decoders, models, pre_tokenizers
 
 import tiny
 from topwork import (
@@ -28,7 +26,6 @@ from topwork.objectives.gkd import prompt_of
 from topwork.objectives.rollouts import Answer
 from topwork.objectives.uld import stretches, token_ends
 from topwork.ops import divergence, sorted_distance
-from topwork.text import Tokenizer
 from topwork.training.distributed import World
 
 ROWS = tiny.chats(6)
@@ -149,29 +146,13 @@ def test_rows_without_a_prompt_are_named(tmp_path):
 
 # -- ULD -------------------------------------------------------------------------------------------
 
-MERGES = [("a", "b"), ("ab", "ab"), ("c", "c"), ("s", "a"), ("sa", "y")]
-
-
-def other_tokenizer() -> Tokenizer:
-    """The tiny tokenizer with merges, in another order."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=True)
-    pieces = [*tiny.SPECIAL, *alphabet, *("".join(m) for m in MERGES)]
-    core = Core(models.BPE(vocab={t: i for i, t in enumerate(pieces)}, merges=MERGES))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    made = Tokenizer(
-        core, {"eos_token": "<|im_end|>", "pad_token": "<|pad|>", "chat_template": tiny.CHATML}
-    )
-    made.add_tokens(tiny.SPECIAL, special=True)
-    return made
-
 
 def uld(folder, rows=ROWS, config=ULDConfig, **options):
     torch.manual_seed(2)
     return ULDTrainer(
         tiny.model(0), tiny.model(1, vocab_size=264, hidden_size=24),
         config(output_dir=str(folder), **{**OPTIONS, **options}), rows, rows,
-        processing_class=tiny.tokenizer(), teacher_processing_class=other_tokenizer(),
+        processing_class=tiny.tokenizer(), teacher_processing_class=tiny.other_tokenizer(),
         peft_config=LoraConfig(**LORA),
     )  # fmt: skip
 
@@ -235,7 +216,8 @@ def test_the_distance_equals_the_peers(tmp_path, monkeypatch):
     for sample in run.train_data:
         sides = []
         for one, model, tokenizer in (
-            (sample, run.model, tiny.tokenizer()), (sample.teacher, teacher, other_tokenizer()),
+            (sample, run.model, tiny.tokenizer()),
+            (sample.teacher, teacher, tiny.other_tokenizer()),
         ):  # fmt: skip
             ids = torch.tensor(one.ids)[None].long()
             mask = torch.tensor(one.trained)
@@ -276,7 +258,7 @@ def test_a_teacher_that_reads_something_else_is_refused(tmp_path, monkeypatch):
         ULDTrainer(
             tiny.model(), tiny.model(1), ULDConfig(), ROWS, processing_class=tiny.tokenizer()
         )
-    shouting = other_tokenizer()
+    shouting = tiny.other_tokenizer()
     shouting.chat_template = tiny.CHATML.replace("message['content']", "message['content'] | upper")
     with pytest.raises(DataError, match="no row says the same text"):
         ULDTrainer(

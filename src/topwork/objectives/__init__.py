@@ -6,6 +6,7 @@ from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
 from topwork.objectives.gkd import GKD, GKDConfig, GKDTrainer
 from topwork.objectives.gmpo import GMPOConfig, GMPOTrainer
+from topwork.objectives.gold import GOLD, GOLDConfig, GOLDTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.iwopd import IWOPD, IWOPDConfig, IWOPDTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
@@ -67,6 +68,9 @@ __all__ = [
     "ULDTrainer",
     "GMPOConfig",
     "GMPOTrainer",
+    "GOLD",
+    "GOLDConfig",
+    "GOLDTrainer",
     "GRPO",
     "GRPOConfig",
     "GRPOTrainer",

@@ -13,6 +13,7 @@ from topwork.objectives import (
     free,
     gkd,
     gmpo,
+    gold,
     grpo,
     iwopd,
     kto,
@@ -82,6 +83,9 @@ OBJECTIVES = {
     ),
     "uld": Entry(
         uld.ULDConfig, uld.ULDTrainer, preview_rows, {"teacher": "teacher_model"}
+    ),
+    "gold": Entry(
+        gold.GOLDConfig, gold.GOLDTrainer, preview_rows, {"teacher": "teacher_model"}
     ),
     "self_distill": Entry(
         selfdistill.SelfDistillationConfig, selfdistill.SelfDistillationTrainer, preview_advised

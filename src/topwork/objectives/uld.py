@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -148,16 +148,21 @@ class ULD:
             other = seen_at(teacher, batch.teacher)
             said = _logprobs(teacher, other, batch.teacher.targets, self.teacher_temperature)
             head = head_of(teacher)
-        found = ops.sorted_distance(
+        found, told = self._distance((
             head_of(model), seen[batch.mine.last], batch.mine.chances(logprobs), self.temperature,
             head, other[batch.theirs.last], batch.theirs.chances(said), self.teacher_temperature,
-        )  # fmt: skip
+        ))  # fmt: skip
         plain = _logprobs(model, seen, batch.batch.targets, 1.0) if self.sft_weight else logprobs
         total = torch.stack([found.sum(), -self.sft_weight * plain.sum()])
-        told = {"distance": found}
         if self.sft_weight:
             told["nll_loss"] = -plain
         return routers.beside(Loss(total, means(told)), self.weight(batch)[0])
+
+    def _distance(self, sides: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Of each stretch [G], and what is told of it. `sides`: of student and teacher the head,
+        the hidden states, what they are scaled by, and the temperature."""
+        found = ops.sorted_distance(*sides)
+        return found, {"distance": found}
 
 
 def _logprobs(model: Any, seen: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -232,16 +237,10 @@ def pair_up(
         twin = by_row.get(sample.row)
         if twin is None:
             continue
-        sides = ((sample, tokenizer, 0.25), (twin, teacher_tokenizer, 0.75))
-        ids = [s.ids[1:][s.trained[1:]].tolist() for s, _, _ in sides]
-        texts = [t.decode(i, skip_special_tokens=True) for i, (_, t, _) in zip(ids, sides)]
-        if not _one_begins_the_other(*texts):
-            unlike += 1
-            continue
-        ends = [token_ends(t, i, inside) for i, (_, t, inside) in zip(ids, sides)]
-        mine, theirs = stretches(*ends)
-        if mine:
-            found.append(Twice(sample.row, sample.ids, sample.trained, twin, mine, theirs))
+        pair = paired(sample, twin, tokenizer, teacher_tokenizer)
+        unlike += pair is None
+        if pair is not None and pair.mine:
+            found.append(pair)
     if not found:
         raise DataError("no row says the same text to student and teacher")
     count = sum(len(s.mine) for s in found)
@@ -252,6 +251,19 @@ def pair_up(
     if lost:
         lines.append(f"{lost} rows dropped, of which the teacher keeps nothing")
     return found, lines
+
+
+def paired(
+    sample: Sample, twin: Sample, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
+) -> Twice | None:
+    """A row in the tokens of both sides; None if they do not say the same."""
+    sides = ((sample, tokenizer, 0.25), (twin, teacher_tokenizer, 0.75))
+    ids = [s.ids[1:][s.trained[1:]].tolist() for s, _, _ in sides]
+    texts = [t.decode(i, skip_special_tokens=True) for i, (_, t, _) in zip(ids, sides)]
+    if not _one_begins_the_other(*texts):
+        return None
+    ends = [token_ends(t, i, inside) for i, (_, t, inside) in zip(ids, sides)]
+    return Twice(sample.row, sample.ids, sample.trained, twin, *stretches(*ends))
 
 
 def _one_begins_the_other(one: str, other: str) -> bool:
@@ -267,6 +279,8 @@ class ULDTrainer(Trainer):
     a model.
     """
 
+    config_class: ClassVar[type[ULDConfig]] = ULDConfig
+
     def __init__(
         self,
         model: nn.Module | str | Path,
@@ -281,9 +295,9 @@ class ULDTrainer(Trainer):
         optimizer: torch.optim.Optimizer | None = None,
         **more: Any,
     ) -> None:
-        args, optimizer = settled(args, ULDConfig, optimizer, more)
+        args, optimizer = settled(args, self.config_class, optimizer, more)
         if teacher_model is None or train_dataset is None:
-            raise ConfigError("ULDTrainer needs teacher_model and train_dataset")
+            raise ConfigError(f"{type(self).__name__} needs teacher_model and train_dataset")
         if teacher_processing_class is None:
             if isinstance(teacher_model, nn.Module):
                 raise ConfigError("a loaded teacher needs teacher_processing_class, its tokenizer")
@@ -307,11 +321,10 @@ class ULDTrainer(Trainer):
         evals: dict[str, Sequence[Any]] = {
             name: read(rows)[1] for name, rows in named_sets(eval_dataset).items()
         }
-        dials = (args.temperature, args.teacher_temperature, args.sft_weight)
         super().__init__(
             adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
-            ULD(Reference(teacher), *dials, args.router_aux_loss_coef),
+            self._objective(args, Reference(teacher), tokenizer, teacher_processing_class),
             samples,
             evals,
             tokenizer=tokenizer,
@@ -323,6 +336,14 @@ class ULDTrainer(Trainer):
         if args.bf16 is not None:
             cast(teacher, args.bf16)
         teacher.to(self.device)
+
+    def _objective(
+        self, args: Any, teacher: Reference, tokenizer: Tokenizer, teacher_tokenizer: Tokenizer
+    ) -> ULD:
+        return ULD(
+            teacher, args.temperature, args.teacher_temperature, args.sft_weight,
+            args.router_aux_loss_coef,
+        )  # fmt: skip
 
 
 __all__ = ["ULD", "ULDConfig", "ULDTrainer"]

@@ -14,7 +14,13 @@ from topwork.ops.attention import (
 )
 from topwork.ops.blocks import decode_blocks, encode_blocks
 from topwork.ops.dense import linear_gelu, sums_of_two
-from topwork.ops.divergence import Likeliest, divergence, sorted_distance, token_divergence
+from topwork.ops.divergence import (
+    Likeliest,
+    divergence,
+    hybrid_distance,
+    sorted_distance,
+    token_divergence,
+)
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.few import few_linears
 from topwork.ops.int8 import decode_rows, encode_rows, int8_linear, int8_product
@@ -51,6 +57,7 @@ __all__ = [
     "decode_rows",
     "encode_blocks",
     "encode_rows",
+    "hybrid_distance",
     "int8_linear",
     "int8_product",
     "divergence",

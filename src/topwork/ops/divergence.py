@@ -14,6 +14,7 @@ from torch import Tensor
 from topwork.ops.recompute import recomputed
 
 Head = Callable[[Tensor], Tensor]
+LEAST = 1e-8  # below it a probability counts as this
 CHUNK = 128  # rows of both models' logits in memory at once
 
 
@@ -104,19 +105,64 @@ def sorted_distance(
     def one(rows: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor) -> Tensor:
         with torch.no_grad():
             wanted = (teacher_head(other).float() / teacher_temperature).softmax(1)
-            wanted = (wanted * other_scale[:, None]).sort(1, descending=True).values
-        found = (student_head(rows).float() / student_temperature).softmax(1) * scale[:, None]
-        found = found.sort(1, descending=True).values
-        width = max(found.shape[1], wanted.shape[1])
-        found, wanted = (F.pad(x, (0, width - x.shape[1])) for x in (found, wanted))
-        return (found - wanted).abs().sum(1)
+        found = (student_head(rows).float() / student_temperature).softmax(1)
+        return _sorted_gap(found * scale[:, None], wanted * other_scale[:, None])
 
-    sides = (student, student_scale, teacher, teacher_scale)
+    if not len(student):
+        return student.new_zeros(0, dtype=torch.float32)
+    return _in_chunks(one, (student, student_scale, teacher, teacher_scale))
+
+
+def hybrid_distance(
+    student_head: Head, student: Tensor, student_scale: Tensor, student_temperature: float,
+    teacher_head: Head, teacher: Tensor, teacher_scale: Tensor, teacher_temperature: float,
+    same: tuple[Tensor, Tensor], beta: float,
+) -> Tensor:  # fmt: skip
+    """`sorted_distance` where some tokens are in both vocabularies: [N, 2] fp32.
+
+    `same`: the ids [M] of these in the student's vocabulary and in the teacher's. First their
+    divergence, as in `divergence` but of measures, whose sums need not agree: never negative, and
+    0 only where they are the same. Then the sorted distance of all other tokens.
+    """
+
+    def one(rows: Tensor, scale: Tensor, other: Tensor, other_scale: Tensor) -> Tensor:
+        with torch.no_grad():
+            wanted = (teacher_head(other).float() / teacher_temperature).softmax(1)
+            wanted = wanted * other_scale[:, None]
+        found = (student_head(rows).float() / student_temperature).softmax(1) * scale[:, None]
+        p, q = found[:, same[0]].clamp_min(LEAST), wanted[:, same[1]].clamp_min(LEAST)
+        apart = divergence(p.log(), q.log(), beta)
+        if beta in (0, 1):  # Σ p·log p/q alone is least at p = q/e; mixtures need no such term
+            apart = apart + (p - q).sum(1) * (1 - 2 * beta)
+        rest = _sorted_gap(_without(found, same[0]), _without(wanted, same[1]))
+        return torch.stack((apart, rest), 1)
+
+    if not len(student):
+        return student.new_zeros(0, 2, dtype=torch.float32)
+    return _in_chunks(one, (student, student_scale, teacher, teacher_scale))
+
+
+def _without(values: Tensor, columns: Tensor) -> Tensor:
+    keep = torch.ones(values.shape[1], dtype=torch.bool, device=values.device)
+    keep[columns] = False
+    return values[:, keep]
+
+
+def _sorted_gap(p: Tensor, q: Tensor) -> Tensor:
+    """Σ |p - q| [N] over the sorted columns of [N, V] and [N, V']."""
+    width = max(p.shape[1], q.shape[1])
+    p, q = (x.sort(1, descending=True).values for x in (p, q))
+    p, q = (F.pad(x, (0, width - x.shape[1])) for x in (p, q))
+    return (p - q).abs().sum(1)
+
+
+def _in_chunks(one: Callable[..., Tensor], sides: tuple[Tensor, ...]) -> Tensor:
+    """`one` over a few rows at a time, which the backward pass computes again."""
     pieces = [
         recomputed(one, *part) if torch.is_grad_enabled() else one(*part)
         for part in zip(*(side.split(CHUNK) for side in sides))
     ]
-    return torch.cat(pieces) if len(student) else student.new_zeros(0, dtype=torch.float32)
+    return torch.cat(pieces)
 
 
 def _parameters(head: Head) -> list[Tensor]:
