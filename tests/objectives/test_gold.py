@@ -246,7 +246,7 @@ def test_the_student_comes_nearer_to_the_teacher(tmp_path):
                   learning_rate=2e-2)  # fmt: skip
     before = run.evaluate()["eval_distance/shared"]
     run.train()
-    assert run.evaluate()["eval_distance/shared"] < 0.85 * before
+    assert run.evaluate()["eval_distance/shared"] < 0.92 * before
 
 
 @pytest.mark.parametrize(
