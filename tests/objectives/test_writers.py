@@ -21,6 +21,8 @@ from topwork import (
     PeftModel,
     PPOConfig,
     PPOTrainer,
+    PrefixTuningConfig,
+    PromptTuningConfig,
 )
 from topwork.errors import ConfigError, TrainingError
 from topwork.generation.engine import Engine
@@ -47,7 +49,8 @@ def trainer(folder, kind=GRPOTrainer, config=GRPOConfig, reward=share, lora=True
     torch.manual_seed(2)
     return kind(
         tiny.model(), reward, config(**{**values, **options}), ROWS,
-        processing_class=tiny.tokenizer(), peft_config=LoraConfig(**LORA) if lora else None,
+        processing_class=tiny.tokenizer(),
+        peft_config=LoraConfig(**LORA) if lora is True else lora or None,
     )  # fmt: skip
 
 
@@ -255,6 +258,27 @@ def test_a_writer_over_a_snapshot_writes_what_the_model_would():
     second = copied.write(None, texts, limits, seeds)
     assert second == plain.write(model, texts, limits, seeds)
     assert second != first
+
+
+CAUSAL = {"task_type": "CAUSAL_LM"}
+UNLIKE_LORA = {
+    "prompt": PromptTuningConfig(**CAUSAL, num_virtual_tokens=40),
+    "prefix": PrefixTuningConfig(**CAUSAL, num_virtual_tokens=3),
+    "aLoRA": LoraConfig(**LORA, **CAUSAL, alora_invocation_tokens=[81, 223]),
+    "a whole head": LoraConfig(**LORA, modules_to_save=["lm_head"]),
+    "parameters": LoraConfig(target_modules=["q_proj"], target_parameters=["o_proj.weight"]),
+}
+
+
+@pytest.mark.parametrize("kind", UNLIKE_LORA)
+def test_answers_of_any_adapter_have_the_chances_that_the_trainer_finds(kind, tmp_path):
+    run = trainer(tmp_path, lora=UNLIKE_LORA[kind], max_steps=2, learning_rate=0.2)
+    weights = {n: p.clone() for n, p in run.model.named_parameters() if p.requires_grad}
+    run.train()
+    assert max(means(run, "sampling/logp_difference")) < 1e-4
+    assert means(run, "sampling/ratio") == pytest.approx([1.0, 1.0], abs=1e-4)
+    now = dict(run.model.named_parameters())
+    assert any(not torch.equal(now[name], before) for name, before in weights.items())
 
 
 class Slow:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -97,11 +97,10 @@ class Invocations:
             )
         columns = torch.arange(past, past + ids.shape[1])
         if lengths is not None:
-            masks: dict[str, list[Tensor]] = {name: [] for name in self.tokens}
-            for part in ids[0].split(list(lengths)):
-                for name, start in self.starts(part[None]).items():
-                    masks[name].append(torch.arange(len(part)) >= start)
-            return Invoked({name: torch.cat(parts)[None] for name, parts in masks.items()})
+            entries = [n if isinstance(n, tuple) else (n,) for n in lengths]
+            parts = zip(ids[0].split([sum(entry) for entry in entries]), entries)
+            found = [self._in_document(part.split(entry)) for part, entry in parts]
+            return Invoked({n: torch.cat([masks[n] for masks in found])[None] for n in self.tokens})
         starts = self.prompts
         if starts is None:
             before = _HELD.get(cache, {}) if past and cache is not None else {}
@@ -114,6 +113,22 @@ class Invocations:
         wide = {n: s.repeat_interleave(len(ids) // len(s)) for n, s in starts.items()}
         real = keep.cpu().bool() if keep is not None and keep.shape == ids.shape else None
         return Invoked({n: columns >= s[:, None] for n, s in wide.items()}, real)
+
+    def _in_document(self, parts: Sequence[Tensor]) -> dict[str, Tensor]:
+        """name → where it acts, of a beginning and its branches. As in `generate`, a beginning that
+        has an invocation is not asked again for what follows it."""
+        begin, *branches = parts
+        found = {}
+        for name, start in self.starts(begin[None]).items():
+            masks, at = [torch.arange(len(begin)) >= start], len(begin)
+            for branch in branches:
+                if start == NEVER:
+                    own = self.starts(torch.cat((begin, branch))[None])[name]
+                else:
+                    own = start
+                masks.append(torch.arange(at, at + len(branch)) >= own)
+            found[name] = torch.cat(masks)
+        return found
 
     @contextmanager
     def within(self, ids: Tensor | None, keep: Tensor | None, lengths: Any, cache: Any, past: int

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from topwork import ops
 from topwork.errors import CheckpointError, ConfigError
 from topwork.nn.cache import KVCache
 from topwork.peft import inject, methods
@@ -198,7 +199,7 @@ def through_backbone(
     *,
     inputs_embeds: Tensor | None = None,
     positions: Tensor | None = None,
-    lengths: tuple[int, ...] | None = None,
+    lengths: ops.Lengths | None = None,
     attention_mask: Tensor | None = None,
     cache: Any = None,
     task_ids: Tensor | None = None,
@@ -224,7 +225,10 @@ def through_backbone(
         )
     if prompt.is_prefix:
         if lengths is not None:
-            return _documents(model, prompt, given, inputs_embeds is not None, lengths)
+            plain = ops.unshared(lengths, given.device)
+            rows = given[:, plain.take]
+            hidden = _documents(model, prompt, rows, inputs_embeds is not None, plain.lengths)
+            return hidden[:, plain.back]
         inner = model.new_cache() if inner is None else inner
         for layer, (k, v) in enumerate(keys_values(prompt, batch)):
             inner.update(layer, k.to(model.dtype), v.to(model.dtype))
@@ -240,11 +244,27 @@ def through_backbone(
         if aside is not None:
             aside.append(hidden[:, :virtual])
         return hidden[:, virtual:]
+    return _packed(model, prompt, embeds[0], lengths, task_ids, aside)
+
+
+def _packed(
+    model: Any,
+    prompt: Prompt,
+    embeds: Tensor,
+    lengths: ops.Lengths,
+    task_ids: Tensor | None,
+    aside: list[Tensor] | None,
+) -> Tensor:
+    """Packed documents' embeddings [T, C] behind virtual ones; a shared beginning has them once."""
+    virtual = prompt.config.num_virtual_tokens
     made = prompt(len(lengths), task_ids).to(embeds.dtype)
-    parts = [part for pair in zip(made, embeds[0].split(lengths)) for part in pair]
-    longer = tuple(n + virtual for n in lengths)
+    sizes = [sum(n) if isinstance(n, tuple) else n for n in lengths]
+    parts = [part for pair in zip(made, embeds.split(sizes)) for part in pair]
+    longer = tuple(
+        (n[0] + virtual, *n[1:]) if isinstance(n, tuple) else n + virtual for n in lengths
+    )
     hidden = model.backbone(inputs_embeds=torch.cat(parts)[None], lengths=longer)
-    documents = hidden[0].split(longer)
+    documents = hidden[0].split([size + virtual for size in sizes])
     if aside is not None:
         aside.append(torch.stack([part[:virtual] for part in documents]))
     return torch.cat([part[virtual:] for part in documents])[None]
