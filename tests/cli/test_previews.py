@@ -98,7 +98,7 @@ def test_a_preview_refuses_what_the_trainer_refuses(seeing, tmp_path):
         shown(*common, "--objective", "reward")
     rows = written(tmp_path, illustrated(seeing, "distill"))
     with pytest.raises(DataError, match="row 0: it has 1 images, which nothing reads here"):
-        shown("--model", seeing, "--data", rows, "--objective", "distill")
+        shown("--model", seeing, "--data", rows, "--objective", "uld")
     with pytest.raises(ConfigError, match="neftune_noise_alpha does not go with images"):
         shown(*common, "--objective", "sft", "--neftune_noise_alpha", 5)
 

@@ -13,13 +13,20 @@ from typer.testing import CliRunner
 import tiny
 from sighted import FAMILIES, pair, picture
 from topwork import (
+    AutoModelForSequenceClassification,
+    Config,
     GRPOConfig,
     GRPOTrainer,
     LoraConfig,
+    NashMDTrainer,
+    OnlineDPOConfig,
     OnlineDPOTrainer,
+    PPOConfig,
     PPOTrainer,
     RLOOConfig,
     RLOOTrainer,
+    XPOConfig,
+    XPOTrainer,
 )
 from topwork.cli.main import app
 from topwork.errors import ConfigError, DataError, TrainingError
@@ -29,6 +36,11 @@ from topwork.objectives.rollouts import read_prompts, roll_out
 
 def big(completion_ids, **_):
     return [float(len(ids)) + sum(ids) / 1000 for ids in completion_ids]
+
+
+def classifier():
+    config = Config(**{**tiny.model().config.to_dict(), "num_labels": 1})
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def asked(family):
@@ -128,6 +140,30 @@ def test_a_run_learns_what_is_rewarded(family, kind, tmp_path):
     assert (tmp_path / "completions.jsonl").is_file()
 
 
+OTHERS = [
+    (OnlineDPOTrainer, OnlineDPOConfig, {}), (XPOTrainer, XPOConfig, {"alpha": 0.1}),
+    (PPOTrainer, PPOConfig, {"num_ppo_epochs": 2}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config", "more"), OTHERS)
+def test_other_trainers_over_drawn_answers_see_too(kind, config, more, tmp_path):
+    torch.manual_seed(0)
+    made = pair("qwen2_vl")
+    run = kind(
+        made.model, reward_funcs=big, args=settings(tmp_path, config, **more),
+        train_dataset=asked("qwen2_vl"), processing_class=made.processor,
+        peft_config=LoraConfig(r=2),
+    )  # fmt: skip
+    (batch,) = run.objective.assemble(run.model, [run.train_data[:1]])
+    assert len(batch.batch.images["pixel_values"])
+    before = [p.detach().clone() for p in run.model.parameters() if p.requires_grad]
+    run.train()
+    after = [p for p in run.model.parameters() if p.requires_grad]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after))
+    assert all(np.isfinite(e["loss"]) for e in run.state.log_history if "loss" in e)
+
+
 def test_a_whole_group_in_one_pass_is_the_answers_apart(tmp_path):
     """The prompt's images are read once for all answers of the group."""
     made = pair("qwen2_vl")
@@ -192,10 +228,12 @@ def test_notes_and_preview_show_the_images(tmp_path):
 
 def test_what_cannot_see_is_refused(tmp_path):
     made, rows = pair("llava"), asked("llava")
-    for kind in (PPOTrainer, OnlineDPOTrainer):
-        with pytest.raises(ConfigError, match="takes texts alone"):
-            kind(made.model, reward_funcs=big, train_dataset=rows,
-                 processing_class=made.processor)  # fmt: skip
+    with pytest.raises(ConfigError, match="takes texts alone"):
+        NashMDTrainer(made.model, reward_funcs=big, train_dataset=rows,
+                      processing_class=made.processor)  # fmt: skip
+    with pytest.raises(ConfigError, match="value_model reads no images"):
+        PPOTrainer(made.model, big, None, rows, processing_class=made.processor,
+                   value_model=classifier())  # fmt: skip
     with pytest.raises(DataError, match="row 0 has images"):
         GRPOTrainer(tiny.model(), big, settings(tmp_path), rows,
                     processing_class=tiny.tokenizer())  # fmt: skip

@@ -17,11 +17,10 @@ import sighted
 import tiny
 from sighted import FAMILIES, chat, pair, picture, rows
 from topwork import (
-    DistillationConfig,
-    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     LoraConfig,
+    SelfDistillationTrainer,
     SFTConfig,
     SFTTrainer,
 )
@@ -327,10 +326,9 @@ def test_texts_alone_and_images_do_not_mix_silently(tmp_path):
     with pytest.raises(ConfigError, match=r"writes images as token 9, but .* at token 3"):
         SFTTrainer(made.model, config(tmp_path), [row], processing_class=pair("qwen2_vl").processor)
     with pytest.raises(ConfigError, match=r"takes texts alone: pass its \.tokenizer"):
-        DistillationTrainer(
-            tiny.model(), tiny.model(1), DistillationConfig(output_dir=str(tmp_path)), [row],
-            processing_class=pair("llava").processor,
-        )  # fmt: skip
+        SelfDistillationTrainer(
+            tiny.model(), train_dataset=[row], processing_class=pair("llava").processor
+        )
     with pytest.raises(ConfigError, match="reads no images in its texts"):
         DPOTrainer(tiny.model(), args=DPOConfig(output_dir=str(tmp_path)), train_dataset=[row],
                    processing_class=pair("llava").processor)  # fmt: skip

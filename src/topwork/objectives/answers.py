@@ -16,12 +16,12 @@ from topwork.data.groups import collate_groups
 from topwork.data.packing import Batch
 from topwork.data.prepare import Marking, Sample, describe_losses, marked_text
 from topwork.data.rows import read_rows
-from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.errors import ConfigError
 from topwork.media.placed import Placer
 from topwork.objectives.familiar import ANSWERS, Familiar
 from topwork.objectives.language import LanguageConfig
 from topwork.objectives.setup import end_token, named_sets
-from topwork.objectives.sighted import described
+from topwork.objectives.sighted import described, reading
 from topwork.text import Tokenizer
 from topwork.training.familiar import settings
 
@@ -89,10 +89,8 @@ def collect(
     reference = None
     if all(r is not None for r in known):
         reference = torch.tensor([x for r in known for x in r or ()], device=device)
-    try:
+    with reading():
         batch = collate_groups(samples, placer)
-    except DataError as error:
-        raise TrainingError(str(error)) from error
     return AnswerBatch(batch.to(device), values, reference)
 
 

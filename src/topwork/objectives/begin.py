@@ -28,7 +28,7 @@ from topwork.objectives.rollouts import (
 )
 from topwork.objectives.server import ServerWriter
 from topwork.objectives.setup import adapted, load_model, load_pair, named_sets
-from topwork.objectives.sighted import Reader, described, load_reader
+from topwork.objectives.sighted import Reader, described, load_reader, model_class
 from topwork.objectives.vocabulary import added_ids, as_large
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
@@ -86,7 +86,7 @@ def set_up(
     evals: dict[str, Sequence[Any]] = {
         name: read_prompts(rows, *how)[0] for name, rows in named_sets(eval_dataset).items()
     }
-    other = None if ref_model is None else load_model(ref_model, args)
+    other = None if ref_model is None else load_model(ref_model, args, model_class(reader))
     if other is not None:
         as_large(other, model)
     reference = _start(model, peft_config, other) if held else None

@@ -15,12 +15,15 @@ from topwork.data.packing import Batch, collate
 from topwork.data.prepare import Prepared, Sample, opening, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError
+from topwork.media import ImageTextProcessor
+from topwork.media.placed import Placer
 from topwork.objectives.answers import means
 from topwork.objectives.familiar import settled
 from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
-from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets
+from topwork.objectives.setup import adapted, at_least, load_teacher, named_sets
 from topwork.objectives.sft import SFTConfig, marking_of, report
+from topwork.objectives.sighted import load_reader, model_class, reading
 from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig, PeftModel
 from topwork.text import Tokenizer
@@ -69,12 +72,15 @@ class Distillation:
     sft_weight: float = 0.0
     router: float | None = field(default=None, kw_only=True)
     """Weighs the routers' loss, as in `routed`."""
+    placer: Placer | None = field(default=None, kw_only=True)
+    """Reads the images of rows, for models that take some."""
 
     def assemble(
         self, model: nn.Module, groups: Sequence[Sequence[Sample]], world: World | None = None
     ) -> list[Batch]:
         device = next(model.parameters()).device
-        return [collate(group).to(device) for group in groups]
+        with reading():
+            return [collate(group, self.placer).to(device) for group in groups]
 
     def size(self, sample: Sample) -> int:
         return len(sample)
@@ -111,7 +117,8 @@ class Distillation:
 
 def seen_at(model: Any, batch: Batch) -> Tensor:
     """The hidden states [N, C] that predict the trained tokens."""
-    return model.backbone(batch.input_ids, lengths=batch.lengths)[0, batch.positions]
+    hidden = model.backbone(batch.input_ids, **batch.images, lengths=batch.lengths)
+    return hidden[0, batch.positions]
 
 
 def head_of(model: Any) -> Any:
@@ -120,9 +127,9 @@ def head_of(model: Any) -> Any:
 
 
 class DistillationTrainer(Trainer):
-    """The trainer with the distillation objective, from the rows of fine-tuning.
+    """The trainer with the distillation objective, from the rows of fine-tuning, images included.
 
-    `teacher_model`: a model or the name of one, with the student's vocabulary.
+    `teacher_model`: a model or the name of one, with the student's vocabulary (and its processor).
     """
 
     config_class: ClassVar[type[DistillationConfig]] = DistillationConfig
@@ -134,7 +141,7 @@ class DistillationTrainer(Trainer):
         args: DistillationConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -143,13 +150,14 @@ class DistillationTrainer(Trainer):
         args, optimizer = settled(args, self.config_class, optimizer, more)
         if teacher_model is None or train_dataset is None:
             raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
-        model, tokenizer = load_pair(model, processing_class, args)
-        teacher = load_teacher(teacher_model, args)
+        reader = load_reader(model, processing_class, args)
+        model, tokenizer = reader.model, reader.tokenizer
+        teacher = load_teacher(teacher_model, args, model_class(reader))
         _check_pair(model, teacher)
         marking = marking_of(args, tokenizer)
 
         def read(rows: Any) -> Any:
-            return prepare(read_rows(rows), tokenizer, marking)
+            return prepare(read_rows(rows), tokenizer, marking, placer=reader.placer)
 
         train = read(train_dataset)
         evals = {name: read(rows) for name, rows in named_sets(eval_dataset).items()}
@@ -160,10 +168,11 @@ class DistillationTrainer(Trainer):
             replace(
                 self._objective(args, Reference(teacher), tokenizer, train),
                 router=args.router_aux_loss_coef,
+                placer=reader.placer,
             ),
             train.samples,
             {name: p.samples for name, p in evals.items()},
-            tokenizer=tokenizer,
+            tokenizer=reader.processing,
             callbacks=callbacks,
             optimizer=optimizer,
             data_fingerprint=train.fingerprint,
@@ -186,7 +195,7 @@ def _check_pair(student: Any, teacher: Any) -> None:
     for name, model in (("model", student), ("teacher_model", teacher)):
         if not callable(getattr(model, "backbone", None)):
             raise ConfigError(f"{name}: load it with topwork.AutoModelForCausalLM")
-    sizes = [m.config.vocab_size for m in (student, teacher)]
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise ConfigError(f"student and teacher have vocabularies of {sizes[0]} and {sizes[1]}")
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from topwork.data.groups import Group, collate_groups
 from topwork.data.packing import Batch
 from topwork.data.prepare import Sample
-from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.errors import ConfigError
 from topwork.media.placed import Placer
 from topwork.objectives import kept, policy
 from topwork.objectives.ahead import Ahead
@@ -33,6 +33,7 @@ from topwork.objectives.rollouts import (
     roll_out,
 )
 from topwork.objectives.setup import at_least, one_of
+from topwork.objectives.sighted import reading
 from topwork.text import Tokenizer
 from topwork.training import TrainerCallback
 from topwork.training.distributed import World
@@ -357,10 +358,8 @@ def collate_answers(
             sampled += np.asarray(answer.sampled, np.float32)[trained].tolist()
         seen = one.prompt.images
         groups.append(Group(one.prompt.row, prompts[-1], tuple(samples), prompt_images=seen))
-    try:
+    with reading():
         batch = collate_groups(groups, placer)
-    except DataError as error:
-        raise TrainingError(str(error)) from error
     return batch.to(device), torch.tensor(sampled, device=device)
 
 

@@ -16,7 +16,7 @@ from topwork.data.prepare import Prepared, Sample
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
 from topwork.objectives.reference import Reference
-from topwork.objectives.rollouts import EngineWriter, seeds
+from topwork.objectives.rollouts import EngineWriter, Prompt, SeeingWriter, roll_out
 from topwork.objectives.setup import at_least
 from topwork.text import Tokenizer
 from topwork.training.distributed import World
@@ -80,15 +80,24 @@ class GKD(Distillation):
         if not samples:
             return {}
         assert self.writer is not None
-        prompts = [prompt_of(s) for s in samples.values()]
-        texts = [p.tolist() for p in prompts]
-        answers = self.writer.write(model, texts, [self.new] * len(texts), seeds(len(texts)))
+        prompts = [asked(s) for s in samples.values()]
+        writer = self.writer
+        if self.placer is not None:
+            writer = SeeingWriter(writer.options, self.placer)
         found = {}
-        for (i, sample), prompt, answer in zip(samples.items(), prompts, answers):
-            ids = np.concatenate([prompt, np.asarray(answer.ids, np.int32)])
+        written = roll_out(writer, model, prompts, 1, self.new)
+        for i, prompt, (answer,) in zip(samples, prompts, written):
+            ids = np.concatenate([prompt.ids, np.asarray(answer.ids, np.int32)])
             trained = np.arange(len(ids)) >= len(prompt)
-            found[i] = Sample(sample.row, ids, trained)
+            found[i] = Sample(prompt.row, ids, trained, images=prompt.images)
         return found
+
+
+def asked(sample: Sample) -> Prompt:
+    """What is to be answered in `sample`, with its images."""
+    ids = prompt_of(sample)
+    images = tuple(image for image in sample.images if image.stop <= len(ids))
+    return Prompt(sample.row, ids, None, {}, images=images)
 
 
 def prompt_of(sample: Sample) -> np.ndarray:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.generation import GenerationConfig, draw
+from topwork.media import ImageTextProcessor
 from topwork.objectives import formulas
 from topwork.objectives.answers import halves, means, pair_metrics
 from topwork.objectives.begin import set_up
@@ -30,7 +31,14 @@ from topwork.objectives.familiar import settled
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
-from topwork.objectives.rollouts import Answer, EngineWriter, Prompt, roll_out, seeds
+from topwork.objectives.rollouts import (
+    Answer,
+    EngineWriter,
+    Prompt,
+    SeeingWriter,
+    roll_out,
+    seeds,
+)
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least, one_of
 from topwork.peft import PeftConfig
@@ -151,7 +159,7 @@ class OnlineDPO(OverDraws):
             judged.append(float(scores[best] > scores[worst]))
             explored += [float(i == 1) for i in order]
         device = next(model.parameters()).device
-        batch, _ = collate_answers(pairs, device)
+        batch, _ = collate_answers(pairs, device, placer=self.draw.placer)
         found = Judged(batch, torch.tensor(judged, device=device))
         found.explored = torch.tensor(explored, device=device)
         assert self.reference is not None
@@ -267,7 +275,8 @@ def write_as(
     count: int, limit: int, generator: torch.Generator | None = None,
 ) -> list[list[Answer]]:  # fmt: skip
     """`count` answers of the reference to each prompt."""
-    if reference.model is None and reference.adapter is None:
+    bare = reference.model is None and reference.adapter is None
+    if bare and not isinstance(writer, SeeingWriter):  # whose adapter is the model's own
         writer = EngineWriter({**writer.options, "adapter": None})
     with reference.of(policy) as model:
         return roll_out(writer, model, prompts, count, limit, generator)
@@ -328,6 +337,8 @@ class OnlineDPOTrainer(Trainer):
     config_class: ClassVar[type[DrawsConfig]] = OnlineDPOConfig
     drawn: ClassVar[int | None] = None
     """Answers that the policy itself writes to each prompt; None: all."""
+    sees: ClassVar[bool] = True
+    """Prompts may have images."""
 
     def __init__(
         self,
@@ -337,7 +348,7 @@ class OnlineDPOTrainer(Trainer):
         args: DrawsConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         reward_processing_classes: Any = None,
         peft_config: PeftConfig | None = None,
         callbacks: Sequence[TrainerCallback] = (),
@@ -355,6 +366,7 @@ class OnlineDPOTrainer(Trainer):
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, 1.0, tools, environment_factory, ref_model,
+            self.sees,
         )  # fmt: skip
         if self.drawn:
             found.draw.count = self.drawn
@@ -382,6 +394,7 @@ class NashMDTrainer(OnlineDPOTrainer):
 
     objective_class: ClassVar[type[OverDraws]] = NashMD
     config_class: ClassVar[type[DrawsConfig]] = NashMDConfig
+    sees: ClassVar[bool] = False
     drawn: ClassVar[int | None] = 1
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError
+from topwork.media import ImageTextProcessor
 from topwork.objectives import critic, policy
 from topwork.objectives.begin import set_up
 from topwork.objectives.critic import ActorCritic, with_critic
@@ -129,7 +130,9 @@ class PPO(OverDraws):
 
     def _rollout(self, model: ActorCritic, drawn: Sequence[Drawn]) -> Estimated:
         """What policy, critic and reference say of these answers, without advantages yet."""
-        batch, sampled = collate_answers(drawn, next(model.parameters()).device)
+        batch, sampled = collate_answers(
+            drawn, next(model.parameters()).device, placer=self.draw.placer
+        )
         scored = score(model.policy, batch, temperature=self.args.temperature)
         one = Estimated(batch, torch.zeros_like(scored.logprobs), scored.logprobs, sampled=sampled)
         one.values = model.values(batch, scored.seen)
@@ -219,7 +222,7 @@ class PPOTrainer(Trainer):
         args: PPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         reward_processing_classes: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -233,10 +236,16 @@ class PPOTrainer(Trainer):
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
             reward_processing_classes, peft_config, args.kl_coef, tools, environment_factory,
+            sees=True,
         )  # fmt: skip
+        whole = with_critic(found.policy, value_model, peft_config, args)
+        if found.draw.placer is not None and not whole.shared:
+            raise ConfigError(
+                "value_model reads no images: leave it out, for a value head on the policy's trunk"
+            )
         self.policy = found.policy
         super().__init__(
-            with_critic(found.policy, value_model, peft_config, args),
+            whole,
             args,
             PPO(args, found.draw, reference=found.reference),
             callbacks=callbacks,

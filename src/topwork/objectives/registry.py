@@ -73,10 +73,10 @@ OBJECTIVES = {
     "prm": Entry(prm.PRMConfig, prm.PRMTrainer, preview_steps),
     "distill": Entry(
         distill.DistillationConfig, distill.DistillationTrainer, preview_rows,
-        {"teacher": "teacher_model"},
+        {"teacher": "teacher_model"}, True,
     ),
     "gkd": Entry(
-        gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}
+        gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}, True
     ),
     "iw_opd": Entry(
         iwopd.IWOPDConfig, iwopd.IWOPDTrainer, preview_rows, {"teacher": "teacher_model"}
@@ -106,12 +106,12 @@ OBJECTIVES = {
         a2po.A2POConfig, a2po.A2POTrainer, preview_prompts, {"reward": "reward_funcs"}
     ),
     "online_dpo": Entry(
-        online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, {**DRAWN, **ONLINE}
+        online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, {**DRAWN, **ONLINE}, True
     ),
-    "xpo": Entry(online.XPOConfig, online.XPOTrainer, preview_prompts, ONLINE),
+    "xpo": Entry(online.XPOConfig, online.XPOTrainer, preview_prompts, ONLINE, True),
     "nash_md": Entry(online.NashMDConfig, online.NashMDTrainer, preview_prompts, ONLINE),
     "ppo": Entry(
         ppo.PPOConfig, ppo.PPOTrainer, preview_prompts,
-        {**DRAWN, "value_model": "value_model"},
+        {**DRAWN, "value_model": "value_model"}, True,
     ),
 }  # fmt: skip

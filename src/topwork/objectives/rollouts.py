@@ -13,11 +13,12 @@ from topwork.data import illustrated
 from topwork.data.prepare import Sample
 from topwork.data.prompts import written
 from topwork.data.rows import Row, read_rows
-from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.errors import ConfigError, DataError
 from topwork.generation.engine import Engine, room_of
 from topwork.generation.request import ACTIVE
 from topwork.media.placed import Placed, Placer
 from topwork.objectives.rewards import Completion
+from topwork.objectives.sighted import reading
 from topwork.text import Tokenizer
 
 ENGINE_ROWS = 64
@@ -118,7 +119,8 @@ class EngineWriter:
 @dataclass(frozen=True)
 class SeeingWriter(EngineWriter):
     """`generate` for a model that reads the images of its prompts, as many texts at once as the
-    engine takes; what is seen is read once for all answers to it."""
+    engine takes; what is seen is read once for all answers to it. No answer has the token that an
+    image's features stand for."""
 
     placer: Placer
 
@@ -137,10 +139,8 @@ class SeeingWriter(EngineWriter):
     ) -> list[Answer]:
         """The answers to several prompts, which end at one place."""
         device = next(model.parameters()).device
-        try:
+        with reading():
             images = self.placer.tensors([prompt.sample() for prompt in prompts])
-        except DataError as error:
-            raise TrainingError(str(error)) from error
         images.pop("token_type_ids", None)  # of prompts alone they say nothing
         end, longest = self.options["eos_token_id"], max(map(len, prompts))
         ids = torch.full((len(prompts), longest), end)
@@ -153,6 +153,7 @@ class SeeingWriter(EngineWriter):
             mask.to(device),
             **{name: tensor.to(device) for name, tensor in images.items()},
             **{**self.options, "max_new_tokens": limit, "num_return_sequences": count},
+            suppress_tokens=[i for i in (self.placer.inside(),) if i < model.spec.decoder.vocab],
             seed=seed,
         )
         rows = out[:, longest:].tolist()

@@ -78,9 +78,11 @@ def load_model(
     return auto.from_pretrained(model, **{"dtype": dtype, **options, **given})
 
 
-def load_teacher(model: nn.Module | str | Path, args: Any) -> nn.Module:
+def load_teacher(
+    model: nn.Module | str | Path, args: Any, auto: Any = AutoModelForCausalLM
+) -> nn.Module:
     """`model` or the one of this name, frozen."""
-    loaded = load_model(model, args, init="teacher_model_init_kwargs")
+    loaded = load_model(model, args, auto, "teacher_model_init_kwargs")
     return loaded.requires_grad_(False).eval()
 
 

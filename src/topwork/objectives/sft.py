@@ -22,7 +22,7 @@ from topwork.data.prepare import (
 )
 from topwork.data.rows import LazyRows, read_rows
 from topwork.data.stream import Stream
-from topwork.errors import ConfigError, DataError, TrainingError
+from topwork.errors import ConfigError
 from topwork.media import ImageTextProcessor
 from topwork.media.placed import Placer
 from topwork.objectives.familiar import TEXTS, Familiar, settled
@@ -30,7 +30,7 @@ from topwork.objectives.language import LanguageConfig
 from topwork.objectives.logprobs import score
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import adapted, at_least, end_token, named_sets, one_of
-from topwork.objectives.sighted import Reader, described, load_reader
+from topwork.objectives.sighted import Reader, described, load_reader, reading
 from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
 from topwork.text import Tokenizer
@@ -115,10 +115,8 @@ class SFT:
         self, model: nn.Module, groups: Sequence[Sequence[Any]], world: Any = None
     ) -> list[Batch]:
         device = next(model.parameters()).device
-        try:
+        with reading():
             return [collate(_flat(group), self.placer).to(device) for group in groups]
-        except DataError as error:  # an image that cannot be read
-            raise TrainingError(str(error)) from error
 
     def size(self, sample: Sample | Pack) -> int:
         return sum(len(s) for s in _flat([sample]))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from topwork import hub
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.media import AutoProcessor, ImageTextProcessor
 from topwork.media.placed import Placer
 from topwork.models import AutoModelForCausalLM, AutoModelForImageTextToText
@@ -86,6 +87,15 @@ def load_writers(name: str | Path, args: Any, images: bool) -> tuple[Tokenizer, 
     _settle(processing, args, kind)
     add_words(processing.tokenizer, args)
     return processing.tokenizer, Placer(processing)
+
+
+@contextmanager
+def reading() -> Iterator[None]:
+    """Within it an image that cannot be read stops the run: TrainingError, not DataError."""
+    try:
+        yield
+    except DataError as error:
+        raise TrainingError(str(error)) from error
 
 
 def _settle(processing: ImageTextProcessor, args: Any, kind: str) -> None:
