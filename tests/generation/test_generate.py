@@ -178,7 +178,7 @@ def test_a_streamer_sees_the_prompt_each_token_and_the_end(pair):
         (IDS, {"early_stopping": "soon", "num_beams": 2}, '"never"'),
         (IDS, {"num_beam_groups": 2}, "diverse beams"),
         (IDS, {"output_attentions": True}, "call the model instead"),
-        (IDS, {"cache_implementation": "offloaded"}, "one of dynamic"),
+        (IDS, {"cache_implementation": "paged_out"}, "one of dynamic"),
         (IDS, {"num_beams": 2, "prompt_lookup_num_tokens": 3}, "neither beams"),
         (IDS, {"prompt_lookup_num_tokens": 3}, "one row"),
         (IDS, {"prefix_allowed_tokens_fn": lambda row, ids: []}, "allows no token"),

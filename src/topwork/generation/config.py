@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from pathlib import Path
+from typing import Any, Self, TypeVar, dataclass_transform
 
+from topwork import hub
 from topwork.errors import ConfigError, nearest
 
+T = TypeVar("T")
+FILE = "generation_config.json"
 # Of transformers' files: without effect on which tokens come out.
 INERT = frozenset(
     {
@@ -18,6 +24,9 @@ INERT = frozenset(
         "disable_compile",
         "is_assistant",
         "low_memory",
+        "synced_gpus",
+        "token_type_ids",
+        "use_model_defaults",
         "max_cache_len",
         "target_lookbehind",
         "transformers_version",
@@ -42,16 +51,46 @@ REFUSED: dict[str, tuple[Any, str]] = {
     ),
     "speculation_type": (None, "pass assistant_model or prompt_lookup_num_tokens"),
     "use_mtp": (False, "it is not offered; pass assistant_model or prompt_lookup_num_tokens"),
+    "custom_generate": (None, "pass logits_processor or stopping_criteria"),
     "cache_config": (None, "caches take no options here; choose one by cache_implementation"),
     "continuous_batching_config": (None, "use topwork.generation.Engine and its arguments"),
     "output_attentions": (False, "fused attention forms no weights; call the model instead"),
     "output_hidden_states": (False, "call the model with output_hidden_states=True instead"),
 }
 CACHES = ("dynamic", "static", "sliding_window", "quantized")
+# Ways to place a cache that change no number: the usual one serves.
+PLACED = ("dynamic_full", "hybrid", "hybrid_chunked", "offloaded", "offloaded_static", "paged")
 SCHEDULES = ("constant", "heuristic")
 
 
-@dataclass(kw_only=True)
+def asked_for(cls: type, call: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a call that are fields; ConfigError for what is not known or not done."""
+    known = {f.name for f in fields(cls)}
+    for name, value in call.items():
+        if name in REFUSED and value is not None and value != REFUSED[name][0]:
+            raise ConfigError(f"{name}={value!r} is not supported: {REFUSED[name][1]}")
+        if name not in known | INERT | set(REFUSED):
+            raise ConfigError(f"generate() has no option {name!r}{nearest(name, known)}")
+    # None in a call switches off what is None by default; top_k=None is an old way to say 0.
+    defaults = {f.name: f.default for f in fields(cls)} | {"top_k": 0, "top_p": 1.0}
+    return {k: defaults[k] if v is None else v for k, v in call.items() if k in known}
+
+
+@dataclass_transform(kw_only_default=True)
+def options(cls: type[T]) -> type[T]:
+    """`cls` as a dataclass of keywords, made of what a call of `generate` may name."""
+    made = dataclass(kw_only=True)(cls)
+    plain: Callable[..., None] = made.__init__
+
+    @functools.wraps(plain)
+    def init(self: Any, **given: Any) -> None:
+        plain(self, **asked_for(made, given))
+
+    made.__init__ = init  # type: ignore[method-assign]
+    return made
+
+
+@options
 class GenerationConfig:
     """How to choose tokens and when to stop. Names as in `generation_config.json`."""
 
@@ -192,7 +231,7 @@ class GenerationConfig:
             ),
             (
                 "cache_implementation",
-                self.cache_implementation in (None, *CACHES),
+                self.cache_implementation in (None, *CACHES, *PLACED),
                 f"one of {', '.join(CACHES)}",
             ),
         ]
@@ -228,15 +267,45 @@ class GenerationConfig:
             raise ConfigError("sequence_bias has an entry without ids")
         return found
 
+    # -- files and mappings ----------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is not at its default."""
+        plain = {f.name: f.default for f in fields(self)}
+        return {k: v for k, v in vars(self).items() if v != plain[k]}
+
+    def update(self, **call: Any) -> None:
+        """Take up the options of a call."""
+        vars(self).update(vars(type(self)(**{**vars(self), **call})))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write generation_config.json into `folder`."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n"
+        (Path(folder) / FILE).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **given: Any) -> Self:
+        """What generation_config.json of a folder or a Hub id says; `given` may hold options of a
+        call besides where to look."""
+        where = {k: given.pop(k) for k in hub.PLACES if k in given}
+        return cls.of(hub.resolve(name_or_path, want=("config",), **where).json(FILE), given)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        return cls.of(values, {})
+
+    @classmethod
+    def from_model_config(cls, config: Any) -> Self:
+        """What config.json says of generation."""
+        known = {f.name for f in fields(cls)}
+        return cls.of({k: v for k, v in config.to_dict().items() if k in known}, {})
+
     @classmethod
     def of(cls, file: Mapping[str, Any], call: Mapping[str, Any]) -> Self:
         """From a model's file and the call's own options, which come first."""
         known = {f.name for f in fields(cls)}
-        for name, value in call.items():
-            if name in REFUSED and value is not None and value != REFUSED[name][0]:
-                raise ConfigError(f"{name}={value!r} is not supported: {REFUSED[name][1]}")
-            if name not in known | INERT | set(REFUSED):
-                raise ConfigError(f"generate() has no option {name!r}{nearest(name, known)}")
+        chosen = asked_for(cls, call)
         for name, value in file.items():
             neutral = value is None or value is False
             neutral = neutral or (name in REFUSED and value == REFUSED[name][0])
@@ -248,9 +317,6 @@ class GenerationConfig:
         given = {k: v for k, v in file.items() if k in known and v is not None}
         if "max_new_tokens" in call or "max_length" in call:
             given = {k: v for k, v in given.items() if k not in ("max_new_tokens", "max_length")}
-        # None in a call switches off what is None by default; top_k=None is an old way to say 0.
-        defaults = {f.name: f.default for f in fields(cls)} | {"top_k": 0, "top_p": 1.0}
-        chosen = {k: defaults[k] if v is None else v for k, v in call.items() if k in known}
         return cls(**{**given, **chosen})
 
 

@@ -22,13 +22,14 @@ from topwork.nn.cache import KVCache
 @torch.inference_mode()
 def generate(
     model: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | Mapping[str, Any] | None = None,
     attention_mask: Tensor | None = None,
     generation_config: GenerationConfig | None = None,
     streamer: Streamer | None = None,
     *,
-    logits_processor: Sequence[Processor] = (),
-    stopping_criteria: Sequence[Criterion] = (),
+    inputs: Tensor | Mapping[str, Any] | None = None,
+    logits_processor: Sequence[Processor] | None = None,
+    stopping_criteria: Sequence[Criterion] | None = None,
     prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
     assistant_model: Any = None,
     negative_prompt_ids: Tensor | None = None,
@@ -39,20 +40,24 @@ def generate(
 ) -> Any:
     """Continue `input_ids` [B, T] (left-padded where `attention_mask` is 0); returns [B, T + new].
 
+    They may be called `inputs`, be what a tokenizer returns, or be left out to begin with a bos.
     Options come from the call, then `generation_config`, or else the model's own files:
-    generation_config.json before config.json. Rows that have ended are filled with the padding
-    id. `stop_strings` needs the `tokenizer`. `past_key_values` is a cache from an earlier call that
-    holds the beginning of `input_ids`.
-    With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a prompt
+    generation_config.json before config.json. Rows that have ended are filled with the padding id.
+    `stop_strings` needs the `tokenizer`. `past_key_values`, from an earlier call, holds their
+    beginning. With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a prompt
     that is empty, right-padded or too long, or an option that cannot be meant, and TopworkError
     when the logits are not numbers.
     """
     config = resolve_config(model, generation_config, options)
-    task = _task(model, input_ids, attention_mask, config, past_key_values)
-    task.streamer, task.criteria = streamer, list(stopping_criteria)
+    ids, mask = _prompt(model, input_ids if inputs is None else inputs, attention_mask, config)
+    task = _task(model, ids, mask, config, past_key_values)
+    task.streamer, task.criteria = streamer, list(stopping_criteria or ())
     if config.stop_strings:
         task.criteria.append(StopStrings(tokenizer, config.stop_strings))
-    first, extra = [], [_with_padding(run, task.vocab, config.filler) for run in logits_processor]
+    first, extra = (
+        [],
+        [_with_padding(run, task.vocab, config.filler) for run in logits_processor or ()],
+    )
     if config.guidance_scale not in (None, 1):
         if config.num_beams > 1 or assistant_model or config.prompt_lookup_num_tokens:
             raise ConfigError("guidance_scale goes with neither beams nor guessing ahead")
@@ -76,6 +81,19 @@ def generate(
     finally:
         model.train(was_training)
     return output if config.return_dict_in_generate else output.sequences
+
+
+def _prompt(
+    model: Any, given: Any, mask: Tensor | None, config: GenerationConfig
+) -> tuple[Tensor, Tensor | None]:
+    """The ids and their mask; ConfigError where there are none to begin with."""
+    if isinstance(given, Mapping):
+        return given["input_ids"], given.get("attention_mask") if mask is None else mask
+    if given is not None:
+        return given, mask
+    if config.bos_token_id is None:
+        raise ConfigError("generate needs input_ids, or a bos_token_id to begin with")
+    return torch.tensor([[config.bos_token_id]], device=model.device), None
 
 
 def _task(
@@ -180,3 +198,24 @@ def budget(model: Any, input_ids: Tensor, mask: Tensor | None, config: Generatio
     if config.max_length <= length:
         raise ConfigError(f"max_length={config.max_length} leaves no room after {length} tokens")
     return config.max_length - length
+
+
+def transition_scores(
+    sequences: Tensor, scores: Sequence[Tensor], beam_indices: Tensor | None = None,
+    normalize_logits: bool = False,
+) -> Tensor:  # fmt: skip
+    """The score [B, new] with which each new token of `sequences` [B, T + new] was chosen.
+
+    `scores`, `beam_indices`: of the same GenerateOutput. With `normalize_logits` the scores are
+    log-probabilities; with beams they are anyway.
+    """
+    table = torch.stack(tuple(scores), 1)  # [rows, new, V]
+    table = table.log_softmax(-1) if normalize_logits else table
+    if beam_indices is None:
+        beam_indices = torch.arange(len(sequences), device=table.device)[:, None]
+        beam_indices = beam_indices.expand(-1, len(scores))
+    new = int((beam_indices >= 0).sum(-1).max())
+    rows = beam_indices[:, :new]
+    tokens = sequences[:, sequences.shape[1] - new :]
+    found = table[rows.clamp(min=0), torch.arange(new, device=table.device), tokens]
+    return found.masked_fill(rows < 0, 0.0)

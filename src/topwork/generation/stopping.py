@@ -1,7 +1,8 @@
-"""Stop strings: a row ends with the token that completes one of them."""
+"""When a row ends: criteria of one's own, and stop strings."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,62 @@ from torch import Tensor
 
 from topwork.errors import ConfigError
 from topwork.generation.streaming import HALF
+
+
+class StoppingCriteria:
+    """Base of criteria of one's own: called after each token with the ids [B, T] (and None), they
+    say which rows end here, by a bool or [B]. A plain function serves as well."""
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **more: Any) -> Any:
+        raise NotImplementedError(f"{type(self).__name__} must say when a row ends: __call__")
+
+
+class StoppingCriteriaList(list[Any]):
+    """Several criteria; a row ends as soon as one of them says so."""
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **more: Any) -> Tensor:
+        ends = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        for criterion in self:
+            ends = ends | torch.as_tensor(criterion(input_ids, scores), device=ends.device)
+        return ends
+
+
+class LogitsProcessor:
+    """Base of processors of one's own: ids [B, T] and scores [B, V] → scores [B, V]."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} must give scores: __call__")
+
+
+class LogitsProcessorList(list[Any]):
+    """Several processors, one after the other."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        for processor in self:
+            scores = processor(input_ids, scores)
+        return scores
+
+
+class MaxLengthCriteria(StoppingCriteria):
+    """Ends rows of `max_length` tokens, the prompt counted."""
+
+    def __init__(self, max_length: int) -> None:
+        self.max_length = max_length
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **more: Any) -> Tensor:
+        ends = input_ids.shape[1] >= self.max_length
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
+
+
+class MaxTimeCriteria(StoppingCriteria):
+    """Ends rows `max_time` seconds after it was made."""
+
+    def __init__(self, max_time: float) -> None:
+        self.end = time.monotonic() + max_time
+
+    def __call__(self, input_ids: Tensor, scores: Any = None, **more: Any) -> Tensor:
+        ends = time.monotonic() >= self.end
+        return torch.full((len(input_ids),), ends, device=input_ids.device)
 
 
 class StopStrings:

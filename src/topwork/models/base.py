@@ -162,6 +162,10 @@ class Model(nn.Module):
     def gradient_checkpointing_disable(self) -> None:
         self.trunk.checkpointing = False
 
+    def compute_transition_scores(self, *args: Any, **kwargs: Any) -> Tensor:
+        """How each new token was scored; see `topwork.generation.transition_scores`."""
+        return importlib.import_module("topwork.generation").transition_scores(*args, **kwargs)
+
     # -- files -----------------------------------------------------------------------------------
 
     def save_pretrained(
