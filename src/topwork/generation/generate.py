@@ -44,9 +44,9 @@ def generate(
     Options come from the call, then `generation_config`, or else the model's own files:
     generation_config.json before config.json. Rows that have ended are filled with the padding id.
     `stop_strings` needs the `tokenizer`. `past_key_values`, from an earlier call, holds their
-    beginning. With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a prompt
-    that is empty, right-padded or too long, or an option that cannot be meant, and TopworkError
-    when the logits are not numbers.
+    beginning. With `return_dict_in_generate` a GenerateOutput comes back. Raises ConfigError for a
+    prompt that is empty, right-padded or too long, or an option that cannot be meant, and
+    TopworkError when the logits are not numbers.
     """
     config = resolve_config(model, generation_config, options)
     ids, mask = _prompt(model, input_ids if inputs is None else inputs, attention_mask, config)
@@ -54,10 +54,8 @@ def generate(
     task.streamer, task.criteria = streamer, list(stopping_criteria or ())
     if config.stop_strings:
         task.criteria.append(StopStrings(tokenizer, config.stop_strings))
-    first, extra = (
-        [],
-        [_with_padding(run, task.vocab, config.filler) for run in logits_processor or ()],
-    )
+    extra = [_with_padding(run, task.vocab, config.filler) for run in logits_processor or ()]
+    first = []
     if config.guidance_scale not in (None, 1):
         if config.num_beams > 1 or assistant_model or config.prompt_lookup_num_tokens:
             raise ConfigError("guidance_scale goes with neither beams nor guessing ahead")
