@@ -136,6 +136,8 @@ ROWS = [
     row("AdamssConfig", "gpt2", num_subspaces=3, target_modules=["lm_head"]),
     row("TrainableTokensConfig", token_indices=[3, 0, 17], target_modules=None),
     row("HiraConfig", "gpt2", r=3, fan_in_fan_out=True),
+    row("HiraConfig", r=3, target_modules=["embed_tokens", "v_proj"]),
+    row("HiraConfig", "convs", r=3),
     row("GraloraConfig", r=4, alpha=5),
     row("GraloraConfig", r=4, hybrid_r=2, gralora_k=4),
     row("PveraConfig", r=5),

@@ -9,18 +9,20 @@ import pytest
 import torch
 from torch import nn
 
-from topwork import AutoModelForSequenceClassification, Config
+from topwork import AutoModelForCausalLM, AutoModelForSequenceClassification, Config
 from topwork.errors import CheckpointError, ConfigError, TopworkWarning
 from topwork.peft import (
     AdaLoraConfig,
     AutoPeftModel,
     AutoPeftModelForCausalLM,
+    IA3Config,
     LoraConfig,
     PeftModel,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
     inject_adapter_in_model,
+    load_peft_weights,
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
@@ -317,3 +319,47 @@ def test_a_files_heads_of_its_task_need_not_all_be_there(tmp_path):
     get_peft_model(net(), config).save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net(), tmp_path, device_map="cpu", dtype=torch.float32)
     assert loaded.load_adapter(tmp_path, "more").missing_keys == []
+
+
+def test_two_copies_of_one_module_are_not_active_together():
+    model = tuned(target_modules=["0"], modules_to_save=["2"])
+    model.add_adapter("other", LoraConfig(target_modules=["0"], modules_to_save=["2"]))
+    with pytest.raises(ConfigError, match="a copy each of one Linear"):
+        model.set_adapter(["default", "other"])
+    assert model.active_adapters == ["default"]
+
+
+def test_embeddings_are_saved_where_the_base_has_another_number_of_words(tmp_path):
+    sizes = {
+        "model_type": "llama", "vocab_size": 31, "hidden_size": 16, "intermediate_size": 24,
+        "num_hidden_layers": 1, "num_attention_heads": 2,
+    }  # fmt: skip
+    AutoModelForCausalLM.from_config(Config(**sizes)).save_pretrained(tmp_path / "base")
+    for words, written in ((31, False), (33, True)):
+        grown = AutoModelForCausalLM.from_config(Config(**{**sizes, "vocab_size": words}))
+        options = {"base_model_name_or_path": str(tmp_path / "base")}
+        model = get_peft_model(grown, LoraConfig(target_modules=["q_proj"], **options))
+        model.save_pretrained(tmp_path / "tuned")
+        tensors = load_peft_weights(tmp_path / "tuned")
+        assert ("base_model.model.model.embed_tokens.weight" in tensors) == written
+    fresh = AutoModelForCausalLM.from_config(Config(**{**sizes, "vocab_size": 33}))
+    rest = get_base_model_state_dict(model)
+    set_base_model_state_dict(
+        fresh, {k: t for k, t in rest.items() if "embed" not in k and "head" not in k}, strict=False
+    )
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "tuned")
+    ids = torch.tensor([[1, 32]])
+    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_tensors_say_where_an_adapter_goes_in_a_compiled_model_and_for_other_methods():
+    config = IA3Config(target_modules=["0", "2"], feedforward_modules=["2"])
+    tensors = get_peft_model_state_dict(get_peft_model(net(), config))
+    plain = net()
+    inject_adapter_in_model(config, torch.compile(plain), state_dict=tensors)
+    shapes = {key: t.shape for key, t in get_peft_model_state_dict(plain).items()}
+    assert shapes == {k.removeprefix("base_model.model."): t.shape for k, t in tensors.items()}
+
+
+def test_names_of_starts_are_read_in_any_case():
+    assert LoraConfig(init_lora_weights="OLoRA").init_lora_weights == "olora"

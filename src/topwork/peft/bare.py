@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft import inject, state, store
+from topwork.peft import inject, methods, state, store
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.layer import check_name
 from topwork.peft.methods.lora import Lora
@@ -44,6 +44,7 @@ def inject_adapter_in_model(
     """
     if not isinstance(peft_config, LayerConfig):
         raise ConfigError(f"{type(peft_config).__name__} does not go to layers; use get_peft_model")
+    compiled, model = model, getattr(model, "_orig_mod", model)
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
     check_name(adapter_name, configs)
     if not configs:
@@ -52,14 +53,18 @@ def inject_adapter_in_model(
     if state_dict is None:
         config = inject.inject(model, adapter_name, peft_config)
     else:
-        found = state.targeted(peft_config, model, state_dict)
+        graft = methods.method(peft_config.peft_type).GRAFT
+        settled = peft_config
+        with suppress(ConfigError):  # where nothing is usual, the tensors say all
+            settled = graft.settle(peft_config, model)
+        found = state.targeted(settled, model, state_dict)
         config = inject.inject(model, adapter_name, found)
         config = replace(config, target_modules=peft_config.target_modules)
     configs[adapter_name] = config
     inject.activate(model, (adapter_name,), not config.inference_mode)
     for _, parameter in state.bias_parameters(model, config):
         parameter.requires_grad_(not config.inference_mode)
-    return model
+    return compiled
 
 
 def get_peft_model_state_dict(
@@ -160,8 +165,8 @@ def hotswap_adapter(
     model: PeftModel, model_name_or_path: str | Path, adapter_name: str, **where: Any
 ) -> None:
     """Put another adapter's tensors into the parameters of `adapter_name`, which stay the same
-    objects. LoRA of a smaller rank fits; a larger one is refused. Layers that the other does not
-    target get no change.
+    objects. LoRA of a smaller rank fits; for a larger one they grow, and a compiled model compiles
+    anew. Layers that the other does not target get no change.
     """
     folder = hub.resolve(model_name_or_path, want=("adapter",), **where).folder
     new: Any = PeftConfig.from_pretrained(folder)
@@ -179,19 +184,23 @@ def hotswap_adapter(
     if strangers:
         raise CheckpointError(f"{folder}: the adapter has no place for {', '.join(strangers[:20])}")
     for key, tensor in given.items():
-        if any(n > m for n, m in zip(tensor.shape, wanted[key].shape)):
+        own = wanted[key].shape
+        axis = 0 if ".lora_A" in key or "embedding_A" in key else 1
+        if any(n != m for i, (n, m) in enumerate(zip(tensor.shape, own)) if i != axis):
             raise CheckpointError(
-                f"{folder}: {key} is {list(tensor.shape)}, more than the {list(wanted[key].shape)} "
-                "there is room for"
+                f"{folder}: {key} is {list(tensor.shape)}, but {list(own)} here: it is of another "
+                "base"
             )
     with torch.no_grad():
         for key, own in wanted.items():
+            if key in given and given[key].numel() > own.numel():
+                own.data = own.new_empty(given[key].shape)
             own.fill_(1.0 if "ia3_l" in key else 0.0)
             if key in given:
                 own[tuple(slice(n) for n in given[key].shape)].copy_(given[key])
     for graft in inject.grafts_of(model, adapter_name):
         if isinstance(graft, Lora):
-            graft.scale = graft.scale_of(new)
+            graft.scale, graft.r = graft.scale_of(new), len(graft.matrices()[0])
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

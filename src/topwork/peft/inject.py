@@ -147,6 +147,17 @@ def save_whole(model: nn.Module, config: Any, name: str) -> None:
                 made.weight = first.weight
 
 
+def check_whole(model: nn.Module, names: tuple[str, ...]) -> None:
+    """Refuse `names` of which two have their own copy of one module."""
+    for module in saved_of(model):
+        owners = [name for name in names if name in module.modules_to_save]
+        if len(owners) > 1:
+            raise ConfigError(
+                f"{' and '.join(map(repr, owners))} train a copy each of one "
+                f"{type(module.original_module).__name__}; only one of them can be active"
+            )
+
+
 def put(model: nn.Module, path: str, module: nn.Module) -> None:
     """Set the submodule at `path`."""
     parent, _, leaf = path.rpartition(".")

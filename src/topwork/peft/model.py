@@ -199,6 +199,7 @@ class PeftModel(nn.Module):
             raise ConfigError("set_adapter needs a name; disable_adapter() computes without any")
         for name in wanted:
             self._known(name)
+        inject.check_whole(self.base_model, wanted)
         train = not inference_mode
         inject.activate(self.get_base_model(), self._expanded(wanted), train, self.base_model)
         xlora.train(self.base_model, self.peft_config, wanted, train)
@@ -227,8 +228,7 @@ class PeftModel(nn.Module):
             inject.remove(self.get_base_model(), name, self.base_model)
         xlora.detach(self.base_model, adapter_name)
         del self.peft_config[adapter_name]
-        if adapter_name in self.prompt_encoder:
-            del self.prompt_encoder[adapter_name]
+        self.prompt_encoder._modules.pop(adapter_name, None)
         left = tuple(n for n in self._active if n != adapter_name)
         if left != self._active:
             self._active = left or tuple(self.peft_config)[:1]
@@ -435,7 +435,8 @@ class PeftModel(nn.Module):
     ) -> None:
         """Write each adapter as peft does: "default" into the folder, others below it by name.
 
-        `save_embedding_layers=True` writes the base's embeddings too, for those that were changed.
+        `save_embedding_layers`: write the base's embeddings too; "auto": where the base has
+        another number of words than the one of its name.
         `path_initial_model_for_weight_conversion`: the adapter as it was before training, where
         its start changed the base (PiSSA …); what is written then goes with the base as it was.
         """
@@ -444,8 +445,7 @@ class PeftModel(nn.Module):
         initial = path_initial_model_for_weight_conversion
         for name in (selected_adapters or list(self.peft_config)) if is_main_process else ():
             self._known(name)
-            folder = Path(save_directory)
-            store.save(self, name, folder, save_embedding_layers is True, initial)
+            store.save(self, name, Path(save_directory), save_embedding_layers, initial)
 
     def push_to_hub(self, repo_id: str, **where: Any) -> str:
         """Put the adapters' files into a repository of the Hub; `where` as in `hub.upload`."""

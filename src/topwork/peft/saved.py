@@ -48,7 +48,7 @@ class SavedModule(nn.Module):
     @property
     def chosen(self) -> nn.Module:
         """The module that computes."""
-        if self.rows is not None:
+        if self.rows is not None and not self.disabled:
             raise ConfigError(
                 f"adapter_names: what is trained whole of {type(self.original_module).__name__} "
                 "differs by row, and is asked for at once"
@@ -61,7 +61,7 @@ class SavedModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.rows is None or self.disabled:
             return self.chosen(*args, **kwargs)
-        return self.rows.apply(*args, self._of)
+        return self.rows.apply(args[0], self._of)
 
     def _of(self, name: str) -> nn.Module:
         """The copy of adapter `name`, or the original."""

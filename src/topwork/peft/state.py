@@ -175,7 +175,7 @@ def targeted(config: LayerConfig, model: nn.Module, given: dict[str, Tensor]) ->
     whole = [*(config.modules_to_save or []), *TASK_HEADS.get(config.task_type, ())]  # type: ignore[call-overload]
     paths: set[str] = set()
     for key in given:
-        path = key.removeprefix(MODEL)
+        path = key.removeprefix(MODEL).removeprefix("_orig_mod.")
         while path and path not in here:
             path = path.rpartition(".")[0]
         if path and not any(ends(path, entry) for entry in whole):

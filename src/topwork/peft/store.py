@@ -56,8 +56,26 @@ def embeddings_of(model: Any) -> dict[str, Tensor]:
     return {state.PREFIX + key: tensor for key, tensor in words.items()}
 
 
+def resized(model: Any, config: PeftConfig) -> bool:
+    """Whether `model` has another number of words than the base that `config` names, where its
+    configuration lies on this machine."""
+    base, sizes = config.base_model_name_or_path, getattr(model.get_base_model(), "config", None)
+    words = getattr(sizes, "vocab_size", None)
+    if not base or words is None:
+        return False
+    try:
+        checkpoint = hub.resolve(base, want=("config",), local_files_only=True)
+        return hub.read_json(checkpoint.folder / "config.json").get("vocab_size", words) != words
+    except CheckpointError:
+        return False
+
+
 def save(
-    model: Any, name: str, folder: Path, embeddings: bool, initial: str | Path | None = None
+    model: Any,
+    name: str,
+    folder: Path,
+    embeddings: bool | str,
+    initial: str | Path | None = None,
 ) -> None:
     """Write an adapter as peft does: "default" into `folder`, others below it by name.
 
@@ -68,7 +86,8 @@ def save(
     if initial is not None:
         config, tensors = since(config, tensors, state.read(Path(initial)))
     numbers = sum(t.numel() for t in tensors.values())
-    tensors |= embeddings_of(model) if embeddings else {}
+    if embeddings is True or (embeddings == "auto" and resized(model, config)):
+        tensors |= embeddings_of(model)
     folder = folder if name == "default" else folder / name
     state.write(tensors, config, folder)
     card.write(folder, config, numbers)
@@ -108,13 +127,13 @@ def renamed(given: dict[str, Tensor], mapping: dict[str, str] | None) -> dict[st
     transformers' `key_mapping`: both sides are names in the bare model."""
     made: dict[str, Tensor] = {}
     for key, tensor in given.items():
-        name = key.removeprefix(state.MODEL)
+        prefix = state.MODEL if key.startswith(state.MODEL) else state.PREFIX
+        name = key.removeprefix(prefix)
         for pattern, new in (mapping or {}).items():
-            wanted = re.sub(r"\(.*?\)", "", new.lstrip("^"))
-            name, count = re.subn(pattern, wanted, name)
+            name, count = re.subn(pattern, new, name)
             if count:
                 break
-        made[key[: len(key) - len(key.removeprefix(state.MODEL))] + name] = tensor
+        made[prefix + name if key.startswith(prefix) else name] = tensor
     return made
 
 
@@ -131,6 +150,8 @@ def fill(
 ) -> None:
     """Read the adapter `name` of `model` from `folder`."""
     wanted, source = tensors_of(model, name), str(state.weights_file(folder, allow_bin))
+    if mapping is None:  # transformers' models say under which names older files have them
+        mapping = getattr(model.get_base_model(), "_checkpoint_conversion_mapping", None)
     given = renamed(state.read(folder, allow_bin), mapping)
     given = model.peft_config[name].from_file(given, wanted)
     if state.meet(model.get_base_model(), name, given):

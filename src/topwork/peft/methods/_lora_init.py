@@ -24,6 +24,8 @@ NAMED = ("gaussian", "pissa", "olora", "orthogonal", "mica", "eva", "corda", "lo
 
 def check(config: LoraConfig) -> None:
     """Refuse an `init_lora_weights` that is not known or does not go with the rest."""
+    if isinstance(config.init_lora_weights, str):
+        config.init_lora_weights = config.init_lora_weights.lower()
     init = config.init_lora_weights
     if isinstance(init, bool) or init in NAMED or re.fullmatch(r"pissa_niter_\d+", str(init)):
         if init == "orthogonal" and config.r % 2:

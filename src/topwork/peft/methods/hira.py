@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
 from topwork.peft.layer import Graft
@@ -36,29 +37,42 @@ class HiraConfig(LayerConfig):
 
 
 class Hira(Graft):
+    KINDS = ("linear", "conv", "embedding")
     config: HiraConfig
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.r = by_pattern(self.config.rank_pattern, self.path, self.config.r)
+        middle = "_embedding" if self.site.kind == "embedding" else ""
+        self.names = (f"hira{middle}_A", f"hira{middle}_B")
 
     def create(self) -> dict[str, Tensor | nn.Module]:
-        a, b = self.empty(self.r, self.site.inputs), self.empty(self.site.outputs, self.r).normal_()
+        site, ones = self.site, (1,) * len(self.site.kernel)
+        if site.groups > 1:
+            raise ConfigError(f"HIRA does not go to {self.path}, a convolution in groups")
+        a = self.empty(self.r, site.inputs, *site.kernel)
+        b = self.empty(site.outputs, self.r, *ones).normal_()
         if self.config.init_weights is True:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         else:
             a.normal_(std=1 / self.r if self.config.init_weights else 1.0)
         if self.config.init_weights:
             b.zero_()
-        return {"hira_A": nn.Parameter(a), "hira_B": nn.Parameter(b)}
+        return {name: nn.Parameter(matrix) for name, matrix in zip(self.names, (a, b))}
+
+    def _product(self) -> Tensor:
+        """B A in the weight's shape."""
+        a, b = (self[name] for name in self.names)
+        return (b.flatten(1) @ a.flatten(1)).view(-1, self.site.inputs, *self.site.kernel)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
-        x = F.dropout(x, self.config.hira_dropout, self.layer.training)
-        product = (self["hira_B"] @ self["hira_A"]).to(x.dtype)
-        return y + F.linear(x, sites.read_weight(self.base).to(x.dtype) * product)
+        if self.site.kind != "embedding":
+            x = F.dropout(x, self.config.hira_dropout, self.layer.training)
+        change = sites.read_weight(self.base).to(y.dtype) * self._product().to(y.dtype)
+        return y + sites.apply_weight(self.base, x, change)
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return weight + self.weight * (self["hira_B"] @ self["hira_A"]).float(), bias
+        return weight + self.weight * self._product(), bias
 
 
 CONFIG = HiraConfig
