@@ -35,6 +35,7 @@ HOMES = {
     "AutoPeftModelForTokenClassification": "topwork.peft",
     "AutoProcessor": "topwork.media",
     "AutoTokenizer": "topwork.text",
+    "BEMACallback": "topwork.objectives",
     "BOFTConfig": "topwork.peft",
     "BaseTunerLayer": "topwork.peft",
     "BitsAndBytesConfig": "topwork.quant",

@@ -1,6 +1,7 @@
 """Post-training algorithms: each says what it accepts, how it becomes a batch, and its loss."""
 
 from topwork.objectives.a2po import A2PO, A2POConfig, A2POTrainer
+from topwork.objectives.bema import BEMACallback
 from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
 from topwork.objectives.dpo import DPO, DPOConfig, DPOTrainer
 from topwork.objectives.free import CPO, ORPO, CPOConfig, CPOTrainer, ORPOConfig, ORPOTrainer
@@ -42,6 +43,7 @@ __all__ = [
     "A2PO",
     "A2POConfig",
     "A2POTrainer",
+    "BEMACallback",
     "Distillation",
     "DistillationConfig",
     "DistillationTrainer",

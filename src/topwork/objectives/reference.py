@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,6 +99,13 @@ class Reference:
         now = self._tensors(policy, own=False)
         for name, tensor in self._tensors(policy, own=True).items():
             tensor.lerp_(now[name].to(tensor.dtype), share)
+
+    @torch.no_grad()
+    def take(self, policy: nn.Module, values: Mapping[str, Tensor]) -> None:
+        """reference ← `values`, under the names of the policy's own tensors."""
+        for name, tensor in self._tensors(policy, own=True).items():
+            if name in values:
+                tensor.copy_(values[name])
 
     def _tensors(self, policy: nn.Module, own: bool) -> dict[str, Tensor]:
         """The reference's tensors (or the policy's that they follow), by name."""
@@ -202,8 +209,11 @@ def fingerprint(model: nn.Module, *facts: object) -> str:
 def with_reference(
     model: nn.Module, given: nn.Module | str | Path | None, config: PeftConfig | None,
     args: ReferenceConfig, auto: Any = AutoModelForCausalLM, words: Sequence[int] = (),
+    follows: bool = False,
 ) -> tuple[nn.Module, Reference]:  # fmt: skip
-    """The policy with its adapter, and its reference."""
+    """The policy with its adapter, and its reference; `follows`: a callback moves that one."""
+    if follows and args.precompute_ref_log_probs:
+        raise ConfigError("a callback moves the reference, so precompute_ref_log_probs cannot hold")
     ref_model = None if given is None else load_model(given, args, auto)
     if ref_model is not None:
         as_large(ref_model, model)
@@ -212,7 +222,7 @@ def with_reference(
         policy,
         ref_model,
         config is not None,
-        args.sync_ref_model,
+        args.sync_ref_model or follows,
         args.precompute_ref_log_probs,
     )
     return policy, reference
@@ -259,8 +269,9 @@ class ReferenceTrainer(Trainer):
         self.prepared, self.prepared_eval = data.train, data.evals
         auto = model_class(reader)
         policy, reference = with_reference(
-            reader.model, ref_model, peft_config, args, auto, added_ids(reader.tokenizer, args)
-        )
+            reader.model, ref_model, peft_config, args, auto, added_ids(reader.tokenizer, args),
+            any(getattr(callback, "update_ref_model", False) for callback in callbacks),
+        )  # fmt: skip
         objective = replace(
             self.objective_of(args, reference, policy),
             placer=reader.placer,

@@ -27,7 +27,11 @@ class TrainerControl:
 
 
 class TrainerCallback:
-    """Override the events that matter. `more` holds model, logs, metrics, optimizer …"""
+    """Override the events that matter. `more` holds model, logs, metrics, optimizer …
+
+    One with `state_dict` and `load_state_dict` (of JSON's kinds), or with `tensors` and
+    `load_tensors` ({name: tensor}), is part of checkpoints.
+    """
 
     def on_init_end(self, args: Any, state: Any, control: Any, **more: Any) -> None: ...
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None: ...

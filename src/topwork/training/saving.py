@@ -15,7 +15,7 @@ from topwork.training.objective import held_state, take_up
 from topwork.training.state import TrainerState, load_rng, save_rng
 
 OPTIMISER, GRADIENTS = "optimizer.safetensors", "gradients.safetensors"
-OBJECTIVE = "objective.safetensors"
+OBJECTIVE, CALLBACKS = "objective.safetensors", "callbacks.safetensors"
 
 
 def write(trainer: Any, folder: Path) -> None:
@@ -28,6 +28,10 @@ def write(trainer: Any, folder: Path) -> None:
         save_file({k: v.contiguous() for k, v in gradients.items()}, folder / GRADIENTS)
     if held := held_state(trainer.objective):
         save_file({k: v.contiguous() for k, v in held.items()}, folder / OBJECTIVE)
+    kept = {f"{i}.{name}": t for i, c in enumerate(trainer.callbacks) if hasattr(c, "tensors")
+            for name, t in c.tensors().items()}  # fmt: skip
+    if kept:
+        save_file({name: t.contiguous() for name, t in kept.items()}, folder / CALLBACKS)
     save_rng(folder)
     trainer.args.save(folder / "training_args.json")
     kept_state(trainer).save(folder)
@@ -72,7 +76,11 @@ def resume(trainer: Any, folder: Path) -> None:
         trainer.optimiser.set_gradients(load_file(folder / GRADIENTS))
     if (folder / OBJECTIVE).exists():
         take_up(trainer.objective, load_file(folder / OBJECTIVE))
+    tensors = load_file(folder / CALLBACKS) if (folder / CALLBACKS).exists() else {}
     for i, callback in enumerate(trainer.callbacks):
+        own = {k.removeprefix(f"{i}."): t for k, t in tensors.items() if k.startswith(f"{i}.")}
+        if own and hasattr(callback, "load_tensors"):
+            callback.load_tensors(own)
         kept = saved.callbacks.get(f"{i}.{type(callback).__name__}")
         if kept is not None:
             callback.load_state_dict(kept)
