@@ -363,3 +363,44 @@ def test_tensors_say_where_an_adapter_goes_in_a_compiled_model_and_for_other_met
 
 def test_names_of_starts_are_read_in_any_case():
     assert LoraConfig(init_lora_weights="OLoRA").init_lora_weights == "olora"
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_several_dora_adapters_add_up_and_merge_as_they_compute(plain):
+    model = tuned(use_dora=True, name="default")
+    config = LoraConfig(target_modules=["0", "2"], r=3, init_lora_weights=False, use_dora=not plain)
+    model.add_adapter("other", config)
+    for name, parameter in model.named_parameters():
+        if "magnitude" in name:
+            nn.init.uniform_(parameter, 0.5, 2)
+    bare = net()[0]
+    changes = []
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        changes.append(model.base_model.model[0](X) - bare(X))
+    model.set_adapter(["default", "other"])
+    assert model.base_model.active_adapter == ["default", "other"]
+    torch.testing.assert_close(model.base_model.model[0](X), bare(X) + sum(changes))
+    wanted = model(X)
+    model.merge_adapter()
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    model.merge_adapter(["other"])
+    model.merge_adapter(["default"])
+    torch.testing.assert_close(model(X), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_tensors_of_the_base_in_a_state_are_put_into_it():
+    model, other = tuned(bias="all"), tuned(seed=2)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter) if parameter.requires_grad else None
+    tensors = get_peft_model_state_dict(model)
+    assert set_peft_model_state_dict(other, tensors).unexpected_keys == []
+    torch.testing.assert_close(other(X), model(X))
+
+
+def test_a_configuration_by_itself_is_written_as_it_is(tmp_path):
+    LoraConfig(r=3).save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path) == LoraConfig(r=3)
+    tuned().save_pretrained(tmp_path)
+    assert LoraConfig.from_pretrained(tmp_path).inference_mode

@@ -18,10 +18,10 @@ from topwork import hub
 from topwork.errors import CheckpointError, ConfigError
 from topwork.peft import inject, methods, state, store
 from topwork.peft.config import LayerConfig, PeftConfig
-from topwork.peft.layer import check_name
 from topwork.peft.methods.lora import Lora
 from topwork.peft.model import PeftModel
 from topwork.peft.store import LoadResult
+from topwork.peft.tensors import check_name
 
 
 def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
@@ -130,7 +130,8 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> LoadResult:
-    """Copy tensors into an adapter; returns the keys that were missing and those not known.
+    """Copy tensors into an adapter, and into the base's parameters that they name; returns the keys
+    that were missing and those not known.
 
     Raises CheckpointError for a tensor of another shape, unless `ignore_mismatched_sizes`.
     Adapters are made where the layers are, so `low_cpu_mem_usage` has no effect.
@@ -142,6 +143,8 @@ def set_peft_model_state_dict(
         peft_model_state_dict = {
             k.removeprefix(prefix): v for k, v in peft_model_state_dict.items()
         }
+    held = {_clean(name): parameter for name, parameter in model.named_parameters()}
+    wanted |= {k: held[k] for k in peft_model_state_dict if k not in wanted and k in held}
     for key in sorted(wanted.keys() & peft_model_state_dict.keys()):
         own, given = wanted[key], peft_model_state_dict[key]
         if own.shape == given.shape:

@@ -133,12 +133,12 @@ class PeftConfig:
         """A file's tensors under the names `wanted` that `to_file` gives, where they differ."""
         return tensors
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write `adapter_config.json` into `folder`."""
+    def save_pretrained(self, folder: str | Path, **changes: Any) -> None:
+        """Write `adapter_config.json` into `folder`, with `changes`."""
         Path(folder).mkdir(parents=True, exist_ok=True)
         always = {f.name for f in fields(PeftConfig)} | {"target_modules", "modules_to_save"}
         values = {k: v for k, v in self.to_dict().items() if v is not None or k in always}
-        values["inference_mode"] = True
+        values |= changes
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (Path(folder) / FILE).write_text(text, encoding="utf-8")
 

@@ -8,7 +8,6 @@ from torch import nn
 
 VERBS = frozenset(
     {
-        "active_adapter",
         "active_adapters",
         "add_adapter",
         "add_weighted_adapter",
@@ -34,6 +33,12 @@ class Holder(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The active adapter; a list of several."""
+        names = self.active_adapters
+        return names[0] if len(names) == 1 else names
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -19,25 +19,10 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites, targets, usual
-from topwork.peft.config import PeftConfig
 from topwork.peft.rounding import Rounding
 from topwork.peft.rows import Rows
-from topwork.peft.tensors import Bare, Matrix, Tensors, hold
+from topwork.peft.tensors import Bare, Matrix, Shared, Tensors, hold
 from topwork.peft.views import ByAdapter
-
-
-class Shared:
-    """What a method keeps once for all layers of an adapter, in `Tensors` of the whole model."""
-
-    def __init__(self, home: nn.Module, name: str, layers: list[tuple[str, sites.Site]]) -> None:
-        self.home = home
-        self.name = name
-        self.layers = layers
-        """The layers that the adapter goes to, in the model's order."""
-        self.made: dict[tuple[str, str], nn.Module] = {}  # what a layer made for others too
-
-    def __getitem__(self, key: str) -> Tensor:
-        return getattr(self.home, key)[self.name]
 
 
 class Graft:
@@ -104,6 +89,10 @@ class Graft:
         """The layer's output `y` for the input `x`, changed."""
         return y + sites.apply_weight(self.base, x, self.delta())
 
+    def beside(self, x: Tensor, y: Tensor, first: Tensor) -> Tensor:
+        """The same beside others of its method, which made `y` of `first`."""
+        return self.after(x, y)
+
     def delta(self) -> Tensor:
         """What is added to the weight, [out, in, *kernel] fp32."""
         raise NotImplementedError
@@ -111,6 +100,12 @@ class Graft:
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Weight [out, in, *kernel] and bias, both fp32, with the adapter in them."""
         return weight + self.delta(), bias
+
+    def merged_beside(
+        self, weight: Tensor, bias: Tensor | None, first: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same beside others of its method, which made `weight` of `first`."""
+        return self.merged(weight, bias)
 
     def term(self) -> ops.LoraTerm | None:
         """The whole of it as one low-rank term, where it is one: then the fast path is taken."""
@@ -401,9 +396,9 @@ class AdaptedLayer(nn.Module):
         seen = x
         for graft in side_by_side:
             seen, base = graft.before(seen), graft.instead(base)
-        y = self._through(seen, inside, base)
+        y = first = self._through(seen, inside, base)
         for graft in side_by_side:
-            y = graft.after(x, y)
+            y = graft.beside(x, y, first)
         return y
 
     def grafts_in_order(self, using: list[Graft]) -> list[Graft]:
@@ -452,8 +447,10 @@ class AdaptedLayer(nn.Module):
         held: Tensor | None = getattr(base, "bias", None)
         before = sites.read_weight(base)
         weight, bias = before.float(), None if held is None else held.float()
+        first, kind = chosen[0].weight, type(self.grafts_in_order(chosen)[0])
         for graft in self.grafts_in_order(chosen):
-            weight, bias = graft.merged(weight, bias)
+            first, kind = (first, kind) if type(graft) is kind else (weight, type(graft))
+            weight, bias = graft.merged_beside(weight, bias, first)
         finite = weight.isfinite().all() and (bias is None or bias.isfinite().all())
         if safe and not bool(finite):
             raise ConfigError(
@@ -489,11 +486,3 @@ class AdaptedLayer(nn.Module):
         sites.put_back(self.base_layer, weight)
         if bias is not None:
             self.base_layer.bias.copy_(bias)  # type: ignore[union-attr, operator]
-
-
-def check_name(name: str, taken: dict[str, PeftConfig]) -> None:
-    """Refuse an adapter's name that is taken or cannot be a module's."""
-    if name in taken:
-        raise ConfigError(f"there is an adapter {name!r} already")
-    if not name or "." in name or hasattr(nn.ModuleDict(), name) or name == "__base__":
-        raise ConfigError(f"an adapter cannot be named {name!r}; it needs a name without dots")

@@ -26,9 +26,10 @@ from topwork.peft import (
 )
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.holder import Holder
-from topwork.peft.layer import AdaptedLayer, check_name
+from topwork.peft.layer import AdaptedLayer
 from topwork.peft.methods import xlora
 from topwork.peft.rows import Rows
+from topwork.peft.tensors import check_name
 from topwork.quant import Summary
 
 
@@ -78,7 +79,8 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name in ("base_model", "prompt_encoder"):
                 raise
-            return getattr(self.base_model.model, name)
+            home = self.base_model
+            return getattr(home if name in home._modules else home.model, name)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's call; its outputs are those of the given tokens.
@@ -197,15 +199,14 @@ class PeftModel(nn.Module):
         wanted = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
         if not wanted:
             raise ConfigError("set_adapter needs a name; disable_adapter() computes without any")
-        for name in wanted:
-            self._known(name)
+        configs = [self._known(name) for name in wanted]
         inject.check_whole(self.base_model, wanted)
         train = not inference_mode
         inject.activate(self.get_base_model(), self._expanded(wanted), train, self.base_model)
         xlora.train(self.base_model, self.peft_config, wanted, train)
         for name, prompt in self.prompt_encoder.items():
             prompt.requires_grad_(name in wanted and not inference_mode)
-        for _, parameter in state.bias_parameters(self.base_model, self._known(wanted[0])):
+        for _, parameter in state.bias_parameters(self.base_model, configs[0]):
             parameter.requires_grad_(not inference_mode)
         self._active = wanted
 
@@ -230,8 +231,7 @@ class PeftModel(nn.Module):
         del self.peft_config[adapter_name]
         self.prompt_encoder._modules.pop(adapter_name, None)
         left = tuple(n for n in self._active if n != adapter_name)
-        if left != self._active:
-            self._active = left or tuple(self.peft_config)[:1]
+        self._active = left or tuple(self.peft_config)[:1]
         if self._active:
             self.set_adapter(list(self._active))
 

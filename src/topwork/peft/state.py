@@ -242,7 +242,7 @@ def shapes(folder: Path) -> dict[str, list[int]]:
 def write(state: dict[str, Tensor], config: PeftConfig, folder: Path) -> None:
     """An adapter's two files; the weights appear whole or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(folder)
+    config.save_pretrained(folder, inference_mode=True)
     made: dict[str, Tensor] = {}
     places: set[int] = set()
     for key, tensor in state.items():

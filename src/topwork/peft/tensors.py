@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from topwork.errors import ConfigError
+from topwork.peft import sites
+from topwork.peft.config import PeftConfig
 
 
 class Matrix(nn.Module):
@@ -66,3 +71,27 @@ def hold(home: Any, name: str, made: Tensor | nn.Module) -> nn.Module:
         home = nn.ModuleDict({key: Bare(tensor) for key, tensor in home.items()})
     home[name] = made  # type: ignore[assignment, index]
     return home
+
+
+class Shared:
+    """What a method keeps once for all layers of an adapter, in `Tensors` of the whole model."""
+
+    def __init__(self, home: nn.Module, name: str, layers: list[tuple[str, sites.Site]]) -> None:
+        self.home = home
+        self.name = name
+        self.layers = layers
+        """The layers that the adapter goes to, in the model's order."""
+        self.made: dict[tuple[str, str], nn.Module] = {}  # what a layer made for others too
+
+    def __getitem__(self, key: str) -> Tensor:
+        """To compute with: fp32, where it is kept in half precision."""
+        found: Tensor = getattr(self.home, key)[self.name]
+        return found.float() if found.dtype in (torch.float16, torch.bfloat16) else found
+
+
+def check_name(name: str, taken: dict[str, PeftConfig]) -> None:
+    """Refuse an adapter's name that is taken or cannot be a module's."""
+    if name in taken:
+        raise ConfigError(f"there is an adapter {name!r} already")
+    if not name or "." in name or hasattr(nn.ModuleDict(), name) or name == "__base__":
+        raise ConfigError(f"an adapter cannot be named {name!r}; it needs a name without dots")

@@ -270,6 +270,18 @@ class Lora(Graft):
         own = self.over(own, y)
         return (y - own + term) * gain + own
 
+    def beside(self, x: Tensor, y: Tensor, first: Tensor) -> Tensor:
+        """Several DoRA adapters add up, each to the layer as it is without any."""
+        if not self.config.use_dora or y is first:
+            return self.after(x, y)
+        return y + self.after(x, first) - first
+
+    def merged_beside(
+        self, weight: Tensor, bias: Tensor | None, first: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        made, shifted = self.merged(first if self.config.use_dora else weight, bias)
+        return (weight + made - first if self.config.use_dora else made), shifted
+
     def norm_of(self, a: Tensor, b: Tensor) -> Tensor:
         """‖W + s · B A‖ [out] of each output, without forming the sum:
         ‖W‖² + 2s · ⟨B, W Aᵀ⟩ + s² · ⟨B, B A Aᵀ⟩. The first part is kept, for W is frozen."""

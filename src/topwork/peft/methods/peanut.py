@@ -75,9 +75,9 @@ class Peanut(Graft):
         passed = []
         for layer in self["peanut_encoders"]:
             passed.append(made)
-            made = act(F.linear(made, layer.weight))
+            made = act(F.linear(made, layer.weight.float()))
         for layer, past in zip(self["peanut_decoders"], reversed(passed)):
-            made = act(F.linear(made, layer.weight)) + past
+            made = act(F.linear(made, layer.weight.float())) + past
         return F.linear(made, self["peanut_B"]).t() * self.config.scaling
 
 
