@@ -10,11 +10,16 @@ import trl
 from datasets import Dataset
 
 import tiny
+from topwork import GRPOConfig
 from topwork.data.groups import Group, collate_groups
 from topwork.data.prepare import Sample
 from topwork.objectives import policy
+from topwork.objectives.draws import Rollout
+from topwork.objectives.grpo import GRPO
 from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.policy import PolicyLoss, Spread
+from topwork.training.distributed import World
+from topwork.training.objective import total_units
 
 PROMPT, SIZES = 5, (4, 7, 2, 6)
 ADVANTAGES = torch.tensor([1.3, -0.7, 0.4, -1.1])
@@ -131,6 +136,73 @@ def test_each_loss_equals_the_peer(peer, batch, case):
     )  # fmt: skip
     theirs.backward()
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, parameter in peer.model.named_parameters():
+        mine = model.get_parameter(name).grad
+        assert (mine - parameter.grad).norm() < 1e-4 * parameter.grad.norm() + 1e-7, name
+
+
+HELD = [
+    {"top_entropy_quantile": 0.4},
+    {"top_entropy_quantile": 0.4, "beta": 0.3, "loss_type": "grpo"},
+    {"off_policy_mask_threshold": 0.05},
+    {"off_policy_mask_threshold": 0.05, "top_entropy_quantile": 0.6, "loss_type": "cispo"},
+    {"entropy_coef": 0.7},
+    {"entropy_coef": 0.7, "top_entropy_quantile": 0.4, "loss_type": "dr_grpo"},
+]
+
+
+@pytest.mark.parametrize("case", HELD, ids=str)
+def test_what_is_masked_and_spread_out_equals_the_peer(peer, batch, case):
+    """Uncertain tokens alone, answers left behind, and an entropy bonus, with gradients."""
+    group, drift, apart = batch
+    case = {"loss_type": "dapo", "beta": 0.0, **case}
+    args = GRPOConfig(
+        num_generations=4, max_completion_length=9, importance_correction="none", **case
+    )  # fmt: skip
+    model, objective = tiny.model(), GRPO(args, None)  # type: ignore[arg-type]
+    rollout = Rollout(collate_groups([group]), ADVANTAGES)
+    if args.top_entropy_quantile < 1:
+        objective._heed(model, [rollout], World())
+        share = rollout.heeded.float().mean()
+        assert share == pytest.approx(args.top_entropy_quantile, abs=0.06)
+    now = token_logprobs(model, rollout.batch).detach()
+    rollout.old, rollout.ref = now + drift, now + apart
+    loss = objective.loss(model, rollout).over(total_units([objective.weight(rollout)]))
+    loss.backward()
+
+    peer.loss_type, peer.beta, peer.importance_sampling_level = (
+        case["loss_type"],
+        args.beta,
+        "token",
+    )
+    peer.epsilon_low, peer.epsilon_high, peer.args.delta = 0.2, 0.2, None
+    peer.use_vllm = False
+    peer.top_entropy_quantile = args.top_entropy_quantile
+    peer.off_policy_mask_threshold = args.off_policy_mask_threshold
+    peer.entropy_coef, peer._entropy_bonus_enabled = args.entropy_coef, bool(args.entropy_coef)
+    width, at = max(SIZES), 0
+    rows, mask = torch.zeros(4, width, dtype=torch.long), torch.zeros(4, width, dtype=torch.long)
+    padded = {"old": torch.zeros(4, width), "ref": torch.zeros(4, width)}
+    for i, answer in enumerate(group.answers):
+        n = len(answer)
+        rows[i, :n], mask[i, :n] = torch.from_numpy(answer.ids).long(), 1
+        padded["old"][i, :n] = rollout.old[at : at + n]
+        padded["ref"][i, :n] = rollout.ref[at : at + n]
+        at += n
+    prompt = torch.from_numpy(group.prompt).long().expand(4, PROMPT)
+    peer.model.zero_grad()
+    wanted = peer._compute_loss(
+        peer.model,
+        {
+            "prompt_ids": prompt, "prompt_mask": torch.ones_like(prompt), "completion_ids": rows,
+            "completion_mask": mask, "advantages": ADVANTAGES, "old_per_token_logps": padded["old"],
+            "ref_per_token_logps": padded["ref"], "num_items_in_batch": mask.sum(),
+        },
+    )  # fmt: skip
+    wanted.backward()
+    peer.top_entropy_quantile, peer.off_policy_mask_threshold = 1.0, None
+    peer._entropy_bonus_enabled = False
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-6)
     for name, parameter in peer.model.named_parameters():
         mine = model.get_parameter(name).grad
         assert (mine - parameter.grad).norm() < 1e-4 * parameter.grad.norm() + 1e-7, name

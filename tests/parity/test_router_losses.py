@@ -94,7 +94,7 @@ def test_policies(homes, tmp_path, name):
     prompt, *rest = (rng.integers(3, 250, n).astype(np.int32) for n in (5, *sizes))
     group = Group(0, prompt, tuple(Sample(0, ids, np.ones(len(ids), bool)) for ids in rest))
     args = getattr(topwork, f"{name}Config")(
-        loss_type="grpo", num_generations=4, importance_correction="none", max_completion_length=9
+        num_generations=4, importance_correction="none", max_completion_length=9
     )
     model = topwork.AutoModelForCausalLM.from_pretrained(homes / "policy")
     ours = {"GRPO": GRPO, "RLOO": RLOO}[name](args, None)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def test_policies(homes, tmp_path, name):
     loss.backward()
 
     options = peer_options(tmp_path, num_generations=4, max_completion_length=9, beta=0.0)
-    more = {"loss_type": "grpo", "use_vllm": False} if name == "GRPO" else {"use_vllm": False}
+    more = {"use_vllm": False}
     peer = getattr(trl, f"{name}Trainer")(
         transformers.AutoModelForCausalLM.from_pretrained(homes / "policy"),
         lambda completions, **_: [0.0] * len(completions),

@@ -171,6 +171,8 @@ class Rollout:
     ref: Tensor | None = None
     sampled: Tensor | None = None
     metrics: Metrics = field(default_factory=dict)
+    heeded: Tensor | None = None
+    """Which tokens [N] are uncertain enough to be trained; None: all."""
 
     @property
     def answers(self) -> int:

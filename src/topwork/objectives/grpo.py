@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from topwork import ops
 from topwork.errors import ConfigError
 from topwork.media import ImageTextProcessor
 from topwork.objectives import policy
 from topwork.objectives.begin import set_up
+from topwork.objectives.distill import head_of
 from topwork.objectives.draws import (
     Drawn,
     DrawsConfig,
@@ -25,7 +29,7 @@ from topwork.objectives.draws import (
     sums_of,
 )
 from topwork.objectives.familiar import SCALES, settled
-from topwork.objectives.logprobs import token_logprobs
+from topwork.objectives.logprobs import Scored, score, token_logprobs
 from topwork.objectives.policy import PolicyLoss
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
@@ -73,6 +77,14 @@ class GRPOConfig(DrawsConfig):
     """How often groups whose answers all earn the same are drawn again (dynamic sampling, DAPO)."""
     sapo_temperature_pos: float = 1.0
     sapo_temperature_neg: float = 1.05
+    top_entropy_quantile: float = 1.0
+    """Share of a draw's tokens, the policy's most uncertain ones, that are trained; all are held to
+    the reference (arXiv:2506.01939). Below 1 for one more pass without gradients."""
+    entropy_coef: float = 0.0
+    """Weight of the mean entropy of these tokens, which is taken off the loss."""
+    off_policy_mask_threshold: float | None = None
+    """Answers that did badly are left out once the policy has moved away from them: the mean log of
+    their tokens' chances when drawn, over the present ones, is above this."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +94,12 @@ class GRPOConfig(DrawsConfig):
         one_of("scale_rewards", self.scale_rewards, policy.SCALES)
         one_of("advantage", self.advantage, ESTIMATORS)
         at_least("num_iterations", self.num_iterations, 1)
+        at_least("entropy_coef", self.entropy_coef, 0)
+        if not 0 < self.top_entropy_quantile <= 1:
+            raise ConfigError(
+                f"top_entropy_quantile={self.top_entropy_quantile} must be in (0, 1]: the share of "
+                "tokens to train"
+            )
         if self.num_generations < 2 and self.advantage != "global":
             raise ConfigError("num_generations must be at least 2: answers are compared")
         if self.loss_type == "vespo" and self.importance_correction.startswith("sequence"):
@@ -115,9 +133,12 @@ class GRPO(OverDraws):
     def passes(self) -> int:
         return self.args.num_iterations
 
-    def weight(self, batch: Rollout) -> float:
+    def weight(self, batch: Rollout) -> Any:
         tokens, longest = len(batch.batch.targets), self.args.max_completion_length
-        return policy.units(self.args.loss_type, batch.answers, tokens, longest)
+        own = policy.units(self.args.loss_type, batch.answers, tokens, longest)
+        if not self.args.entropy_coef:
+            return own
+        return own, float(tokens if batch.heeded is None else batch.heeded.sum())
 
     # -- from prompts to micro-batches -----------------------------------------------------------
 
@@ -134,10 +155,27 @@ class GRPO(OverDraws):
             rollout = self._rollout(model, part, own)
             rollout.metrics = self.draw.metrics(part)
             found.append(rollout)
+        if self.args.top_entropy_quantile < 1:
+            self._heed(model, found, world or World())
         return found
 
+    @torch.no_grad()
+    def _heed(self, model: nn.Module, batches: Sequence[Rollout], world: World) -> None:
+        """Mark the most uncertain tokens of a whole draw, over all processes."""
+        heat, entropies = self.args.temperature, []
+        for one in batches:
+            scored = score(model, one.batch, temperature=heat)
+            one.old = scored.logprobs
+            entropies.append(scored.statistics(heat).entropy)
+        every, _ = world.gather(torch.cat(entropies))
+        least = float(np.quantile(every.cpu().numpy(), 1 - self.args.top_entropy_quantile))
+        for one, entropy in zip(batches, entropies):
+            one.heeded = entropy >= least
+            one.metrics |= sums_of({"entropy": entropy})
+
     def remember(self, model: nn.Module, batch: Rollout) -> None:
-        batch.old = self._logprobs(model, batch)
+        if batch.old is None:
+            batch.old = self._logprobs(model, batch)
 
     def sketch(self, model: nn.Module, sample: Prompt) -> Rollout:
         """A batch of the usual shape without drawing, to plan the memory."""
@@ -187,16 +225,42 @@ class GRPO(OverDraws):
 
     def loss(self, model: nn.Module, batch: Rollout) -> Loss:
         with routed(model, batch.batch, self.args.router_aux_loss_coef) as routers:
-            new = self._logprobs(model, batch)
-        return routers.beside(self.compared(batch, new), self.weight(batch))
+            scored = score(model, batch.batch, temperature=self.args.temperature)
+        found = self.compared(batch, scored.logprobs)
+        if not self.args.entropy_coef:
+            return routers.beside(found, self.weight(batch))
+        entropy = self._entropy(model, scored)
+        heeded = entropy if batch.heeded is None else entropy[batch.heeded]
+        terms = torch.stack([found.total, -self.args.entropy_coef * heeded.sum()])
+        metrics = {**found.metrics, **sums_of({"entropy": entropy.detach()})}
+        return routers.beside(Loss(terms, metrics), self.weight(batch)[0])
+
+    def _entropy(self, model: nn.Module, scored: Scored) -> Tensor:
+        """Of the policy at each token [N], with gradients: log V - KL(π ‖ uniform)."""
+        own = callable(getattr(model, "token_logprobs", None))  # else the logits were seen
+        head = head_of(model) if own else lambda logits: logits
+        size = head(scored.seen[:1]).shape[-1]
+        apart = ops.token_divergence(
+            head, scored.seen, lambda rows: rows.new_zeros(len(rows), size), scored.seen.detach(),
+            beta=1.0, temperature=self.args.temperature if own else 1.0,
+        )  # fmt: skip
+        return math.log(size) - apart
 
     def compared(self, batch: Rollout, new: Tensor) -> Loss:
         """The loss of these answers from the policy's log-probabilities [N]."""
         spread, settings = batch.spread, self.args.loss()
         old = new.detach() if batch.old is None else batch.old
         correction, told = corrected(self.args, batch, old)
+        keep, bound = batch.heeded, self.args.off_policy_mask_threshold
+        if bound is not None:
+            drawn = (
+                old if batch.sampled is None else batch.sampled.where(~batch.sampled.isnan(), old)
+            )
+            near = policy.near_enough(new, drawn, batch.advantages, spread, bound)
+            told["off_policy_masked_fraction"] = (~near).float()
+            keep = near if keep is None else keep & near
         losses = policy.token_losses(
-            new, old, batch.advantages, spread, settings, batch.ref, correction
+            new, old, batch.advantages, spread, settings, batch.ref, correction, keep
         )
         ratio = policy.log_ratio(new.detach(), old, spread, settings.level).exp()
         told |= policy.clipped_shares(ratio, spread.over(batch.advantages), settings)

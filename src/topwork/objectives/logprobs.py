@@ -26,9 +26,13 @@ class Scored:
     targets: Tensor
     model: Any
 
-    def statistics(self) -> ops.TokenStatistics:
-        """Entropy and the like at each position, for one more pass through the head."""
+    def statistics(self, temperature: float = 1.0) -> ops.TokenStatistics:
+        """Entropy and the like at each position, for one more pass through the head; `temperature`
+        is that of the scores."""
         head = self.model.head if _has_contract(self.model) else lambda logits: logits
+        if temperature != 1 and _has_contract(self.model):
+            plain = head
+            head = lambda rows: plain(rows).float() / temperature  # noqa: E731
         return ops.token_statistics(head, self.seen.detach(), self.targets)
 
 

@@ -123,12 +123,14 @@ def token_losses(
     loss: PolicyLoss,
     ref: Tensor | None = None,
     correction: Tensor | None = None,
+    keep: Tensor | None = None,
 ) -> Tensor:
     """The loss of each token [N] from log-probabilities [N] and the answers' advantages [A].
 
     `correction` [N]: the weight of each token for what its sampler made of the policy, see
-    `corrected`. GRPO arXiv:2402.03300 (dapo 2503.14476, dr_grpo 2503.20783), cispo 2506.13585,
-    sapo 2511.20347, gmpo 2507.20673; gspo is `level="sequence"`.
+    `corrected`; `keep` [N]: which tokens move the policy, while all are held to the reference.
+    GRPO arXiv:2402.03300 (dapo 2503.14476, dr_grpo 2503.20783), cispo 2506.13585, sapo 2511.20347,
+    gmpo 2507.20673; gspo is `level="sequence"`.
     """
     given = spread.over(advantage)
     ratio = log_ratio(new, old, spread, loss.level).exp()
@@ -149,6 +151,8 @@ def token_losses(
         out = clipped_losses(first, ratio, given, loss.epsilon, loss.high)
     if correction is not None:
         out = out * correction
+    if keep is not None:
+        out = out * keep
     if loss.beta and ref is not None:
         divergence = kl_k3(new, ref)
         out = out + loss.beta * (divergence * ratio if loss.bias_correction else divergence)
@@ -160,6 +164,16 @@ def clipped_losses(
 ) -> Tensor:
     """PPO's pessimistic choice (arXiv:1707.06347) between `first` and the clipped `ratio`."""
     return -torch.min(first * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def near_enough(
+    new: Tensor, drawn: Tensor, advantage: Tensor, spread: Spread, bound: float
+) -> Tensor:
+    """Which tokens [N] are of an answer that did well, or from which the policy has not moved away:
+    the mean of log μ/π over the answer, `drawn` [N] being log μ, is at most `bound` (the sequence
+    mask of DeepSeek-V3.2, arXiv:2512.02556)."""
+    apart = spread.means(drawn - new.detach())
+    return spread.over((advantage >= 0) | (apart <= bound))
 
 
 # -- the sampler and the trainer -----------------------------------------------------------------

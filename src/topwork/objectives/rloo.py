@@ -34,11 +34,24 @@ class RLOOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, plain in UNREAD.items():
+            if getattr(self, name) not in plain:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is not read by RLOO")
         if self.importance_correction.startswith("token"):
             raise ConfigError(
                 f"importance_correction={self.importance_correction!r}: here an answer is one "
                 "action; one of none, sequence_truncate, sequence_mask"
             )
+
+
+# Of GRPO's settings, those that this loss does not read, with values that ask for nothing.
+UNREAD = {
+    "loss_type": ("dapo",), "delta": (None,), "importance_sampling_level": ("token",),
+    "use_bias_correction_kl": (True,), "scale_rewards": ("group", "none"),
+    "normalise_rewards_first": (False,), "advantage": ("leave_one_out",),
+    "sapo_temperature_pos": (1.0,), "sapo_temperature_neg": (1.05,),
+    "top_entropy_quantile": (1.0,), "entropy_coef": (0.0,), "off_policy_mask_threshold": (None,),
+}  # fmt: skip
 
 
 class RLOO(GRPO):

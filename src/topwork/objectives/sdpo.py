@@ -122,6 +122,8 @@ def _check_modes(args: SDPOConfig) -> None:
         )
     if args.distillation_add_tail and args.distillation_topk is None:
         raise ConfigError("distillation_add_tail goes with distillation_mode='topk_logits'")
+    if args.entropy_coef:
+        raise ConfigError(f"entropy_coef={args.entropy_coef} is not read by SDPO")
     if args.beta:
         raise ConfigError(f"beta={args.beta}: there is no reference beside the teacher; leave it 0")
     if not (args.use_successful_as_teacher or args.include_environment_feedback):
