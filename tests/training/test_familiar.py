@@ -22,7 +22,7 @@ QUIET = [
     (TrainingArguments, {"fsdp": [], "include_for_metrics": [], "label_smoothing_factor": 0}),
     (SFTConfig, {"dataset_num_proc": None, "pad_token": None, "neftune_noise_alpha": 5.0}),
     (DPOConfig, {"truncation_mode": "keep_start", "rpo_alpha": None, "reference_free": False}),
-    (GRPOConfig, {"use_vllm": False, "sync_ref_model": False, "top_entropy_quantile": 1.0}),
+    (GRPOConfig, {"use_vllm": False, "sync_ref_model": False, "reward_clip_range": None}),
 ]
 TOLD = [
     (TrainingArguments, {"remove_unused_columns": False}, "never reach the model"),
