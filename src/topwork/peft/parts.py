@@ -43,7 +43,8 @@ def telling(variable: Carried[T], value: T) -> Iterator[None]:
 @contextmanager
 def narrowed(shape: torch.Size, dim: int, index: Tensor) -> Iterator[None]:
     """Within it a layer computes the part `index` along `dim` of an input of `shape`."""
-    held = [(variable, variable.get()) for variable in _TOLD]
+    # What this thread was told, and no other one that traces or trains meanwhile.
+    held = [(carried, carried.variable.get()) for carried in _TOLD]
     parts = [(v, value.part(shape, dim, index)) for v, value in held if value is not None]
     tokens = [(variable, variable.set(part)) for variable, part in parts]
     try:
