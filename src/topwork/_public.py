@@ -88,6 +88,8 @@ HOMES = {
     "OSFConfig": "topwork.peft",
     "ORPOConfig": "topwork.objectives",
     "ORPOTrainer": "topwork.objectives",
+    "MergeConfig": "topwork.objectives",
+    "MergeModelCallback": "topwork.objectives",
     "NashMDConfig": "topwork.objectives",
     "NashMDTrainer": "topwork.objectives",
     "OnlineDPOConfig": "topwork.objectives",

@@ -11,6 +11,7 @@ from topwork.objectives.gold import GOLD, GOLDConfig, GOLDTrainer
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer
 from topwork.objectives.iwopd import IWOPD, IWOPDConfig, IWOPDTrainer
 from topwork.objectives.kto import KTO, KTOConfig, KTOTrainer
+from topwork.objectives.merging import MergeConfig, MergeModelCallback
 from topwork.objectives.online import (
     XPO,
     NashMD,
@@ -79,6 +80,8 @@ __all__ = [
     "KTO",
     "KTOConfig",
     "KTOTrainer",
+    "MergeConfig",
+    "MergeModelCallback",
     "NashMD",
     "NashMDConfig",
     "NashMDTrainer",
