@@ -190,6 +190,8 @@ HOMES = {
     "initialize_lora_eva_weights": "topwork.peft",
     "inject_adapter_in_model": "topwork.peft",
     "load_peft_weights": "topwork.peft",
+    "check_if_peft_model": "topwork.peft",
+    "prepare_model_for_compiled_hotswap": "topwork.peft",
     "prepare_model_for_kbit_training": "topwork.peft",
     "preprocess_corda": "topwork.peft",
     "preprocess_loraga": "topwork.peft",

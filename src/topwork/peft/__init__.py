@@ -21,10 +21,10 @@ from topwork.peft.auto import (
 )
 from topwork.peft.bare import (
     cast_mixed_precision_params,
+    check_if_peft_model,
     create_loraplus_optimizer,
     get_peft_config,
     get_peft_model_state_dict,
-    hotswap_adapter,
     inject_adapter_in_model,
     load_peft_weights,
     prepare_model_for_kbit_training,
@@ -33,6 +33,7 @@ from topwork.peft.bare import (
 )
 from topwork.peft.config import PeftConfig, PeftType, TaskType
 from topwork.peft.convert import convert_to_lora, extract_lora, save_as_lora
+from topwork.peft.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from topwork.peft.methods._lora_arrow import create_arrow_model
 from topwork.peft.methods._lora_data import (
     preprocess_corda,
@@ -194,6 +195,7 @@ __all__ = [
     "WaveFTConfig",
     "XLoraConfig",
     "cast_mixed_precision_params",
+    "check_if_peft_model",
     "convert_to_lora",
     "create_arrow_model",
     "create_loraplus_optimizer",
@@ -210,6 +212,7 @@ __all__ = [
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
     "load_peft_weights",
+    "prepare_model_for_compiled_hotswap",
     "prepare_model_for_kbit_training",
     "preprocess_corda",
     "preprocess_loraga",

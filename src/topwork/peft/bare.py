@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from topwork import hub
-from topwork.errors import CheckpointError, ConfigError
+from topwork.errors import CheckpointError, ConfigError, TopworkError
 from topwork.peft import inject, methods, state, store
 from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.methods.lora import Lora
@@ -164,46 +164,13 @@ def load_peft_weights(model_id: str | Path, device: str | None = None, **where: 
     return {k: v.to(device) for k, v in given.items()} if device else given
 
 
-def hotswap_adapter(
-    model: PeftModel, model_name_or_path: str | Path, adapter_name: str, **where: Any
-) -> None:
-    """Put another adapter's tensors into the parameters of `adapter_name`, which stay the same
-    objects. LoRA of a smaller rank fits; for a larger one they grow, and a compiled model compiles
-    anew. Layers that the other does not target get no change.
-    """
-    folder = hub.resolve(model_name_or_path, want=("adapter",), **where).folder
-    new: Any = PeftConfig.from_pretrained(folder)
-    old: Any = model.peft_config[adapter_name]
-    for field in ("peft_type", "use_dora", "lora_bias"):
-        if getattr(new, field, None) != getattr(old, field, None):
-            raise ConfigError(
-                f"{folder} has {field}={getattr(new, field, None)!r}, the adapter "
-                f"{getattr(old, field, None)!r}: it cannot be swapped in"
-            )
-    if old.peft_type not in ("LORA", "IA3"):
-        raise ConfigError(f"adapters of {old.peft_type} cannot be swapped; load it beside this one")
-    given, wanted = state.read(folder), model.adapter_state(adapter_name)
-    strangers = sorted(set(given) - set(wanted))
-    if strangers:
-        raise CheckpointError(f"{folder}: the adapter has no place for {', '.join(strangers[:20])}")
-    for key, tensor in given.items():
-        own = wanted[key].shape
-        axis = 0 if ".lora_A" in key or "embedding_A" in key else 1
-        if any(n != m for i, (n, m) in enumerate(zip(tensor.shape, own)) if i != axis):
-            raise CheckpointError(
-                f"{folder}: {key} is {list(tensor.shape)}, but {list(own)} here: it is of another "
-                "base"
-            )
-    with torch.no_grad():
-        for key, own in wanted.items():
-            if key in given and given[key].numel() > own.numel():
-                own.data = own.new_empty(given[key].shape)
-            own.fill_(1.0 if "ia3_l" in key else 0.0)
-            if key in given:
-                own[tuple(slice(n) for n in given[key].shape)].copy_(given[key])
-    for graft in inject.grafts_of(model, adapter_name):
-        if isinstance(graft, Lora):
-            graft.scale, graft.r = graft.scale_of(new), len(graft.matrices()[0])
+def check_if_peft_model(model_name_or_path: str | Path) -> bool:
+    """Whether a folder or Hub id holds an adapter."""
+    try:
+        PeftConfig.from_pretrained(model_name_or_path)
+    except TopworkError:
+        return False
+    return True
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -68,7 +69,7 @@ def forward(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
     return output
 
 
-def generate(model: Any, prompt: Prompt, call: dict[str, Any]) -> Tensor:
+def generate(model: Any, prompt: Prompt, call: dict[str, Any]) -> Any:
     """`generate` after the virtual tokens: [B, T + new], of an encoder-decoder the answers."""
     if _has_two_halves(model):
         return _answer(model, prompt, "generate", call)
@@ -84,11 +85,20 @@ def generate(model: Any, prompt: Prompt, call: dict[str, Any]) -> Tensor:
         padded = torch.cat([ids.new_zeros(batch, virtual), ids], 1)
         cache = peer_cache(model, prompt, batch)
         out = model.generate(padded, attention_mask=mask, past_key_values=cache, **call)
-        return out[:, virtual:]
+        return _changed(out, lambda made: made[:, virtual:])
     embeds = model.get_input_embeddings()(ids)
     made = prompt(batch, call.pop("task_ids", None)).to(embeds.dtype)
     out = model.generate(inputs_embeds=torch.cat([made, embeds], 1), attention_mask=mask, **call)
-    return torch.cat([ids, out], 1)
+    return _changed(out, lambda new: torch.cat([ids, new], 1))
+
+
+def _changed(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """What `generate` gave, with its tokens changed: they are in a field where scores are asked
+    for."""
+    if isinstance(out, Tensor):
+        return change(out)
+    out.sequences = change(out.sequences)
+    return out
 
 
 def _answer(model: Any, prompt: Prompt, name: str, call: dict[str, Any]) -> Any:

@@ -255,6 +255,19 @@ def own_weights(model: Any) -> None:
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
 
 
+def let_inputs_have_gradients(model: Any) -> None:
+    """Let the outputs of a frozen embedding have gradients, as transformers' reentrant
+    checkpointing needs where what it stands around has no other trained input."""
+    if hasattr(model, "enable_input_require_grads"):
+        model.enable_input_require_grads()
+    elif hasattr(model, "get_input_embeddings"):
+        model.get_input_embeddings().register_forward_hook(_require_gradients)
+
+
+def _require_gradients(module: nn.Module, args: Any, output: torch.Tensor) -> None:
+    output.requires_grad_(True)
+
+
 def cast_to_base(model: nn.Module, name: str) -> None:
     """Give the parameters of adapter `name` the dtype of the layers below."""
     for layer in layers_of(model):

@@ -28,9 +28,8 @@ from topwork.peft.config import LayerConfig, PeftConfig
 from topwork.peft.holder import Holder
 from topwork.peft.layer import AdaptedLayer
 from topwork.peft.methods import xlora
-from topwork.peft.rows import Rows
+from topwork.peft.rows import Rows, copies_of
 from topwork.peft.tensors import check_name
-from topwork.quant import Summary
 
 
 def get_peft_model(
@@ -70,6 +69,8 @@ class PeftModel(nn.Module):
         self.entry = entry.Entry(self)
         self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
+        if getattr(model, "is_gradient_checkpointing", False):
+            inject.let_inputs_have_gradients(model)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
@@ -97,7 +98,8 @@ class PeftModel(nn.Module):
 
     def generate(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's `generate`; `adapter_names` as in `forward`."""
-        with self.rows_by_adapter(adapter_names):
+        copies = copies_of(self.get_base_model(), kwargs)
+        with self.rows_by_adapter(adapter_names, copies=copies):
             return self.entry.call("generate", args, kwargs)
 
     def backbone(self, input_ids: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -136,6 +138,8 @@ class PeftModel(nn.Module):
 
     def get_base_model(self) -> nn.Module:
         return self.base_model.model
+
+    prepare_model_for_gradient_checkpointing = staticmethod(inject.let_inputs_have_gradients)
 
     # -- adapters --------------------------------------------------------------------------------
 
@@ -291,7 +295,7 @@ class PeftModel(nn.Module):
 
     @contextmanager
     def rows_by_adapter(
-        self, names: list[str] | None, call: dict[str, Any] | None = None
+        self, names: list[str] | None, call: dict[str, Any] | None = None, copies: int = 1
     ) -> Iterator[None]:
         """Within it each row of a batch goes through its own adapter ("__base__": none)."""
         if names is None:
@@ -303,7 +307,7 @@ class PeftModel(nn.Module):
         if self.training:
             raise ConfigError("adapter_names is for inference; call eval() first")
         members = {name: self._expanded((name,)) for name in set(names) & self.peft_config.keys()}
-        rows = Rows(names, call or {}, members)
+        rows = Rows(names, call or {}, members, copies)
         parts = [*self._layers(), *inject.saved_of(self.base_model)]
         for part in parts:
             part.rows = rows
@@ -406,16 +410,10 @@ class PeftModel(nn.Module):
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """(trainable, all) numbers of parameters."""
-        sizes = [(p.numel(), p.requires_grad) for p in self.parameters()]
-        packed = Summary.of(self).numbers
-        return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes) + packed
+        return status.counted(self)
 
     def print_trainable_parameters(self) -> None:
-        trainable, total = self.get_nb_trainable_parameters()
-        print(
-            f"trainable params: {trainable:,} || all params: {total:,} || "
-            f"trainable%: {100 * trainable / total:.4f}"
-        )
+        print(status.share(self))
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -12,14 +12,25 @@ from topwork.errors import ConfigError
 from topwork.peft.parts import narrowed
 
 
+def copies_of(model: Any, call: Mapping[str, Any]) -> int:
+    """How many rows `generate` makes of one."""
+    given = call.get("generation_config") or getattr(model, "generation_config", None)
+    counts = (call.get(n) or getattr(given, n, None) for n in ("num_beams", "num_return_sequences"))
+    return max(count or 1 for count in counts)
+
+
 class Rows:
     """Which adapter each row of a batch goes through ("__base__": none)."""
 
     def __init__(
-        self, names: list[str], call: Mapping[str, Any], members: Mapping[str, tuple[str, ...]]
+        self,
+        names: list[str],
+        call: Mapping[str, Any],
+        members: Mapping[str, tuple[str, ...]],
+        copies: int = 1,
     ) -> None:
         """Of a model's `call`. `members`: the adapters on layers that stand for a name, if others
-        than itself."""
+        than itself. `copies`: rows that `generate` may make of one (beams, several answers)."""
         keep, lengths = call.get("attention_mask"), call.get("lengths")
         given = lengths or call.get("input_ids", names)
         if len(names) != len(given):
@@ -28,6 +39,7 @@ class Rows:
         self._members = members
         self._distinct = list(dict.fromkeys(names))
         self._of_row = torch.arange(len(names))
+        self._copies = copies
         # A model may compute a padded batch as one packed row: then each token has its adapter.
         self._of_token: Tensor | None = None
         if keep is not None:
@@ -58,6 +70,8 @@ class Rows:
         if self._packed(x):
             assert self._of_token is not None
             rows = self._of_token
+        elif self._copies > 1 and x.shape[0] == len(self.names) * self._copies:
+            rows = rows.repeat_interleave(self._copies)
         elif x.shape[0] != len(self.names):
             raise ConfigError(
                 f"adapter_names has {len(self.names)} entries, but a layer got {x.shape[0]} rows"

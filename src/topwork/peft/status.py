@@ -11,6 +11,7 @@ from torch import nn
 from topwork.errors import ConfigError
 from topwork.peft.layer import AdaptedLayer
 from topwork.peft.saved import SavedModule
+from topwork.quant import Summary
 
 T = TypeVar("T", bound=Hashable)
 
@@ -45,6 +46,22 @@ class ModelStatus:
     requires_grad: dict[str, bool | str]
     available_adapters: list[str]
     devices: dict[str, list[str]]
+
+
+def counted(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) numbers of parameters."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    packed = Summary.of(model).numbers
+    return sum(n for n, trained in sizes if trained), sum(n for n, _ in sizes) + packed
+
+
+def share(model: nn.Module) -> str:
+    """What `print_trainable_parameters` prints."""
+    trainable, total = counted(model)
+    return (
+        f"trainable params: {trainable:,} || all params: {total:,} || "
+        f"trainable%: {100 * trainable / total:.4f}"
+    )
 
 
 def get_layer_status(model: nn.Module) -> list[LayerStatus]:

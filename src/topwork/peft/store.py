@@ -111,8 +111,10 @@ def since(
         elif "lora_B" in key:
             made[key] = torch.cat([tensor.detach(), -before[key].to(tensor)], 1)
     grown = 2**0.5 if config.use_rslora else 2  # the scale stays: alpha/√r, alpha/r
+    starts: Any = {name: {} if name == "loftq_config" else None for name in config.STARTS.values()}
     changed = replace(
         config,
+        **starts,
         r=2 * config.r,
         lora_alpha=config.lora_alpha * grown,
         rank_pattern={key: 2 * value for key, value in config.rank_pattern.items()},

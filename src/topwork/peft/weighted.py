@@ -64,7 +64,7 @@ def combined_config(configs: list[Any], kind: str, svd_rank: int | None) -> Any:
         raise ConfigError(f"adapters of {first.peft_type} cannot be combined")
     config = replace(first, target_modules=_targets(configs), inference_mode=False)
     if isinstance(first, IA3Config):
-        if kind != "linear":
+        if kind not in ("linear", "svd"):  # the second one is the default of the verb
             raise ConfigError("IA3 adapters are combined by combination_type='linear'")
         return config
     one_of("combination_type", kind, KINDS)
