@@ -145,11 +145,11 @@ def test_weighted_ia3_and_what_cannot_be_combined(tmp_path):
     more = {"feedforward_modules": ["down_proj"]}
     theirs, ours = pair(kinds, tmp_path, options=(more, more))
     for model in (theirs, ours):
-        model.add_weighted_adapter(["default", "other"], [0.6, 0.7], "new", "linear") if model is ours else model.add_weighted_adapter(["default", "other"], [0.6, 0.7], "new")  # fmt: skip # noqa: E501
+        model.add_weighted_adapter(["default", "other"], [0.6, 0.7], "new")
         model.set_adapter("new")
     close(logits(ours), logits(theirs))
     with pytest.raises(ConfigError, match="'linear'"):
-        ours.add_weighted_adapter(["default", "other"], [1, 1], "x", "svd")
+        ours.add_weighted_adapter(["default", "other"], [1, 1], "x", "cat")
     _, ours = pair(LORA, tmp_path, options=({"r": 2}, {"r": 3}))
     with pytest.raises(ConfigError, match=r"one rank, got \[2, 3\]"):
         ours.add_weighted_adapter(["default", "other"], [1, 1], "x", "linear")
