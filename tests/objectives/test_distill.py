@@ -121,3 +121,14 @@ def test_teachers_may_be_wider_but_not_of_another_vocabulary(tmp_path):
 def test_settings_that_cannot_be_meant_are_refused(options, error):
     with pytest.raises(ConfigError, match=error):
         topwork.DistillationConfig(**options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("loss_type", "dft"), ("label_smoothing_factor", 0.1), ("neftune_noise_alpha", 5.0),
+     ("token_metrics", True), ("streaming", True), ("eval_packing", True)],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", [DistillationConfig, topwork.GKDConfig, topwork.ULDConfig])
+def test_what_fine_tuning_alone_reads_is_refused(kind, name, value):
+    with pytest.raises(ConfigError, match=f"{name}=.* is not read by distillation"):
+        kind(**{name: value})

@@ -12,6 +12,8 @@ from topwork import (
     DistillationTrainer,
     GKDConfig,
     GKDTrainer,
+    IWOPDConfig,
+    IWOPDTrainer,
     LoraConfig,
 )
 from topwork.data.packing import collate
@@ -82,5 +84,18 @@ def test_students_and_teachers_answer_prompts_with_images(more, tmp_path):
             suppress_tokens=[made.image],
         )
         assert ids.tolist() == out.tolist()
+    run.train()
+    assert all(np.isfinite(e["loss"]) for e in run.state.log_history if "loss" in e)
+
+
+def test_tokens_of_answers_to_images_are_weighed(tmp_path):
+    made, other = pair("qwen2_vl"), pair("qwen2_vl", 1)
+    run = IWOPDTrainer(
+        made.model, other.model,
+        settings(tmp_path, IWOPDConfig, max_new_tokens=4, lmbda=1.0), rows("qwen2_vl"),
+        processing_class=made.processor, peft_config=LoraConfig(r=2),
+    )  # fmt: skip
+    (batch,) = run.objective.assemble(run.model, [run.prepared.samples], run.world)
+    assert len(batch.images["pixel_values"])
     run.train()
     assert all(np.isfinite(e["loss"]) for e in run.state.log_history if "loss" in e)

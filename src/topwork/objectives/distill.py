@@ -21,7 +21,7 @@ from topwork.objectives.answers import means
 from topwork.objectives.familiar import settled
 from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
-from topwork.objectives.setup import adapted, at_least, load_teacher, named_sets
+from topwork.objectives.setup import adapted, at_least, load_teacher, named_sets, unread
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.objectives.sighted import load_reader, model_class, reading
 from topwork.objectives.vocabulary import added_ids
@@ -31,6 +31,12 @@ from topwork.training import Loss, Trainer, TrainerCallback
 from topwork.training.distributed import World
 from topwork.training.familiar import settings
 from topwork.training.precision import cast
+
+# Of fine-tuning's settings those that distillation does not read, with values that ask for nothing.
+UNREAD = {
+    "loss_type": ("nll",), "label_smoothing_factor": (0,), "neftune_noise_alpha": (None, 0),
+    "token_metrics": (False,), "streaming": (None, False), "eval_packing": (None, False),
+}  # fmt: skip
 
 
 @settings
@@ -56,6 +62,7 @@ class DistillationConfig(SFTConfig):
         at_least("sft_weight", self.sft_weight, 0)
         if self.packing:
             raise ConfigError("packing: batches hold whole rows here, without padding anyway")
+        unread(self, UNREAD, "distillation")
 
 
 @dataclass(frozen=True)

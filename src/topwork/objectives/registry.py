@@ -79,7 +79,7 @@ OBJECTIVES = {
         gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}, True
     ),
     "iw_opd": Entry(
-        iwopd.IWOPDConfig, iwopd.IWOPDTrainer, preview_rows, {"teacher": "teacher_model"}
+        iwopd.IWOPDConfig, iwopd.IWOPDTrainer, preview_rows, {"teacher": "teacher_model"}, True
     ),
     "uld": Entry(
         uld.ULDConfig, uld.ULDTrainer, preview_rows, {"teacher": "teacher_model"}

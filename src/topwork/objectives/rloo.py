@@ -16,6 +16,7 @@ from topwork.objectives import policy
 from topwork.objectives.draws import Drawn, Rollout, sums_of
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer, corrected
 from topwork.objectives.routing import routed
+from topwork.objectives.setup import unread
 from topwork.training.distributed import World
 from topwork.training.familiar import settings
 from topwork.training.objective import Loss
@@ -34,9 +35,7 @@ class RLOOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, plain in UNREAD.items():
-            if getattr(self, name) not in plain:
-                raise ConfigError(f"{name}={getattr(self, name)!r} is not read by RLOO")
+        unread(self, UNREAD, "RLOO")
         if self.importance_correction.startswith("token"):
             raise ConfigError(
                 f"importance_correction={self.importance_correction!r}: here an answer is one "

@@ -131,6 +131,14 @@ def one_of(name: str, value: Any, choices: Any) -> None:
         )
 
 
+def unread(args: Any, plain: Mapping[str, Sequence[Any]], owner: str) -> None:
+    """ConfigError for a setting that `owner` does not read, unless it has one of the values that
+    ask for nothing: name → those."""
+    for name, values in plain.items():
+        if getattr(args, name) not in values:
+            raise ConfigError(f"{name}={getattr(args, name)!r} is not read by {owner}")
+
+
 def at_least(name: str, value: float | None, low: float, above: bool = False) -> None:
     """ConfigError unless `value` is None or from `low` on (or `above` it)."""
     if value is not None and not (value > low if above else value >= low):

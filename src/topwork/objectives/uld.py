@@ -19,11 +19,19 @@ from topwork.data.prepare import Prepared, Sample, opening, prepare
 from topwork.data.rows import read_rows
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.answers import means
-from topwork.objectives.distill import head_of, seen_at
+from topwork.objectives.distill import UNREAD, head_of, seen_at
 from topwork.objectives.familiar import settled
 from topwork.objectives.reference import Reference
 from topwork.objectives.routing import routed
-from topwork.objectives.setup import adapted, at_least, load_pair, load_teacher, named_sets, where
+from topwork.objectives.setup import (
+    adapted,
+    at_least,
+    load_pair,
+    load_teacher,
+    named_sets,
+    unread,
+    where,
+)
 from topwork.objectives.sft import SFTConfig, marking_of, report
 from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig
@@ -56,6 +64,7 @@ class ULDConfig(SFTConfig):
         at_least("sft_weight", self.sft_weight, 0)
         if self.packing:
             raise ConfigError("packing: batches hold whole rows here, without padding anyway")
+        unread(self, UNREAD, "distillation")
 
 
 @dataclass(frozen=True)
