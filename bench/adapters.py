@@ -51,6 +51,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "deft": ("DeftConfig", {"r": 8}),
     "delora": ("DeloraConfig", {"r": 8}),
     "fourierft": ("FourierFTConfig", {}),
+    "frod": ("FrodConfig", {"progressbar": False}),
     "glora": ("GloraConfig", {"r": 8}),
     "gralora": ("GraloraConfig", {"r": 16}),
     "hira": ("HiraConfig", {"r": 16}),
@@ -65,6 +66,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
         "num_virtual_tokens": 16, "num_tasks": 2, **WORDS,
     }),
     "oft": ("OFTConfig", {"oft_block_size": 32}),
+    "osf": ("OSFConfig", {}),
     "p_tuning": ("PromptEncoderConfig", {
         "num_virtual_tokens": 16, "encoder_hidden_size": 576, **WORDS,
     }),
@@ -78,6 +80,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "road": ("RoadConfig", {}),
     "shadow": ("ShadowConfig", {"task_type": "CAUSAL_LM", **WORDS}),
     "shira": ("ShiraConfig", {"r": 16, "random_seed": 0}),
+    "supertuning": ("SupertuningConfig", {}),
     "tinylora": ("TinyLoraConfig", {}),
     "trainable_tokens": ("TrainableTokensConfig", {
         "token_indices": list(range(64)), "target_modules": ["embed_tokens"],
@@ -145,10 +148,14 @@ def our_loss(model: Any, extra: dict[str, Any]) -> Callable[[list[Row]], torch.T
     def loss_of(rows: list[Row]) -> torch.Tensor:
         ids = torch.tensor([i for row in rows for i in row.ids])
         lengths = tuple(len(row.ids) for row in rows)
-        hidden = model.backbone(ids[None], lengths=lengths, **extra)
         ends = torch.tensor(lengths).cumsum(0) - 1
         at = torch.ones(len(ids), dtype=torch.bool).index_fill(0, ends, False).nonzero()[:, 0]
-        loss, penalty = -model.token_logprobs(hidden[0, at], ids[at + 1]).mean(), model.penalty()
+        with model.beside() as tell:
+            hidden = model.backbone(ids[None], lengths=lengths, **extra)
+            own = tell(at, ids[at + 1])
+        total = -model.token_logprobs(hidden[0, at], ids[at + 1]).sum()
+        units = len(at) + model.own_targets * len(rows)
+        loss, penalty = (total if own is None else total + own) / units, model.penalty()
         return loss if penalty is None else loss + penalty
 
     return loss_of
