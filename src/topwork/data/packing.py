@@ -25,7 +25,7 @@ class Batch:
     answers of n, m … tokens; hidden state `positions` [N] predicts `targets` [N]; `rows` are the
     numbers of the rows inside, and `owners` [N] says which document (answers count one by one)
     each target belongs to. `images`: what the model takes besides for the images of all documents,
-    by name.
+    by name; `tasks` [documents]: the numbers of their tasks, where all rows tell them.
     """
 
     input_ids: Tensor
@@ -35,6 +35,7 @@ class Batch:
     owners: Tensor
     rows: tuple[int, ...]
     images: Mapping[str, Tensor] = field(default_factory=dict)
+    tasks: Tensor | None = None
 
     @property
     def tokens(self) -> int:
@@ -44,7 +45,8 @@ class Batch:
         moved = (t.to(device) for t in (self.input_ids, self.positions, self.targets, self.owners))
         ids, positions, targets, owners = moved
         images = {name: tensor.to(device) for name, tensor in self.images.items()}
-        return Batch(ids, self.lengths, positions, targets, owners, self.rows, images)
+        tasks = None if self.tasks is None else self.tasks.to(device)
+        return Batch(ids, self.lengths, positions, targets, owners, self.rows, images, tasks)
 
 
 Pack = tuple[Sample, ...]
@@ -94,7 +96,8 @@ def _wrapped(samples: Sequence[Sample], length: int) -> list[Pack]:
                 packs.append([])
                 free = length
             part = slice(at, at + free)
-            packs[-1].append(Sample(sample.row, sample.ids[part], sample.trained[part]))
+            ids, trained = sample.ids[part], sample.trained[part]
+            packs[-1].append(Sample(sample.row, ids, trained, task=sample.task))
             taken = len(packs[-1][-1])
             at, free = at + taken, free - taken
     return [tuple(p) for p in packs if p]
@@ -113,6 +116,7 @@ def collate(samples: Sequence[Sample], placer: Placer | None = None) -> Batch:
     trained[starts] = False  # nothing stands before a document's first token
     wanted = np.flatnonzero(trained)
     owners = np.repeat(np.arange(len(samples)), lengths)[wanted]
+    tasks = [s.task for s in samples]
     return Batch(
         ids[None],
         lengths,
@@ -121,4 +125,5 @@ def collate(samples: Sequence[Sample], placer: Placer | None = None) -> Batch:
         torch.from_numpy(owners),
         tuple(dict.fromkeys(s.row for s in samples)),
         {} if placer is None else placer.tensors(samples),
+        None if None in tasks else torch.tensor(tasks),
     )

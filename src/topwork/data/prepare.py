@@ -36,13 +36,14 @@ SHOWN = 5  # bad rows named in an error before "and N more"
 
 @dataclass(frozen=True)
 class Sample:
-    """One row as tokens: `ids` and `trained` [T]; `row` is its number in the given data. Its
-    `images` are read when it is collated."""
+    """One row as tokens: `ids` and `trained` [T]; `row` is its number in the given data, `task`
+    that of its task. Its `images` are read when it is collated."""
 
     row: int
     ids: np.ndarray
     trained: np.ndarray
     images: tuple[Placed, ...] = field(default=(), kw_only=True)
+    task: int | None = field(default=None, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,7 +56,8 @@ class Sample:
     def facts(self) -> Iterable[bytes]:
         """All that trains, for a digest."""
         seen = (image_facts(image.source) for image in self.images)
-        return self.ids.tobytes(), self.trained.tobytes(), *seen
+        task = () if self.task is None else (str(self.task).encode(),)
+        return self.ids.tobytes(), self.trained.tobytes(), *task, *seen
 
 
 def opening(sample: Sample | tuple[Sample, ...]) -> Sample:
@@ -154,21 +156,33 @@ def prepare(
     prepared: Prepared[Sample] = Prepared([], found.name, len(rows))
     bad: dict[int, DataError] = {}
     examples: dict[int, Example] = {}
+    tasks: dict[int, int | None] = {}
     for number, row in enumerate(rows):
         try:
+            tasks[number] = task_of(row)
             examples[number] = fitted(found.read(row), tokenizer, placer)
         except DataError as error:
             bad[number] = error
     tokenized = tokenize(examples, tokenizer, marking, bad, placer)
     refuse(bad, len(rows))
     for number in sorted(tokenized):
-        _add(prepared, number, tokenized[number], marking.max_length)
+        _add(prepared, number, tokenized[number], marking.max_length, tasks[number])
     if not prepared.supervised:
         raise DataError(
             f"no supervised token is left of {len(rows)} rows in the {found.name} format: "
             + (", ".join(f"{n} {why}" for why, n in prepared.dropped.items()) or "all were empty")
         )
     return prepared
+
+
+def task_of(row: Row) -> int | None:
+    """The number of the row's task in its column `task_ids`, if it has one."""
+    task = row.get("task_ids")
+    if task is None:
+        return None
+    if isinstance(task, bool) or not isinstance(task, (int, np.integer)) or task < 0:
+        raise DataError(f"task_ids={task!r} must be the number of a task")
+    return int(task)
 
 
 def fitted(example: Example, tokenizer: Tokenizer, placer: Placer | None) -> Example:
@@ -198,13 +212,16 @@ def refuse(bad: Mapping[int, DataError], rows: int) -> None:
         raise DataError(f"{len(bad)} of {rows} rows cannot be used: {first}{more}")
 
 
-def _add(prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | None) -> None:
+def _add(
+    prepared: Prepared[Sample], number: int, row: Tokenized, limit: int | None, task: int | None
+) -> None:
     cut = limit is not None and len(row.ids) > limit
     if limit is not None and row.images and row.images[-1].stop > limit:
         prepared.dropped[f"whose images do not fit in max_length={limit}"] += 1
         return
     ids = np.asarray(row.ids[:limit], np.int32)
-    sample = Sample(number, ids, np.asarray(row.trained[:limit], np.bool_), images=row.images)
+    marks = np.asarray(row.trained[:limit], np.bool_)
+    sample = Sample(number, ids, marks, images=row.images, task=task)
     if not sample.supervised:
         beyond = f"whose trained part lies beyond max_length={limit}"
         prepared.dropped[beyond if cut else "without a trained token"] += 1

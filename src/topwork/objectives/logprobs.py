@@ -51,11 +51,12 @@ def score(
     """
     any_model: Any = model
     if _has_contract(model):
-        given = {"input_ids": batch.input_ids, **batch.images}
+        given = {"input_ids": batch.input_ids, **batch.images, **_tasks(any_model, batch)}
         if noise and batch.images:
             raise ConfigError("neftune_noise_alpha does not go with images: leave it out")
         if noise:
-            given = {"inputs_embeds": noisy_embeddings(any_model, batch, noise)}
+            del given["input_ids"]
+            given["inputs_embeds"] = noisy_embeddings(any_model, batch, noise)
         hidden = any_model.backbone(**given, lengths=batch.lengths)
         seen = hidden[0, batch.positions]
         if smoothing or temperature != 1:
@@ -94,6 +95,18 @@ def _has_contract(model: Any) -> bool:
     return callable(getattr(model, "token_logprobs", None))
 
 
+def _tasks(model: Any, batch: Batch) -> dict[str, Tensor]:
+    """What the model is told of the documents' tasks, if its adapter learns by task."""
+    if not getattr(model, "learns_by_task", False):
+        return {}
+    if batch.tasks is None:
+        raise ConfigError(
+            f"{model.peft_type} learns by task: its rows need a column `task_ids`, each with the "
+            "number of its task"
+        )
+    return {"task_ids": batch.tasks}
+
+
 def padded(batch: Batch) -> tuple[Tensor, Tensor, ops.Unshared]:
     """Right-padded rows [A, S] of the documents, their mask, and how they lie in the flat row."""
     plain = ops.unshared(batch.lengths, batch.input_ids.device)
@@ -108,5 +121,6 @@ def padded(batch: Batch) -> tuple[Tensor, Tensor, ops.Unshared]:
 def _padded_logits(model: Any, batch: Batch) -> Tensor:
     """Logits [T, V] of the flat row through right-padded rows."""
     rows, keep, plain = padded(batch)
-    logits = model(input_ids=rows, attention_mask=keep).logits[keep.bool()]
+    tasks = _tasks(model, batch)
+    logits = model(input_ids=rows, attention_mask=keep, **tasks).logits[keep.bool()]
     return logits[plain.back]

@@ -21,6 +21,7 @@ VERBS = frozenset(
         "set_requires_grad",
         "unload",
         "unmerge_adapter",
+        "unload_shadow",
         "update_and_allocate",
     }
 )

@@ -115,6 +115,11 @@ class PeftModel(nn.Module):
         return entry.penalty(self.base_model, self.peft_config, list(self._active))
 
     @property
+    def learns_by_task(self) -> bool:
+        """Whether calls must say `task_ids`."""
+        return any(self.peft_config[name].BY_TASK for name in self._active)
+
+    @property
     def own_targets(self) -> int:
         """How many labels the active method has itself for each text (CPT: its context's)."""
         prompt = self.entry.prompt
@@ -129,11 +134,10 @@ class PeftModel(nn.Module):
             yield lambda positions, targets: self.entry.own_loss(states, positions, targets)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """AdaLoRA: reallocate ranks, after the backward pass and before gradients are cleared."""
+        """AdaLoRA, AdaMSS: allocate anew, between the backward pass and the end of gradients."""
         for name in self._active:
             grafts = inject.grafts_of(self.base_model, name)
-            run = getattr(type(grafts[0]), "update_and_allocate", None) if grafts else None
-            if run is not None:
+            if grafts and (run := getattr(type(grafts[0]), "update_and_allocate", None)):
                 run(self.peft_config[name], grafts, global_step)
 
     def get_base_model(self) -> nn.Module:
@@ -400,11 +404,7 @@ class PeftModel(nn.Module):
 
     def unload_shadow(self, adapter_name: str | None = None) -> nn.Module:
         """The shadow of an adapter (default: the active one) as a model of its own, a copy."""
-        name = adapter_name or self.active_adapter
-        config = self._known(name)
-        if config.peft_type != "SHADOW":
-            raise ConfigError(f"{name!r} is {config.peft_type} and has no shadow")
-        return shadowing.unloaded(self.base_model, self.get_base_model(), name, config)
+        return shadowing.unloaded(self, adapter_name or self.active_adapter)
 
     # -- counting --------------------------------------------------------------------------------
 

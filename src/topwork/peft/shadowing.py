@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from topwork import hub, ops
-from topwork.errors import ConfigError
+from topwork.errors import ConfigError, nearest
 from topwork.ops.recompute import Carried
 from topwork.peft.invocation import laid
 from topwork.peft.prompts import NAMES, sizes_of
@@ -314,9 +314,13 @@ def _class_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def unloaded(home: Any, model: Any, name: str, config: Any) -> Any:
-    """The shadow as a model of its own family, which needs neither the base nor its blocks: its
-    projection is multiplied into the base's head."""
+def unloaded(peft_model: Any, name: str) -> Any:
+    """The shadow of the adapter `name` as a model of its own family, which needs neither the base
+    nor its blocks: its projection is multiplied into the base's head."""
+    home, model = peft_model.base_model, peft_model.get_base_model()
+    config = peft_model.peft_config.get(name)
+    if config is None or config.peft_type != "SHADOW":
+        raise ConfigError(f"there is no shadow {name!r}{nearest(name, peft_model.peft_config)}")
     net, projection = home.shadow_backbone[name], home.shadow_projection[name]
     classes = config.task_type == "SEQ_CLS"
     head: Any = home.shadow_head[name] if classes else base_of(model.get_output_embeddings())
