@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, Literal
 
-from topwork.errors import CheckpointError
+from topwork.errors import CheckpointError, ConfigError, nearest
 
 SMALL_FILES = {
     "config": ("config.json", "generation_config.json", "adapter_config.json"),
@@ -31,6 +31,8 @@ SMALL_FILES = {
 # The options of `resolve` that say where files are.
 PLACES = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder",
           "allow_bin")  # fmt: skip
+# Options of other libraries: no code is executed, and there is one kind of reader.
+IDLE = frozenset({"trust_remote_code", "use_fast", "resume_download"})
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 
@@ -75,12 +77,16 @@ def resolve(
     force_download: bool = False,
     subfolder: str = "",
     allow_bin: bool = False,
+    **other: Any,
 ) -> Checkpoint:
     """The files of `name_or_path`, downloaded into the Hub's cache when it is no folder.
 
     `want` limits what is fetched. Weights in the legacy pickle format are found only with
-    `allow_bin=True`. Raises CheckpointError when nothing is there, saying what was looked for.
+    `allow_bin=True`. Raises CheckpointError when nothing is there, saying what was looked for, and
+    ConfigError for an option that is not known.
     """
+    for option in other.keys() - IDLE:
+        raise ConfigError(f"from_pretrained has no option {option!r}{nearest(option, PLACES)}")
     name = str(name_or_path)
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -56,7 +56,7 @@ class CtcTokenizer(Tokenizer):
 
     def decode(
         self,
-        ids: Any,
+        token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         *,
@@ -70,7 +70,7 @@ class CtcTokenizer(Tokenizer):
         With offsets a mapping comes back: `text`, `char_offsets` and `word_offsets`, each a list of
         {"char" or "word", "start_offset", "end_offset"} counted in frames.
         """
-        ids = plain(ids)
+        ids = plain(token_ids)
         options = {
             "group_tokens": group_tokens, "output_char_offsets": output_char_offsets,
             "output_word_offsets": output_word_offsets,

@@ -2,24 +2,101 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from topwork.errors import ConfigError, nearest
+
+
+class Span(NamedTuple):
+    """From `start` up to `end`, which is not in it."""
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a row comes from: the tokenizers library's encoding, and how much padding it got."""
+
+    row: Any
+    pads: int
+    left: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Any], padded: Sequence[Sequence[int]], left: bool) -> list[Source]:
+        """Those of encodings and the ids that became of them."""
+        return [cls(row, len(ids) - len(row.ids), left) for row, ids in zip(rows, padded)]
+
+    @property
+    def before(self) -> int:
+        return self.pads if self.left else 0
+
+    def padded(self, values: Sequence[Any]) -> list[Any]:
+        nothing = [None] * self.pads
+        return [*nothing, *values] if self.left else [*values, *nothing]
+
+    def shown(self, token: int | None) -> int | None:
+        return None if token is None else token + self.before
+
+    def inner(self, token: int) -> int:
+        return token - self.before
 
 
 class Encoding(dict[str, Any]):
     """The result of a call: `input_ids`, `attention_mask` and what else was asked for."""
 
-    words: list[list[int | None]]
+    sources: Sequence[Source] = ()
 
-    def with_words(self, words: list[list[int | None]]) -> Encoding:
-        """Itself, knowing for each row the word of each token."""
-        self.words = words
+    def of(self, sources: Sequence[Source]) -> Encoding:
+        """Itself, knowing what each row comes from."""
+        self.sources = sources
         return self
+
+    @property
+    def data(self) -> dict[str, Any]:
+        return dict(self)
+
+    @property
+    def encodings(self) -> list[Any]:
+        """Of the tokenizers library, one a row, without the padding."""
+        return [source.row for source in self.sources]
 
     def word_ids(self, batch_index: int = 0) -> list[int | None]:
         """For each token of a row, the number of the word that it comes from."""
-        return self.words[batch_index]
+        return self.sources[batch_index].padded(self.sources[batch_index].row.word_ids)
+
+    def sequence_ids(self, batch_index: int = 0) -> list[int | None]:
+        """For each token of a row, the part of the pair that it comes from."""
+        return self.sources[batch_index].padded(self.sources[batch_index].row.sequence_ids)
+
+    def tokens(self, batch_index: int = 0) -> list[str]:
+        """The tokens of a row, its padding left out."""
+        return list(self.sources[batch_index].row.tokens)
+
+    # Where a thing of a row stands: (row, place), or the place alone in the first row.
+
+    def char_to_token(self, row: int, char: int | None = None, sequence: int = 0) -> int | None:
+        source, at = self._at(row, char)
+        return source.shown(source.row.char_to_token(at, sequence))
+
+    def token_to_chars(self, row: int, token: int | None = None) -> Span | None:
+        source, at = self._at(row, token)
+        found = source.row.token_to_chars(source.inner(at))
+        return None if found is None else Span(*found)
+
+    def token_to_word(self, row: int, token: int | None = None) -> int | None:
+        source, at = self._at(row, token)
+        return source.row.token_to_word(source.inner(at))
+
+    def word_to_tokens(self, row: int, word: int | None = None, sequence: int = 0) -> Span | None:
+        source, at = self._at(row, word)
+        found = source.row.word_to_tokens(at, sequence)
+        return None if found is None else Span(found[0] + source.before, found[1] + source.before)
+
+    def _at(self, row: int, place: int | None) -> tuple[Source, int]:
+        return (self.sources[0], row) if place is None else (self.sources[row], place)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -29,7 +106,8 @@ class Encoding(dict[str, Any]):
 
     def to(self, device: Any) -> Encoding:
         """A copy with its tensors on `device`."""
-        return Encoding({k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()})
+        moved = {k: v.to(device) if hasattr(v, "to") else v for k, v in self.items()}
+        return Encoding(moved).of(self.sources)
 
 
 def plain(ids: Any) -> list[Any]:

@@ -5,31 +5,25 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders
+from tokenizers import AddedToken
 from tokenizers import Tokenizer as Core
 from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, nearest
-from topwork.text.encoding import Encoding, as_tensors, columns_of, inputs_of, rows_of
+from topwork.text.asked import SPECIAL, kind_of, plain_template, told_apart, with_word_ends
+from topwork.text.encoding import Encoding, Source, as_tensors, columns_of, inputs_of, rows_of
 
-SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token",
-           "mask_token")  # fmt: skip
 SIDES = ("left", "right")
 UNLIMITED = int(1e30)
 FILLERS = {"attention_mask": 0, "token_type_ids": 0, "offset_mapping": (0, 0),
-           "special_tokens_mask": 1, "assistant_masks": 0, "words": None}  # fmt: skip
-# Tokenizers that do more than their files say, by the class that the files name.
-KINDS = {
-    "Wav2Vec2CTC": ("topwork.text.ctc", "CtcTokenizer"),
-    "Whisper": ("topwork.text.whisper", "WhisperTokenizer"),
-}
+           "special_tokens_mask": 1, "assistant_masks": 0}  # fmt: skip
 # Whose token_type_ids a call returns, by the name of the tokenizer's class.
 TYPED = ("Bert", "Electra", "MobileBert", "ConvBert", "SqueezeBert", "LayoutLM", "Lxmert",
          "Deberta", "DebertaV2", "FNet")  # fmt: skip
@@ -45,9 +39,10 @@ class Tokenizer:
         self.truncation_side = self._side("truncation_side")
         limit = self.config.get("model_max_length")
         self.model_max_length = int(limit) if limit is not None else UNLIMITED
+        self.name_or_path = ""
         core.no_padding()
         core.no_truncation()
-        self.chat_template: str | None = _template(self.config.get("chat_template"))
+        self.chat_template: str | None = plain_template(self.config.get("chat_template"))
         for name in SPECIAL:
             setattr(self, name, _content(self.config.get(name)))
 
@@ -59,12 +54,24 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, *, gguf_file: str | None = None, **where: Any
+        cls, name_or_path: str | Path, *, gguf_file: str | None = None, **given: Any
     ) -> Tokenizer:
         """The tokenizer of a folder, a Hub id or a .gguf file.
 
-        `gguf_file` names such a file in the folder `name_or_path`.
+        `gguf_file` names such a file in the folder `name_or_path`. `given`: where to look, as in
+        `hub.resolve`, and what to have otherwise than the files: `padding_side`,
+        `truncation_side`, `model_max_length`, `chat_template`, special tokens by role.
         """
+        where, changes = told_apart(given)
+        found = cls._of_files(name_or_path, gguf_file, where)
+        found.change(**changes)
+        found.name_or_path = str(name_or_path)
+        return found
+
+    @classmethod
+    def _of_files(
+        cls, name_or_path: str | Path, gguf_file: str | None, where: dict[str, Any]
+    ) -> Tokenizer:
         if gguf_file is not None:
             name_or_path = Path(name_or_path) / gguf_file
         checkpoint = hub.resolve(name_or_path, want=("tokenizer",), **where)
@@ -76,7 +83,7 @@ class Tokenizer:
         for file in ("special_tokens_map.json", "tokenizer_config.json"):
             if file in checkpoint.files:
                 config |= checkpoint.json(file)
-        cls = _kind(cls, config)
+        cls = kind_of(cls, config)
         if "chat_template.jinja" in checkpoint.files:
             path = checkpoint.files["chat_template.jinja"]
             config["chat_template"] = path.read_text(encoding="utf-8")
@@ -85,16 +92,26 @@ class Tokenizer:
 
             also = hub.resolve(name_or_path, want=("tokenizer", "sentencepiece"), **where)
             core, config = convert(also.files, config)
-            return cls(_with_word_ends(core), config)
+            return cls(with_word_ends(core), config)
         path = checkpoint.files["tokenizer.json"]
         try:
             core = Core.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise CheckpointError(f"{path}: not a tokenizer: {error}") from error
-        return cls(_with_word_ends(core), config)
+        return cls(with_word_ends(core), config)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json into `folder`."""
+    def change(self, add_prefix_space: bool | None = None, **values: Any) -> None:
+        """Set attributes; `add_prefix_space`: a text's first word is read as one amid the text."""
+        for name, value in values.items():
+            setattr(self, name, value)
+        if add_prefix_space is None:
+            return
+        if not isinstance(self.core.pre_tokenizer, ByteLevel):
+            raise ConfigError("add_prefix_space: this tokenizer does not split as GPT-2's does")
+        self.core.pre_tokenizer.add_prefix_space = add_prefix_space
+
+    def save_pretrained(self, folder: str | Path) -> tuple[str, ...]:
+        """Write tokenizer.json and tokenizer_config.json into `folder`; the files' paths."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         self.core.save(str(folder / "tokenizer.json"))
@@ -106,9 +123,12 @@ class Tokenizer:
         if self.chat_template is not None:
             path = folder / "chat_template.jinja"
             path.write_text(self.chat_template, encoding="utf-8")
+        config["model_input_names"] = self.model_input_names
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        written = ("tokenizer_config.json", "chat_template.jinja", "tokenizer.json")
+        return tuple(str(folder / name) for name in written if (folder / name).is_file())
 
     # -- vocabulary ------------------------------------------------------------------------------
 
@@ -146,9 +166,46 @@ class Tokenizer:
     def get_vocab(self) -> dict[str, int]:
         return self.core.get_vocab(with_added_tokens=True)
 
-    def add_tokens(self, tokens: Sequence[str], special: bool = False) -> int:
-        """Add whole tokens; returns how many were new. The embeddings are not resized."""
-        made = [AddedToken(t, special=special, normalized=not special) for t in tokens]
+    @property
+    def vocab(self) -> dict[str, int]:
+        return self.get_vocab()
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, AddedToken]:
+        return self.core.get_added_tokens_decoder()
+
+    @property
+    def added_tokens_encoder(self) -> dict[str, int]:
+        return {token.content: i for i, token in self.added_tokens_decoder.items()}
+
+    get_added_vocab = added_tokens_encoder.fget
+
+    @property
+    def model_input_names(self) -> list[str]:
+        """What a call returns unasked."""
+        types = ["token_type_ids"] if self.has_token_types else []
+        return ["input_ids", *types, "attention_mask"]
+
+    @property
+    def backend_tokenizer(self) -> Core:
+        return self.core
+
+    @property
+    def is_fast(self) -> bool:
+        return True
+
+    def add_tokens(
+        self, tokens: Any, special: bool = False, special_tokens: bool | None = None
+    ) -> int:
+        """Add whole tokens, one or several; returns how many were new. The embeddings are not
+        resized."""
+        special = special if special_tokens is None else special_tokens
+        made = [
+            t
+            if isinstance(t, AddedToken)
+            else AddedToken(t, special=special, normalized=not special)
+            for t in ([tokens] if isinstance(tokens, (str, AddedToken)) else tokens)
+        ]
         return self.core.add_special_tokens(made) if special else self.core.add_tokens(made)
 
     def add_special_tokens(self, tokens: Mapping[str, Any] | Sequence[Any]) -> int:
@@ -194,13 +251,28 @@ class Tokenizer:
             return self.unk_token_id if found is None else found
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
-    def convert_ids_to_tokens(self, ids: int | Sequence[int]) -> Any:
+    def convert_ids_to_tokens(
+        self, ids: int | Sequence[int], skip_special_tokens: bool = False
+    ) -> Any:
         if isinstance(ids, int):
             return self.core.id_to_token(ids)
-        return [self.core.id_to_token(int(i)) for i in ids]
+        left_out = set(self.all_special_ids) if skip_special_tokens else ()
+        return [self.core.id_to_token(int(i)) for i in ids if int(i) not in left_out]
 
-    def tokenize(self, text: str) -> list[str]:
-        return self.core.encode(text, add_special_tokens=False).tokens
+    def tokenize(
+        self, text: str, pair: str | None = None, add_special_tokens: bool = False
+    ) -> list[str]:
+        return self.core.encode(text, pair, add_special_tokens=add_special_tokens).tokens
+
+    def get_special_tokens_mask(
+        self, token_ids_0: Sequence[int], token_ids_1: Any = None,
+        already_has_special_tokens: bool = True,
+    ) -> list[int]:  # fmt: skip
+        """1 for each id of a whole row that is a special token."""
+        if token_ids_1 is not None or not already_has_special_tokens:
+            raise ConfigError("give the ids of a whole row: already_has_special_tokens=True")
+        special = set(self.all_special_ids)
+        return [int(i in special) for i in token_ids_0]
 
     # -- text to ids -----------------------------------------------------------------------------
 
@@ -256,8 +328,8 @@ class Tokenizer:
         result = columns_of(
             rows, types, return_attention_mask, return_offsets_mapping, return_special_tokens_mask
         )
-        words = {"words": [r.word_ids for r in rows]}
-        self._pad(words | result, padding, max_length, pad_to_multiple_of)
+        self._pad(result, padding, max_length, pad_to_multiple_of)
+        sources = Source.of(rows, result["input_ids"], self.padding_side == "left")
         if return_length:
             result["length"] = [len(ids) for ids in result["input_ids"]]
         if return_overflowing_tokens:
@@ -267,7 +339,7 @@ class Tokenizer:
             result["labels"] = self(targets, **{**shape, "return_tensors": None})["input_ids"]
         if single and not return_overflowing_tokens and return_tensors is None:
             result = {key: value[0] for key, value in result.items()}
-        return as_tensors(result, return_tensors).with_words(words["words"])
+        return as_tensors(result, return_tensors).of(sources)
 
     @property
     def has_token_types(self) -> bool:
@@ -372,11 +444,18 @@ class Tokenizer:
 
         return apply_chat_template(self, conversation, **options)
 
+    def get_chat_template(self, chat_template: str | None = None, tools: Any = None) -> str:
+        """The template that a chat is written by; ConfigError where there is none."""
+        found = chat_template or self.chat_template
+        if found is None:
+            raise ConfigError("this tokenizer has no chat template; pass chat_template")
+        return found
+
     # -- ids to text -----------------------------------------------------------------------------
 
     def decode(
         self,
-        ids: Any,
+        token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> Any:
@@ -385,7 +464,7 @@ class Tokenizer:
         `clean_up_tokenization_spaces` takes blanks before punctuation away. By default it is as
         tokenizer_config.json says, but not for BPE, whose blanks belong to the text.
         """
-        ids = ids.tolist() if hasattr(ids, "tolist") else ids
+        ids = token_ids.tolist() if hasattr(token_ids, "tolist") else token_ids
         ids = [ids] if isinstance(ids, int) else list(ids)
         if ids and not isinstance(ids[0], int):
             return self.batch_decode(ids, skip_special_tokens, clean_up_tokenization_spaces)
@@ -398,12 +477,14 @@ class Tokenizer:
 
     def batch_decode(
         self,
-        rows: Any,
+        sequences: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
     ) -> list[str]:
         """The text of each row."""
-        return [self.decode(r, skip_special_tokens, clean_up_tokenization_spaces) for r in rows]
+        return [
+            self.decode(r, skip_special_tokens, clean_up_tokenization_spaces) for r in sequences
+        ]
 
 
 def clean_up(text: str) -> str:
@@ -411,31 +492,6 @@ def clean_up(text: str) -> str:
     for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
         text = text.replace(spaced, spaced.strip())
     return text
-
-
-def _kind(cls: type[Tokenizer], config: Mapping[str, Any]) -> type[Tokenizer]:
-    """`cls`, or what the files ask for in its place."""
-    named = str(config.get("tokenizer_class") or "").removesuffix("Fast").removesuffix("Tokenizer")
-    if cls is not Tokenizer or named not in KINDS:
-        return cls
-    module, name = KINDS[named]
-    return getattr(importlib.import_module(module), name)
-
-
-def _with_word_ends(core: Core) -> Core:
-    """`core` as it decodes with its mark of a word's end (CLIP's) read as a blank."""
-    mark = getattr(core.model, "end_of_word_suffix", None)
-    if mark and isinstance(core.decoder, decoders.ByteLevel):
-        blanks = [decoders.Replace(mark, " "), decoders.Replace(Regex(r"^\s+|\s+$"), "")]
-        core.decoder = decoders.Sequence([core.decoder, *blanks])
-    return core
-
-
-def _template(given: Any) -> str | None:
-    """The template itself, or the one named "default" of a list."""
-    if isinstance(given, list):
-        return next((t["template"] for t in given if t.get("name") == "default"), None)
-    return given
 
 
 def _content(token: Any) -> str | None:

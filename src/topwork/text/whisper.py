@@ -132,7 +132,7 @@ class WhisperTokenizer(Tokenizer):
 
     def decode(
         self,
-        ids: Any,
+        token_ids: Any,
         skip_special_tokens: bool = False,
         clean_up_tokenization_spaces: bool | None = None,
         *,
@@ -145,7 +145,7 @@ class WhisperTokenizer(Tokenizer):
         Times are left out, or, with `decode_with_timestamps`, written as `<|1.08|>`, counted on
         through the windows. `output_offsets` gives {"text", "offsets": [{"text", "timestamp"}]}.
         """
-        ids = plain(ids)
+        ids = plain(token_ids)
         options = {
             "decode_with_timestamps": decode_with_timestamps, "output_offsets": output_offsets,
             "time_precision": time_precision,
