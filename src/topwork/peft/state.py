@@ -141,6 +141,8 @@ def make_room(model: Any, config: PeftConfig, folder: Path) -> None:
     if not callable(getattr(model, "resize_token_embeddings", None)):
         return
     words: Any = base_of(model.get_input_embeddings())
+    if not hasattr(words, "num_embeddings"):  # a model of sounds
+        return
     path = next(f"{MODEL}{p}" for p, m in model.named_modules() if base_of(m) is words)
     given: Any = getattr(config, "trainable_token_indices", None)
     given = getattr(config, "token_indices", None) if given is None else given

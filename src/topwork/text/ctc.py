@@ -37,7 +37,7 @@ class CtcTokenizer(Tokenizer):
         """From letters and their ids; `config` as in tokenizer_config.json."""
         return cls(*core_of(dict(vocab), config))
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> tuple[str, ...]:
         """Write vocab.json and tokenizer_config.json into `folder`."""
         folder = Path(folder)
         super().save_pretrained(folder)
@@ -49,6 +49,7 @@ class CtcTokenizer(Tokenizer):
         for name, value in (("vocab.json", vocab), ("tokenizer_config.json", config)):
             text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
             (folder / name).write_text(text, encoding="utf-8")
+        return str(folder / "vocab.json"), str(path)
 
     @property
     def word_delimiter_token_id(self) -> int | None:

@@ -38,9 +38,9 @@ class WhisperTokenizer(Tokenizer):
         self.predict_timestamps = bool(self.config.get("predict_timestamps", False))
         self._asked = False
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path) -> tuple[str, ...]:
         """Write tokenizer.json and tokenizer_config.json into `folder`."""
-        super().save_pretrained(folder)
+        written = super().save_pretrained(folder)
         path = Path(folder) / "tokenizer_config.json"
         config = json.loads(path.read_text(encoding="utf-8"))
         config["tokenizer_class"] = "WhisperTokenizer"
@@ -48,6 +48,7 @@ class WhisperTokenizer(Tokenizer):
         config["predict_timestamps"] = self.predict_timestamps
         text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
+        return written
 
     def number(self, token: str) -> int:
         """The id of a special token; ConfigError where there is none."""
