@@ -21,6 +21,7 @@ from topwork.ops.divergence import (
     sorted_distance,
     token_divergence,
 )
+from topwork.ops.dora import row_norms
 from topwork.ops.experts import grouped_linear, load_balancing_loss, through_experts
 from topwork.ops.few import few_linears
 from topwork.ops.int8 import decode_rows, encode_rows, int8_linear, int8_product
@@ -72,6 +73,7 @@ __all__ = [
     "lora_linears",
     "rms_norm",
     "rotary",
+    "row_norms",
     "selective_scan",
     "sums_of_two",
     "swiglu",

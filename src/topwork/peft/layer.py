@@ -111,6 +111,13 @@ class Graft:
         """The whole of it as one low-rank term, where it is one: then the fast path is taken."""
         return None
 
+    def joined(self, parts: ops.LinearParts) -> ops.LinearParts | None:
+        """`parts` with the adapter among them, where it is a low-rank term; else None."""
+        term = self.term()
+        if term is None or parts.gain is not None:
+            return None
+        return replace(parts, terms=(*parts.terms, term))
+
     def instead(self, base: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         """What computes in place of the layer below."""
         return base
@@ -355,10 +362,9 @@ class AdaptedLayer(nn.Module):
         if self.site.kind != "linear" or self._differs():
             return None
         parts = sites.linear_parts(self.base_layer)
-        terms = [graft.term() for graft in self._using()]
-        if parts is None or any(term is None for term in terms):
-            return None
-        return replace(parts, terms=(*parts.terms, *(t for t in terms if t is not None)))
+        for graft in self._using():
+            parts = None if parts is None else graft.joined(parts)
+        return parts
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.rows is not None and self._differs():

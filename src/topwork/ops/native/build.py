@@ -28,6 +28,7 @@ FLAGS = (
     *(("-mprefer-vector-width=512",) if platform.machine() in ("x86_64", "AMD64") else ()),
 )
 _reasons: list[str] = []
+Value = Tensor | ctypes.Structure | ctypes.Array[Any] | int | float | None
 
 
 def available() -> bool:
@@ -58,17 +59,20 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
-def call(name: str, *args: Tensor | ctypes.Structure | int | float) -> None:
-    """Call a kernel: tensors and structures by address, integers as int64, floats as float."""
+def call(name: str, *args: Value) -> None:
+    """Call a kernel: tensors, structures and arrays of them by address, None as the null address,
+    integers as int64, floats as float."""
     kernels = library()
     assert kernels is not None
     getattr(kernels, name)(*map(_as_c, args))
 
 
-def _as_c(value: Tensor | ctypes.Structure | int | float) -> Any:
+def _as_c(value: Value) -> Any:
+    if value is None:
+        return ctypes.c_void_p()
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, ctypes.Structure):
+    if isinstance(value, (ctypes.Structure, ctypes.Array)):
         return ctypes.byref(value)
     return ctypes.c_int64(value) if isinstance(value, int) else ctypes.c_float(value)
 

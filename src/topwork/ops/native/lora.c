@@ -4,6 +4,9 @@
 //   up_grads    ups = dy (s B),  dB = s dyᵀ low
 //   down_grads  dA = upsᵀ drop(x),  dx += drop'(ups A)
 //
+//   row_norms   ‖W + s B A‖ of each row, given W Aᵀ, A Aᵀ and ‖W‖²
+//   gained      dz = dy gain, dgain = Σ dy z over the tokens
+//
 // T tokens, C inputs and N outputs (multiples of 32), R rows of the stacked A, r of one. The mask
 // of `drop` is the one of elementwise.c. Sums over tokens go thread by thread in fixed order.
 #if defined(__AMX_BF16__) && defined(__AVX512BF16__)
@@ -202,6 +205,47 @@ void topwork_lora_down_grads(const bf16 *x, const bf16 *ups, const bf16 *a, bf16
       da[i] = total * scale;
     }
     _tile_release();
+  }
+}
+
+// cross [N, r], b [N, r], gram [r, r], own and norms [N].
+void topwork_lora_row_norms(const bf16 *cross, const float *b, const float *gram, const float *own,
+                            float *norms, int64_t N, int64_t r, float scale) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n++) {
+    const float *row = b + n * r;
+    float along = 0, square = 0;
+    for (int64_t j = 0; j < r; j++) {
+      float sum = 0;
+      for (int64_t i = 0; i < r; i++) sum += row[i] * gram[j * r + i];
+      square += row[j] * sum;
+      uint32_t bits = (uint32_t)cross[n * r + j] << 16;
+      float seen;
+      memcpy(&seen, &bits, 4);
+      along += row[j] * seen;
+    }
+    const float all = own[n] + 2 * scale * along + scale * scale * square;
+    norms[n] = __builtin_sqrtf(all > 0 ? all : 0);
+  }
+}
+
+// dy, z and dz [T, N]; gain and dgain [N].
+void topwork_lora_gained(const bf16 *dy, const bf16 *z, const float *gain, bf16 *dz, float *dgain,
+                         int64_t T, int64_t N) {
+#pragma omp parallel for schedule(static)
+  for (int64_t n = 0; n < N; n += 32) {
+    const __m512 low = _mm512_loadu_ps(gain + n), high = _mm512_loadu_ps(gain + n + 16);
+    __m512 a = _mm512_setzero_ps(), b = a;
+    for (int64_t t = 0; t < T; t++) {
+      const bf16 *g = dy + t * N + n, *y = z + t * N + n;
+      const __m512 one = widen(g), two = widen(g + 16);
+      a = _mm512_fmadd_ps(one, widen(y), a);
+      b = _mm512_fmadd_ps(two, widen(y + 16), b);
+      _mm256_storeu_si256((__m256i *)(dz + t * N + n), narrow(_mm512_mul_ps(one, low)));
+      _mm256_storeu_si256((__m256i *)(dz + t * N + n + 16), narrow(_mm512_mul_ps(two, high)));
+    }
+    _mm512_storeu_ps(dgain + n, a);
+    _mm512_storeu_ps(dgain + n + 16, b);
   }
 }
 #endif

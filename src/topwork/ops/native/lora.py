@@ -13,12 +13,16 @@ WIDEST = 128  # ranks beyond this are no thin products
 
 def serves(x: Tensor, thin: Tensor) -> bool:
     """Whether the kernels take `x` [T, C] beside a thin matrix, [R, C] or [T, R]."""
+    return x.dtype == thin.dtype and min(thin.shape) <= WIDEST and serves_wide(x)
+
+
+def serves_wide(x: Tensor) -> bool:
+    """Whether they take `x` [T, C] beside something thin."""
     return (
         x.device.type == "cpu"
-        and x.dtype == thin.dtype == torch.bfloat16
+        and x.dtype == torch.bfloat16
         and x.is_contiguous()
         and x.shape[1] % 32 == 0
-        and min(thin.shape) <= WIDEST
         and has_amx()
     )
 
@@ -58,3 +62,17 @@ def down_grads(
     sizes = (*x.shape, len(stacked), int(dx is not None))
     call("topwork_lora_down_grads", x, ups, stacked, onto, da, *sizes, key, threshold, scale)
     return da
+
+
+def row_norms(cross: Tensor, b: Tensor, gram: Tensor, own: Tensor, scale: float) -> Tensor:
+    """√(own + 2s · ⟨B, cross⟩ + s² · ⟨B, B gram⟩) of each row: cross [N, r] bf16, others fp32."""
+    norms = torch.empty_like(own)
+    call("topwork_lora_row_norms", cross, b, gram, own, norms, *b.shape, scale)
+    return norms
+
+
+def gained(dy: Tensor, z: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """dy · gain [T, N], and Σ dy · z [N] fp32 over the rows."""
+    dz, dgain = torch.empty_like(dy), torch.empty(dy.shape[1], dtype=torch.float32)
+    call("topwork_lora_gained", dy, z, gain, dz, dgain, *dy.shape)
+    return dz, dgain

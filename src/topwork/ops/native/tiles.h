@@ -64,7 +64,8 @@ static inline __mmask16 lanes(int64_t from, int64_t to) {
   return (__mmask16)(b & ~a);
 }
 
-// c [16 or, if tall, 32 rows x 32] (+)= sum over steps of a (row tiles) b (two column tiles).
+// c [16 or, if tall, 32 rows x 32] (+)= sum over steps of a (row tiles) b (two column tiles). What b
+// brings streams past `a` in the first-level cache.
 static inline __attribute__((always_inline)) void multiply(
     int tall, float *c, int64_t ldc, const bf16 *a0, const bf16 *a1, int64_t lda, int64_t step_a,
     const bf16 *b0, const bf16 *b1, int64_t step_b, int steps, int add) {
@@ -80,9 +81,9 @@ static inline __attribute__((always_inline)) void multiply(
   }
   for (int s = 0; s < steps; s++, a0 += step_a, a1 += step_a, b0 += step_b, b1 += step_b) {
     _tile_loadd(4, a0, lda * 2);
-    _tile_loadd(6, b0, 64);
+    _tile_stream_loadd(6, b0, 64);
     _tile_dpbf16ps(0, 4, 6);
-    _tile_loadd(7, b1, 64);
+    _tile_stream_loadd(7, b1, 64);
     _tile_dpbf16ps(1, 4, 7);
     if (!tall) continue;
     _tile_loadd(5, a1, lda * 2);

@@ -235,17 +235,15 @@ class Lora(Graft):
             return None
         return ops.LoraTerm(*self.matrices(), self.scale, self.dropout)
 
-    def whole(self, x: Tensor) -> Tensor | None:
-        """DoRA on a linear: the fused sum of weight and term, then the gain and the bias."""
-        parts = sites.linear_parts(self.base) if self.config.use_dora else None
-        if parts is None or self.site.kind != "linear":
+    def joined(self, parts: ops.LinearParts) -> ops.LinearParts | None:
+        """DoRA: the term, and the gain on the sum; alone on its layer."""
+        if not self.config.use_dora:
+            return super().joined(parts)
+        if parts.terms or parts.gain is not None or self.config.lora_bias:
             return None
-        term = ops.LoraTerm(*self.matrices(), self.scale, self.dropout)
-        bare = replace(parts, bias=None, terms=(*parts.terms, term))
-        z = ops.lora_linears(x, (bare,), self.layer.training)[0]
-        gain = self["lora_magnitude_vector"].flatten() / self.norm_of(*self.matrices())
-        gain = gain.to(z.dtype)
-        return z * gain if parts.bias is None else torch.addcmul(parts.bias, z, gain)
+        a, b = self.matrices()
+        gain = self["lora_magnitude_vector"].flatten() / self.norm_of(a, b)
+        return replace(parts, terms=(ops.LoraTerm(a, b, self.scale, self.dropout),), gain=gain)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         a, b = (m.to(y.dtype) for m in self.matrices())
@@ -283,19 +281,14 @@ class Lora(Graft):
         return (weight + made - first if self.config.use_dora else made), shifted
 
     def norm_of(self, a: Tensor, b: Tensor) -> Tensor:
-        """‖W + s · B A‖ [out] of each output, without forming the sum:
-        ‖W‖² + 2s · ⟨B, W Aᵀ⟩ + s² · ⟨B, B A Aᵀ⟩. The first part is kept, for W is frozen."""
+        """‖W + s · B A‖ [out] of each output; ‖W‖² is kept, for W is frozen."""
         with torch.no_grad():
             weight = sites.read_weight(self.base)
             a, b = a.detach().float().flatten(1), b.detach().float().flatten(1)
             if self.site.groups > 1:  # the change is no weight of this shape: peft's reading of it
                 added = (b.reshape(-1, self.r) @ a).reshape(weight.shape)
                 return (weight.float() + self.scale * added).flatten(1).norm(dim=1)
-            own = self._own_norm(weight)
-            cross = (weight.flatten(1) @ a.t().to(weight.dtype)).float()
-            squared = own + 2 * self.scale * (b * cross).sum(1)
-            squared += self.scale**2 * (b @ (a @ a.t()) * b).sum(1)
-            return squared.clamp_(min=0).sqrt_()
+            return ops.row_norms(weight.flatten(1), a, b, self.scale, self._own_norm(weight))
 
     def _own_norm(self, weight: Tensor) -> Tensor:
         """‖W‖² [out], kept while the weight stays; a compiled graph cannot ask whether it did."""
