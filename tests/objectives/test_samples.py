@@ -139,3 +139,36 @@ def test_a_negative_count_is_refused():
         SFTConfig(sample_answers=-1)
     with pytest.raises(ValueError, match="sample_answers=-1"):
         topwork.DPOConfig(sample_answers=-1)
+
+
+@pytest.mark.parametrize("writes", [True, False])
+def test_encoder_decoders_answer_where_evaluation_writes(tmp_path, writes):
+    torch.manual_seed(0)
+    config = Config(
+        model_type="t5", vocab_size=259, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2,
+    )  # fmt: skip
+    words = tiny.tokenizer()
+    rows = [
+        {"input_ids": words(f"ask {i}")["input_ids"] + [0, 0], "labels": [5, 6, 2],
+         "attention_mask": [1] * 5 + [0, 0]}
+        for i in range(4)
+    ]  # fmt: skip
+    args = topwork.Seq2SeqTrainingArguments(
+        output_dir=str(tmp_path), eval_strategy="steps", eval_steps=1, max_steps=1,
+        save_strategy="no", sample_answers=2, disable_tqdm=True, predict_with_generate=writes,
+    )  # fmt: skip
+    model = topwork.AutoModelForSeq2SeqLM.from_config(config)
+    topwork.Seq2SeqTrainer(
+        model, args, None, rows, rows, words, compute_metrics=lambda _: {}
+    ).train()
+    path = tmp_path / "completions.jsonl"
+    assert path.exists() == writes
+    if writes:
+        lines = [json.loads(x) for x in path.read_text().split("\n")[:-1]]
+        assert [line["prompt"] for line in lines] == ["ask 0", "ask 1"]
+        out = model.generate(
+            torch.tensor([words("ask 0")["input_ids"]]), max_new_tokens=64, do_sample=False,
+            eos_token_id=2,
+        )  # fmt: skip
+        assert lines[0]["completions"] == [words.decode(out[0].tolist())]

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from topwork.data.prepare import Sample
 from topwork.errors import ConfigError
-from topwork.objectives.labelled import LabelledBatch, base
+from topwork.objectives.labelled import Labelled, LabelledBatch, base
 from topwork.objectives.supervised import PredictionOutput, Trainer
 from topwork.training import Loss, TrainingArguments
 from topwork.training.familiar import settings
@@ -33,6 +36,18 @@ class Seq2SeqTrainingArguments(TrainingArguments):
                 raise ConfigError(f"{name}={value} must be at least 1")
 
 
+class Answered(Labelled):
+    """Rows whose texts the model answers."""
+
+    def prompt(self, sample: tuple[int, Any]) -> Sample:
+        """What the encoder reads, without padding; empty where a row has no `input_ids`."""
+        number, row = sample
+        ids = np.asarray(row.get("input_ids", ()), np.int32).reshape(-1)
+        keep = np.asarray(row.get("attention_mask", np.ones(len(ids)))).astype(bool).reshape(-1)
+        ids = ids[keep]
+        return Sample(number, ids, np.zeros(len(ids), np.bool_))
+
+
 class Seq2SeqTrainer(Trainer):
     """The trainer whose `compute_metrics` may get what the model writes (`predict_with_generate`).
 
@@ -40,6 +55,9 @@ class Seq2SeqTrainer(Trainer):
     """
 
     options: dict[str, Any]
+
+    def labelled(self, args: TrainingArguments) -> type[Labelled]:
+        return Answered if getattr(args, "predict_with_generate", False) else Labelled
 
     def evaluate(  # type: ignore[override]
         self,

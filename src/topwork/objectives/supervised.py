@@ -82,6 +82,7 @@ class Trainer(training.Trainer):
             model = model_init()
         if not isinstance(model, nn.Module):
             raise ConfigError(f"Trainer needs a model, not a {type(model).__name__}; load it first")
+        args = args or TrainingArguments()
         optimizer, scheduler = optimizers
         if scheduler is not None and optimizer is None:
             raise ConfigError("optimizers=(None, scheduler): a scheduler needs its optimizer")
@@ -92,8 +93,8 @@ class Trainer(training.Trainer):
         self.data_collator = data_collator or Usual(model, processing_class)
         super().__init__(
             model,
-            args or TrainingArguments(),
-            Labelled(self.data_collator, self.compute_loss),
+            args,
+            self.labelled(args)(self.data_collator, self.compute_loss),
             data,
             named,
             tokenizer=processing_class,
@@ -103,6 +104,10 @@ class Trainer(training.Trainer):
             data_fingerprint=fingerprint(train_dataset),
         )
         self.train_dataset, self.eval_dataset = train_dataset, eval_dataset
+
+    def labelled(self, args: TrainingArguments) -> type[Labelled]:
+        """The kind of objective of this run."""
+        return Labelled
 
     def compute_loss(
         self,

@@ -24,7 +24,8 @@ class SampleAnswers(TrainerCallback):
     def __init__(
         self, objective: Any, data: Mapping[str, Sequence[Any]], processing: Any, count: int
     ) -> None:
-        self.prompts = list(islice(_prompts(objective, data), count))
+        found = () if processing is None else _prompts(objective, data)
+        self.prompts = list(islice(found, count))
         self.tokenizer = getattr(processing, "tokenizer", processing)
         self.placer = getattr(objective, "placer", None)
 
@@ -51,9 +52,15 @@ class SampleAnswers(TrainerCallback):
         entry = {
             "step": step,
             "prompt": "".join(text for text, _ in marked_text(prompt, self.tokenizer)),
-            "completions": [self.tokenizer.decode(out[0, len(prompt) :].tolist())],
+            "completions": [self.tokenizer.decode(_said(out[0].tolist(), prompt))],
         }
         return json.dumps(entry, ensure_ascii=False) + "\n"
+
+
+def _said(ids: list[int], prompt: Sample) -> list[int]:
+    """What was written: all of `ids`, or what stands behind the prompt where they repeat it."""
+    behind = len(prompt)
+    return ids[behind:] if ids[:behind] == prompt.ids.tolist() else ids
 
 
 def _prompts(objective: Any, data: Mapping[str, Sequence[Any]]) -> Iterator[Sample]:
