@@ -115,6 +115,23 @@ def test_any_number_of_rows_of_one_text(rows, dtype):
         assert not step.takes(torch.zeros(33, 1, dtype=torch.long), 1)
 
 
+def test_a_cache_with_beams_in_it_can_be_gone_on_with():
+    model = made("bart")
+    with torch.inference_mode():
+        mixed, plain = views(model)
+        caches, room = (mixed.new_cache(), plain.new_cache()), 4
+        tokens = torch.randint(5, 90, (6, 38))
+        for at in range(38):
+            if at in (0, 3, 20):  # each with stores of its own size
+                step = mixed.compiled(caches[0], room)
+                room += 90
+            ids = tokens[:, at : at + 1]
+            found, wanted = step.step(ids, 1), said_by_modules(plain, ids, caches[1])
+            assert torch.allclose(found, wanted, atol=1e-4)
+            for cache in caches:
+                cache.select(torch.tensor([1, 0, 3, 3, 5, 5]))
+
+
 def test_native_step_and_modules_hand_the_cache_to_each_other():
     model = made("t5")
     with torch.inference_mode():

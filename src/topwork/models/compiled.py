@@ -113,6 +113,7 @@ class CompiledStep:
 
     def _bind(self, batch: int) -> None:
         cache, sizes = self._cache, self._program.sizes
+        cache.settle()  # where rows come from was told of other stores
         stores: Any = cache.stores
         nothing = torch.empty(batch, 0, sizes.heads, sizes.size, dtype=self._program.dtype)
         for store in stores:
