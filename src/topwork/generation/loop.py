@@ -14,9 +14,9 @@ from topwork import ops
 from topwork.errors import ConfigError, TopworkError
 from topwork.generation import draw
 from topwork.generation.config import GenerationConfig
+from topwork.generation.crossed import CompiledStep
 from topwork.generation.processors import Processor, apply
 from topwork.generation.program import CachedProgram
-from topwork.models.compiled import CompiledStep
 from topwork.models.output import Output
 from topwork.models.seq2seq import DecoderView
 
@@ -138,7 +138,7 @@ class Stepper:
         if not self._asked:
             self._asked = True
             if isinstance(self.model, DecoderView):
-                self._program = self.model.compiled(self.cache, self.room)
+                self._program = CompiledStep.of(self.model, self.cache, self.room)
             else:
                 self._program = CachedProgram.of(
                     self.model, self.cache, self.mask, len(ids), self.room

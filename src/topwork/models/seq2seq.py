@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.errors import ConfigError
 from topwork.models.base import Model
-from topwork.models.compiled import CompiledStep
 from topwork.models.config import Config
 from topwork.models.output import Output
 from topwork.models.packing import Padding, packed_positions
@@ -365,17 +364,6 @@ class DecoderView:
         _fits(past + 1, self.model.spec.decoder, self.model.config.model_type)
         cache.spread(len(ids))
         return self._step(ids, past, cache)
-
-    def compiled(self, cache: Any, room: int) -> CompiledStep | None:
-        """The step over `cache` for up to `room` tokens as one native call, where there is one."""
-        kind = type(self.model)
-        if self._step is None or kind.head is not Seq2SeqModel.head:
-            return None
-        spec = self.model.spec
-        return CompiledStep.of(
-            self.model.decoder_stack, getattr(self.model, spec.head_name), cache, room,
-            scale=spec.output_scale, more=self.model.final_logits_bias[0] if spec.bias else None,
-        )  # fmt: skip
 
     def eval(self) -> DecoderView:
         return self

@@ -69,6 +69,22 @@ class Layer:
         )
 
 
+def is_unwatched(stack: Stack) -> bool:
+    """Whether what a decoder's stack computes of a token can be computed beside its modules.
+
+    Not where somebody listens to one of them, a gradient could be asked for, or types are chosen by
+    torch (autocast).
+    """
+    spec = stack.spec
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        return False
+    if type(stack) is not Stack or not spec.crossed or stack.training or not spec.vocab:
+        return False
+    if any(module._forward_hooks or module._forward_pre_hooks for module in stack.modules()):
+        return False
+    return all(type(block) is StackBlock for block in stack.blocks)
+
+
 class StackStep:
     """What `stack` computes of one token per row, after those in a cache."""
 
@@ -80,21 +96,10 @@ class StackStep:
 
     @classmethod
     def of(cls, stack: Stack) -> StackStep | None:
-        """None where a module is not what the stack made, or somebody listens to it.
-
-        Nor where a gradient could be asked for, or types are chosen by torch (autocast).
-        """
-        spec = stack.spec
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+        """None where a module is not what the stack made, or it must be called as it is."""
+        if not is_unwatched(stack):
             return None
-        if type(stack) is not Stack or not spec.crossed or stack.training or not spec.vocab:
-            return None
-        for module in stack.modules():
-            if module._forward_hooks or module._forward_pre_hooks:
-                return None
-        if any(type(block) is not StackBlock for block in stack.blocks):
-            return None
-        names = spec.names
+        names = stack.spec.names
         paths = [f"{a}.{p}" for a in (names.attention, names.cross) for p in names.projections]
         paths += [path for path in (names.up, names.gate, names.down) if path is not None]
         linears = [part(block, path) for block in stack.blocks for path in paths]

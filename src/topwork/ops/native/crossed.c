@@ -18,15 +18,23 @@
 #include "few.h"
 
 enum { SILU, GELU_TANH, GELU, RELU };
-enum { BLOCK = 256 /* outputs of the head that are looked at while they are near */, SCREENED = 4 };
+enum { BLOCK = 256 /* outputs of the head that are looked at while they are near */, SCREENED = 4, MOST_RANK = 256 };
 
 typedef struct { const void *weight, *bias; } Pair;  // of a linear, or a norm
+typedef struct {
+  const float *a, *b;  // [rank, in], [rank, out]
+  i64 rank;            // 0: there is no such term
+  float scale, pad;
+} Low;                 // scale · x aᵀ b, which joins a linear's output
 
 typedef struct {
   Pair norms[3], q, k, v, out, query, cross_out, gate, up, down;
   void *keys, *values;
   const void *memory_keys, *memory_values;
+  const Low *lows;  // of the nine linears in their order, or null
 } Layer;
+
+enum { Q, K_, V_, OUT, QUERY, CROSS_OUT, GATE, UP, DOWN };
 
 typedef struct {
   const Layer *layers;
@@ -205,20 +213,45 @@ FLAT const bf16 *packed_of(int half, const Crew *c, const void *x, i64 in, i64 w
   return to;
 }
 
+// y += scale · x aᵀ b in this thread's outputs, rounded as the modules do.
+FLAT void add_low(int half, const Crew *c, const Low *low, const void *x, i64 in, void *y, i64 out,
+                  Span own) {
+  float first[MOST_RANK];
+  for (i64 r = 0; r < c->t->rows; r++) {
+    for (i64 k = 0; k < low->rank; k++) {
+      __m512 sum = ALL(0);
+      for (i64 i = 0; i < in; i += 16)
+        sum = _mm512_fmadd_ps(load(half, x, r * in + i), _mm512_loadu_ps(low->a + k * in + i), sum);
+      first[k] = _mm512_cvtss_f32(rounded(half, ALL(_mm512_reduce_add_ps(sum))));
+    }
+    for (i64 i = own.from; i < own.to; i += 16) {
+      __m512 sum = ALL(0);
+      for (i64 k = 0; k < low->rank; k++)
+        sum = _mm512_fmadd_ps(ALL(first[k]), _mm512_loadu_ps(low->b + k * out + i), sum);
+      sum = rounded(half, _mm512_mul_ps(rounded(half, sum), ALL(low->scale)));
+      store(half, y, r * out + i, _mm512_add_ps(load(half, y, r * out + i), sum));
+    }
+  }
+}
+
 // This thread's outputs of a linear.
-FLAT Span linear(int half, const Crew *c, const Pair *l, const void *x, const bf16 *packed, i64 in,
-                 void *y, i64 out) {
+FLAT Span linear(int half, const Crew *c, const Pair *l, const Low *low, const void *x,
+                 const bf16 *packed, i64 in, void *y, i64 out) {
   const Part part = {l->weight, l->bias, y, out};
   const Span own = share_of(c, out);
   few(half, &part, x, packed, c->t->rows, in, own.from, own.to);
+  if (low && low->rank) add_low(half, c, low, x, in, y, out, own);
   return own;
 }
 
+static const Low *low_of(const Layer *l, int which) { return l->lows ? l->lows + which : 0; }
+
 // x += linear(y)
-FLAT void add(int half, const Crew *c, const Pair *l, const void *y, i64 in, i64 widest) {
+FLAT void add(int half, const Crew *c, const Pair *l, const Low *low, const void *y, i64 in,
+              i64 widest) {
   const Stack *s = c->s;
   const bf16 *packed = packed_of(half, c, y, in, widest);
-  const Span own = linear(half, c, l, y, packed, in, s->open, s->hidden);
+  const Span own = linear(half, c, l, low, y, packed, in, s->open, s->hidden);
   for (i64 r = 0; r < c->t->rows; r++)
     for (i64 i = r * s->hidden + own.from; i < r * s->hidden + own.to; i += 16)
       store(half, s->x, i, _mm512_add_ps(load(half, s->x, i), load(half, s->open, i)));
@@ -364,8 +397,10 @@ FLAT void cross(int half, const Crew *c, const Layer *l, float *scores) {
 FLAT void widen_feed(int half, const Crew *c, const Layer *l, const void *x, i64 widest) {
   const Stack *s = c->s;
   const bf16 *packed = packed_of(half, c, x, s->hidden, widest);
-  const Span own = linear(half, c, &l->up, x, packed, s->hidden, s->inner, s->width);
-  if (l->gate.weight) linear(half, c, &l->gate, x, packed, s->hidden, s->open, s->width);
+  const Span own =
+      linear(half, c, &l->up, low_of(l, UP), x, packed, s->hidden, s->inner, s->width);
+  if (l->gate.weight)
+    linear(half, c, &l->gate, low_of(l, GATE), x, packed, s->hidden, s->open, s->width);
   for (i64 r = 0; r < c->t->rows; r++)
     for (i64 i = r * s->width + own.from; i < r * s->width + own.to; i += 16) {
       const __m512 up = load(half, s->inner, i);
@@ -590,28 +625,28 @@ FLAT void run(int half, const Stack *s, const Step *t, i64 me, i64 of) {
     if (s->before) norm(half, c, &l->norms[0], s->x, s->y);
     BARRIER
     const bf16 *packed = packed_of(half, c, seen, C, widest);
-    linear(half, c, &l->q, seen, packed, C, s->q, wide);
-    linear(half, c, &l->k, seen, packed, C, s->k, wide);
-    linear(half, c, &l->v, seen, packed, C, s->v, wide);
+    linear(half, c, &l->q, low_of(l, Q), seen, packed, C, s->q, wide);
+    linear(half, c, &l->k, low_of(l, K_), seen, packed, C, s->k, wide);
+    linear(half, c, &l->v, low_of(l, V_), seen, packed, C, s->v, wide);
     BARRIER
     look(half, c, l, scores);
     BARRIER
-    add(half, c, &l->out, s->inner, wide, widest);
+    add(half, c, &l->out, low_of(l, OUT), s->inner, wide, widest);
     BARRIER
     norm(half, c, &l->norms[s->before], s->x, s->before ? s->y : s->x);
     BARRIER
     packed = packed_of(half, c, seen, C, widest);
-    linear(half, c, &l->query, seen, packed, C, s->q, wide);
+    linear(half, c, &l->query, low_of(l, QUERY), seen, packed, C, s->q, wide);
     BARRIER
     cross(half, c, l, scores);
     BARRIER
-    add(half, c, &l->cross_out, s->inner, wide, widest);
+    add(half, c, &l->cross_out, low_of(l, CROSS_OUT), s->inner, wide, widest);
     BARRIER
     norm(half, c, &l->norms[1 + s->before], s->x, s->before ? s->y : s->x);
     BARRIER
     widen_feed(half, c, l, seen, widest);
     BARRIER
-    add(half, c, &l->down, s->inner, s->width, widest);
+    add(half, c, &l->down, low_of(l, DOWN), s->inner, s->width, widest);
     BARRIER
     if (!s->before) norm(half, c, &l->norms[2], s->x, s->x);
   }

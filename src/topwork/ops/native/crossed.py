@@ -14,15 +14,24 @@ from torch import Tensor
 from topwork.ops.native.attention import has_amx
 from topwork.ops.native.build import call, library
 
-MOST_ROWS, BLOCK, SCREENED = 32, 256, 4
+MOST_ROWS, MOST_RANK, BLOCK, SCREENED = 32, 256, 256, 4
 ACTIVATIONS = {
     "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
 }  # fmt: skip
-PAIRS = ("norm_0", "norm_1", "norm_2", "q", "k", "v", "out", "query", "cross_out", "gate", "up",
-         "down")  # fmt: skip
+NORMS = ("norm_0", "norm_1", "norm_2")
+LINEARS = ("q", "k", "v", "out", "query", "cross_out", "gate", "up", "down")
 
-Pair = tuple[Tensor, Tensor | None]
-"""The weight and the bias of a linear or a norm."""
+
+@dataclass(frozen=True)
+class Pair:
+    """The weight and the bias of a linear or a norm.
+
+    `low`: A [r, in], Bᵀ [r, out], both fp32, and the scale of a term that joins a linear.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    low: tuple[Tensor, Tensor, float] | None = None
 
 
 def _structure(name: str, **fields: str) -> Any:
@@ -36,7 +45,11 @@ def _halves(names: Sequence[str]) -> str:
     return " ".join(f"{name}_weight {name}_bias" for name in names)
 
 
-_Layer = _structure("_Layer", at=f"{_halves(PAIRS)} keys values memory_keys memory_values")
+_Low = _structure("_Low", at="a b", whole="rank", real="scale pad")
+_Layer = _structure(
+    "_Layer",
+    at=f"{_halves((*NORMS, *LINEARS))} keys values memory_keys memory_values lows",
+)
 _Stack = _structure(
     "_Stack",
     at=f"layers words places {_halves(('first', 'last', 'head'))} more near codes steps doubts "
@@ -97,9 +110,10 @@ class Means:
 class Program:
     """The decoder's parts written down; then `bind` keys and values, and `run` token by token.
 
-    `layers`: the PAIRS of each, less the gate where there is none. `ends`: the pairs "first" and
-    "last" where there are such norms, and "head". `more` [V] is added to the logits; `near`
-    [H, reach] fp32 to the scores of own keys, by distance; `places` [room, C] to the words [V, C].
+    `layers`: the NORMS and LINEARS of each, less the gate where there is none. `ends`: the pairs
+    "first" and "last" where there are such norms, and "head". `more` [V] is added to the logits;
+    `near` [H, reach] fp32 to the scores of own keys, by distance; `places` [room, C] to the words
+    [V, C].
     """
 
     def __init__(
@@ -112,6 +126,9 @@ class Program:
         self._layers = (_Layer * len(layers))()
         for made, pairs in zip(self._layers, layers):
             _fill(made, pairs)
+            if any(pair.low is not None for pair in pairs.values()):
+                self.kept.append(_lows(pairs))
+                made.lows = ctypes.addressof(self.kept[-1])
         self._stack = _Stack(
             layers=ctypes.addressof(self._layers), count=len(layers),
             room=room, reach=0 if near is None else near.shape[1],
@@ -147,7 +164,7 @@ class Program:
             codes = torch.empty(-(-s.vocab // 16) * 16, s.hidden, dtype=torch.int8)
             steps, doubts = torch.empty(s.vocab), torch.empty(s.vocab)
             self._screen = codes, steps, doubts, torch.empty(SCREENED, s.vocab)
-            weight = self.kept[1]["head"][0]
+            weight = self.kept[1]["head"].weight
             call(
                 "topwork_screen", weight, codes, steps, doubts, *weight.shape,
                 torch.get_num_threads(),
@@ -217,6 +234,17 @@ class Program:
 
 
 def _fill(made: Any, pairs: dict[str, Pair]) -> None:
-    for name, (weight, bias) in pairs.items():
-        setattr(made, f"{name}_weight", weight.data_ptr())
-        setattr(made, f"{name}_bias", None if bias is None else bias.data_ptr())
+    for name, pair in pairs.items():
+        setattr(made, f"{name}_weight", pair.weight.data_ptr())
+        setattr(made, f"{name}_bias", None if pair.bias is None else pair.bias.data_ptr())
+
+
+def _lows(pairs: dict[str, Pair]) -> Any:
+    """The low-rank terms of a layer's linears in their order."""
+    made = (_Low * len(LINEARS))()
+    for one, name in zip(made, LINEARS):
+        low = pairs[name].low if name in pairs else None
+        if low is not None:
+            a, b, one.scale = low
+            one.a, one.b, one.rank = a.data_ptr(), b.data_ptr(), len(a)
+    return made

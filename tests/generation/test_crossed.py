@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from topwork import AutoModelForSeq2SeqLM, Config, LoraConfig, get_peft_model
+from topwork import AutoModelForSeq2SeqLM, Config, IA3Config, LoraConfig, get_peft_model
 from topwork.errors import TopworkError
+from topwork.generation.crossed import CompiledStep
 from topwork.models.auto import AutoModelForSpeechSeq2Seq
-from topwork.models.compiled import CompiledStep
 from topwork.models.seq2seq import DecoderView
 from topwork.models.stack import Memory
 from topwork.ops.native import crossed
@@ -80,7 +80,7 @@ def test_logits_are_those_of_the_modules_while_rows_change_places(name, dtype):
     with torch.inference_mode():
         native, plain = views(model)
         caches = native.new_cache(), plain.new_cache()
-        step = native.compiled(caches[0], 20)
+        step = CompiledStep.of(native, caches[0], 20)
         for tokens in torch.randint(5, 90, (6, 20)).split(1, 1):  # two rows of each text
             assert step.takes(tokens, 1)
             found = step.step(tokens, 1)
@@ -105,7 +105,7 @@ def test_any_number_of_rows_of_one_text(rows, dtype):
     with torch.inference_mode():
         native, plain = views(model, 1)
         caches = native.new_cache(), plain.new_cache()
-        step = native.compiled(caches[0], 4)
+        step = CompiledStep.of(native, caches[0], 4)
         tokens = torch.randint(5, 90, (rows, 4))
         for at in range(4):
             found = step.step(tokens[:, at : at + 1], 1)
@@ -123,7 +123,7 @@ def test_a_cache_with_beams_in_it_can_be_gone_on_with():
         tokens = torch.randint(5, 90, (6, 38))
         for at in range(38):
             if at in (0, 3, 20):  # each with stores of its own size
-                step = mixed.compiled(caches[0], room)
+                step = CompiledStep.of(mixed, caches[0], room)
                 room += 90
             ids = tokens[:, at : at + 1]
             found, wanted = step.step(ids, 1), said_by_modules(plain, ids, caches[1])
@@ -137,7 +137,7 @@ def test_native_step_and_modules_hand_the_cache_to_each_other():
     with torch.inference_mode():
         mixed, plain = views(model)
         caches = mixed.new_cache(), plain.new_cache()
-        step = mixed.compiled(caches[0], 30)
+        step = CompiledStep.of(mixed, caches[0], 30)
         tokens = torch.randint(5, 90, (6, 30))
         at = 0
         for native, new in [(0, 2), (1, 1), (1, 1), (0, 1), (1, 1), (0, 3), (1, 1), (1, 1)]:
@@ -192,7 +192,7 @@ def test_screened_best_are_those_of_all_logits(rows, spread):
         head.weight *= torch.randn(1003, 1).exp() * spread
         head.weight[7] = 0
         cache = model.cache_of(model.encode(torch.randint(5, 90, (rows, 9))))
-        step = CompiledStep.of(model.decoder_stack, head, cache, 40, more=more)
+        step = CompiledStep.over(model.decoder_stack, head, cache, 40, more=more)
         tried = []
         for at in range(40):
             tokens = torch.randint(5, 90, (rows, 1))
@@ -221,7 +221,7 @@ def test_a_large_head_is_screened_where_that_pays_and_damage_is_still_named():
     with torch.inference_mode():
         view = DecoderView(model, model.encode(torch.randint(5, 90, (2, 9))))
         cache, tokens = view.new_cache(), torch.tensor([[2], [2]])
-        step = view.compiled(cache, 30)
+        step = CompiledStep.of(view, cache, 30)
         for _ in range(3):
             assert not step._program.screened or step._greedy == 2
             step.greedy(tokens)
@@ -231,6 +231,43 @@ def test_a_large_head_is_screened_where_that_pays_and_damage_is_still_named():
         model.lm_head.weight[19_990, 5] = float("nan")
     with pytest.raises(TopworkError, match="not numbers"):
         model.generate(torch.randint(5, 80, (1, 6)), max_new_tokens=30, do_sample=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["t5 gated", "bart"])
+def test_low_rank_adapters_act_while_they_are_on(name, dtype):
+    model = made(name, dtype)
+    adapted = get_peft_model(
+        model, LoraConfig(r=5, lora_alpha=8, target_modules="all-linear", exclude_modules="lm_head")
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        for path, parameter in adapted.named_parameters():
+            if "lora_B" in path:
+                parameter.normal_(std=0.1)
+
+    def said(terms):
+        with torch.inference_mode():
+            native, plain = views(model)
+            step = CompiledStep.of(native, cache := native.new_cache(), 8)
+            assert (len(step._program.kept) > 6) is terms
+            other, found = plain.new_cache(), []
+            for ids in torch.tensor([[5, 6, 7, 8]] * 3).split(1, 1):
+                found.append(step.step(ids, 1).clone())
+                wanted = said_by_modules(plain, ids, other)
+                error = (found[-1] - wanted).norm() / wanted.norm()
+                assert error < (3e-6 if dtype is torch.float32 else 0.02)
+            assert cache.length == 4
+            return torch.cat(found, 1)
+
+    torch.manual_seed(1)
+    on = said(True)
+    torch.manual_seed(1)
+    with adapted.disable_adapter():
+        off = said(False)
+    assert (on - off).norm() > 0.04 * on.norm()
+    torch.manual_seed(1)
+    adapted.merge_adapter()
+    assert (said(False) - on).norm() < (1e-5 if dtype is torch.float32 else 0.05) * on.norm()
 
 
 def test_a_text_longer_than_the_positions_is_refused_as_ever():
@@ -255,7 +292,7 @@ def test_modules_run_where_the_native_step_would_miss_something():
     def compiled(model):
         with torch.inference_mode():
             view = DecoderView(model, model.encode(ids))
-            return view.compiled(view.new_cache(), 8)
+            return CompiledStep.of(view, view.new_cache(), 8)
 
     assert compiled(model) is not None
     assert compiled(made("bart", torch.float64)) is None
@@ -267,5 +304,5 @@ def test_modules_run_where_the_native_step_would_miss_something():
     assert compiled(model) is None
     norm.eps = 1e-5
     assert compiled(model) is not None
-    get_peft_model(model, LoraConfig(r=4, target_modules=["fc1"]))
+    get_peft_model(model, IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"]))
     assert compiled(model) is None

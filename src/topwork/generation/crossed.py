@@ -1,18 +1,22 @@
 """One token of each row through an encoder-decoder's decoder and head, as one native call.
 
-`CompiledStep.of` reads the decoder's modules; where they are not of the kinds that `crossed.c`
-knows it is None, and they are called themselves.
+`CompiledStep.of` reads the decoder's modules and the low-rank adapters that act in them; where they
+are not of the kinds that `ops/native/crossed.c` knows it is None, and they are called themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from topwork.models.stack import DecoderCache, Stack, StackBlock
+from topwork.generation.program import UnknownError
+from topwork.models.seq2seq import DecoderView, Seq2SeqModel
+from topwork.models.stack import DecoderCache, Heads, Stack, StackBlock
+from topwork.models.step import is_unwatched
 from topwork.nn.cache import Growing
 from topwork.nn.layers import ACTIVATIONS
 from topwork.nn.norms import BiasedLayerNorm, RmsNorm
@@ -20,6 +24,7 @@ from topwork.nn.paths import part
 from topwork.nn.relative import relative_bias
 from topwork.ops.native import crossed
 from topwork.ops.native.crossed import Means, Pair, Program, Sizes
+from topwork.peft.layer import AdaptedLayer
 
 LARGE = 2**20
 """Numbers in a head that is not read faster than it is screened."""
@@ -40,22 +45,31 @@ class CompiledStep:
         self._owner: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(
-        cls, stack: Stack, head: nn.Module, cache: Any, room: int, *, scale: float = 1.0,
+    def of(cls, view: DecoderView, cache: Any, room: int) -> CompiledStep | None:
+        """For up to `room` tokens; None where a part is not of a kind that is known."""
+        model, spec = view.model, view.model.spec
+        if type(model).decode is not Seq2SeqModel.decode or model.training:
+            return None
+        if type(model).head is not Seq2SeqModel.head or not is_unwatched(model.decoder_stack):
+            return None
+        more = model.final_logits_bias[0] if spec.bias else None
+        head = getattr(model, spec.head_name)
+        return cls.over(model.decoder_stack, head, cache, room, spec.output_scale, more)
+
+    @classmethod
+    def over(
+        cls, stack: Stack, head: nn.Module, cache: Any, room: int, scale: float = 1.0,
         more: Tensor | None = None,
     ) -> CompiledStep | None:  # fmt: skip
-        """For up to `room` tokens; None where a part is not of a kind that is known.
-
-        `head` reads the states times `scale`, `more` [V] is added to what it says. Whether the
-        modules are still what `stack` made is for `StackStep.of` to say.
-        """
+        """`head` reads the states of `stack` times `scale`, `more` [V] joins what it says."""
         if type(cache) is not DecoderCache or not crossed.ready():
             return None
         if not all(type(store) is Growing for store in cache.stores) or not _prefixes(cache.told):
             return None
         room += cache.virtual
-        program = _written(stack, head, room, scale, more)
-        if program is None:
+        try:
+            program = _written(stack, head, room, scale, more)
+        except UnknownError:
             return None
         for store in cache.stores:
             store.reserve(room)  # type: ignore[attr-defined]
@@ -136,46 +150,45 @@ def _prefixes(told: Tensor | None) -> bool:
     return told is None or not bool((told[:, 1:] & ~told[:, :-1]).any())
 
 
-def _written(
-    stack: Stack, head: nn.Module, room: int, scale: float, more: Tensor | None
-) -> Program | None:
+def _known(fits: object, what: object) -> None:
+    if not fits:
+        raise UnknownError(str(what))
+
+
+def _written(stack: Stack, head: Any, room: int, scale: float, more: Tensor | None) -> Program:
     spec, names = stack.spec, stack.spec.names
     words = part(stack, names.words)
     kinds = [n for n in crossed.ACTIVATIONS if ACTIVATIONS.get(n) is ACTIVATIONS[spec.activation]]
-    if type(words) is not nn.Embedding or type(head) is not nn.Linear or not kinds:
-        return None
+    _known(kinds, spec.activation)
+    for module, kind in ((words, nn.Embedding), (head, nn.Linear)):
+        _known(type(module) is kind and not _is_heard(module), module)
     sizes = Sizes(spec.hidden, spec.heads, spec.head_dim, spec.width, head.out_features)
-    if words._forward_hooks or head._forward_hooks or head._forward_pre_hooks or not sizes.fit():
-        return None
-    norms = [part(block, n) for block in stack.blocks for n in _norms(block)]
-    ends = {"first": names.embedding_norm, "last": names.final_norm}
-    closing = {name: part(stack, path) for name, path in ends.items() if path is not None}
-    every = [*norms, *closing.values()]
-    if type(every[0]) not in (RmsNorm, BiasedLayerNorm):
-        return None
-    if any((type(n), n.eps) != (type(every[0]), every[0].eps) for n in every):
-        return None
+    _known(sizes.fit(), sizes)
+    paths = {"first": names.embedding_norm, "last": names.final_norm}
+    ends = {name: _norm(part(stack, path)) for name, path in paths.items() if path is not None}
     layers = [_pairs(block) for block in stack.blocks]
-    outer = {**{name: _pair(module) for name, module in closing.items()}, "head": _pair(head)}
-    places = None
+    places = near = None
     if spec.places is not None:
         at = torch.arange(min(room, spec.context or room))
         places = part(stack, names.positions)(at).to(words.weight.dtype).contiguous()
         room = len(places)
-    near = None
     if spec.relative is not None:
-        table = part(stack, stack.spec.relative_path).weight
+        table = part(stack, spec.relative_path).weight
         near = relative_bias(table, -(-room // 16) * 16, 1, spec.relative[1], False)[:, :, 0]
         near = near.float().contiguous()
-    given = [t for pairs in (*layers, outer) for pair in pairs.values() for t in pair]
-    if not _alike([words.weight, more, *given]):
-        return None
+    ends["head"] = Pair(head.weight.detach(), head.bias)
+    given = [t for pairs in (*layers, ends) for p in pairs.values() for t in (p.weight, p.bias)]
+    _known(_alike([words.weight, more, *given]), "weights of several kinds")
+    first = part(stack.blocks[0], names.norm)
+    every = [part(block, path) for block in stack.blocks for path in _norms(block)]
+    every += [part(stack, path) for path in paths.values() if path is not None]
+    _known(all((type(n), n.eps) == (type(first), first.eps) for n in every), "several norms")
     means = Means(
-        kinds[0], type(every[0]) is BiasedLayerNorm, spec.norm_first, every[0].eps, spec.scale,
+        kinds[0], type(first) is BiasedLayerNorm, spec.norm_first, first.eps, spec.scale,
         spec.embedding_scale, scale,
     )  # fmt: skip
     return Program(
-        sizes, means, layers, outer, words.weight, room, places=places, more=more, near=near
+        sizes, means, layers, ends, words.weight, room, places=places, more=more, near=near
     )
 
 
@@ -184,23 +197,50 @@ def _norms(block: StackBlock) -> tuple[str, str, str]:
     return names.attention_norm, names.cross_norm, names.norm
 
 
-def _pairs(block: StackBlock) -> dict[str, Pair]:
+def _pairs(block: Any) -> dict[str, Pair]:
     """The weights of a block by their names in the program."""
     names = block.spec.names
+    for path in (names.attention, names.cross):
+        _known(type(part(block, path)) is Heads, part(block, path))
     q, k, v, out = names.projections
     own, other = names.attention, names.cross
     paths = {
-        **{f"norm_{i}": path for i, path in enumerate(_norms(block))},
         "q": f"{own}.{q}", "k": f"{own}.{k}", "v": f"{own}.{v}", "out": f"{own}.{out}",
         "query": f"{other}.{q}", "cross_out": f"{other}.{out}",
         "gate": names.gate, "up": names.up, "down": names.down,
     }  # fmt: skip
-    return {name: _pair(part(block, path)) for name, path in paths.items() if path is not None}
+    norms = {f"norm_{i}": _norm(part(block, path)) for i, path in enumerate(_norms(block))}
+    linears = {name: _linear(part(block, p)) for name, p in paths.items() if p is not None}
+    return {**norms, **linears}
 
 
-def _pair(module: Any) -> Pair:
+def _norm(module: Any) -> Pair:
+    _known(type(module) in (RmsNorm, BiasedLayerNorm), module)
     bias = getattr(module, "bias", None)
-    return module.weight.detach(), None if bias is None else bias.detach()
+    return Pair(module.weight.detach(), None if bias is None else bias.detach())
+
+
+def _linear(module: Any) -> Pair:
+    """A linear, with the term of the adapter that acts in it."""
+    base = module.base_layer if isinstance(module, AdaptedLayer) else module
+    _known(type(base) is nn.Linear and not _is_heard(base), base)
+    pair = Pair(base.weight.detach(), None if base.bias is None else base.bias.detach())
+    if base is module or module.disabled or module.merged:
+        return pair
+    names = [name for name in module.active if name in module.grafts]
+    _known(module.rows is None and len(names) <= 1, names)
+    if not names:
+        return pair
+    term = module.grafts[names[0]].term()
+    _known(term is not None and len(term.a) <= crossed.MOST_RANK, names)
+    dtype = pair.weight.dtype
+    # Of the weights' precision, but read as fp32: they are small.
+    a, b = (t.detach().to(dtype).float() for t in (term.a, term.b))
+    return replace(pair, low=(a.contiguous(), b.t().contiguous(), float(term.scale)))
+
+
+def _is_heard(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _alike(tensors: Sequence[Tensor | None]) -> bool:
