@@ -223,7 +223,6 @@ def test_a_large_head_is_screened_where_that_pays_and_damage_is_still_named():
         cache, tokens = view.new_cache(), torch.tensor([[2], [2]])
         step = CompiledStep.of(view, cache, 30)
         for _ in range(3):
-            assert not step._program.screened or step._greedy == 2
             step.greedy(tokens)
         assert step._program.screened
         assert 2 <= step._program.tried < 2000

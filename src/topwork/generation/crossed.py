@@ -38,7 +38,7 @@ class CompiledStep:
     def __init__(self, program: Program, cache: DecoderCache) -> None:
         self._program, self._cache = program, cache
         self._bound: Any = None
-        self._greedy = 0
+        self._judged = False  # whether a screen is worth its making
         told, (keys, _) = cache.told, cache.texts[0]
         lengths = torch.full(keys.shape[:1], keys.shape[1]) if told is None else told.sum(1)
         self._lengths = lengths.to(torch.int32)
@@ -92,19 +92,20 @@ class CompiledStep:
     def greedy(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         """The values [B] and ids [B] of the largest logits after `ids` [B, 1]."""
         program = self._program
+        if not self._judged and len(ids) <= crossed.SCREENED:
+            self._judged = True
+            if self._worth_a_screen():
+                program.screen()
         self._run(ids, False)
-        self._greedy += 1
-        if self._greedy == 2 and len(ids) <= crossed.SCREENED and self._worth_a_screen():
-            program.screen()
-        elif program.screened and program.tried > len(ids) * program.sizes.vocab // 8:
+        if program.screened and program.tried > len(ids) * program.sizes.vocab // 8:
             program.screen(False)  # it leaves too many
         return program.best
 
     def _worth_a_screen(self) -> bool:
-        """Whether reading a large head in fp32 again and again is worth a copy of 8 bits."""
+        """Whether a large head will be read so often that a copy of 8 bits pays."""
         program, size = self._program, self._program.sizes
         left = program.room - self._cache.stores[0].length
-        return program.dtype is torch.float32 and size.vocab * size.hidden >= LARGE and left >= 16
+        return program.can_screen and size.vocab * size.hidden >= LARGE and left >= 16
 
     def _run(self, ids: Tensor, whole: bool) -> Tensor:
         cache = self._cache
@@ -169,8 +170,8 @@ def _written(stack: Stack, head: Any, room: int, scale: float, more: Tensor | No
     layers = [_pairs(block) for block in stack.blocks]
     places = near = None
     if spec.places is not None:
-        at = torch.arange(min(room, spec.context or room))
-        places = part(stack, names.positions)(at).to(words.weight.dtype).contiguous()
+        at, embed = torch.arange(min(room, spec.context or room)), part(stack, names.positions)
+        places = embed(at).to(words.weight.dtype).contiguous()
         room = len(places)
     if spec.relative is not None:
         table = part(stack, spec.relative_path).weight
@@ -222,7 +223,7 @@ def _norm(module: Any) -> Pair:
 
 def _linear(module: Any) -> Pair:
     """A linear, with the term of the adapter that acts in it."""
-    base = module.base_layer if isinstance(module, AdaptedLayer) else module
+    base: Any = module.base_layer if isinstance(module, AdaptedLayer) else module
     _known(type(base) is nn.Linear and not _is_heard(base), base)
     pair = Pair(base.weight.detach(), None if base.bias is None else base.bias.detach())
     if base is module or module.disabled or module.merged:
@@ -233,6 +234,7 @@ def _linear(module: Any) -> Pair:
         return pair
     term = module.grafts[names[0]].term()
     _known(term is not None and len(term.a) <= crossed.MOST_RANK, names)
+    assert term is not None
     dtype = pair.weight.dtype
     # Of the weights' precision, but read as fp32: they are small.
     a, b = (t.detach().to(dtype).float() for t in (term.a, term.b))

@@ -10,10 +10,12 @@
 //
 // What passes between the parts is rounded to the type of the weights as the modules round it; sums
 // are fp32. Rows are independent of one another. C, D and W are multiples of 16, R is at most 32.
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && \
+    defined(__AVX512VNNI__)
 
 #include <math.h>
 #include <omp.h>
+#include <sys/mman.h>
 
 #include "few.h"
 
@@ -42,8 +44,8 @@ typedef struct {
   Pair first, last, head;            // norms of the embeddings and of the end, or null
   const void *more;                  // [V], added to the logits, or null
   const float *near;                 // [H, reach] added to scores by distance, or null
-  const int8_t *codes;               // [V up to 16, C]: of the head, by `screen`, or null
-  const float *steps, *doubts;       // [V]
+  const uint8_t *codes;              // [V up to 16, C]: of the head, by `screen`, or null
+  const float *steps, *doubts, *lengths;  // [V]
   float *highest;                    // [SCREENED, V]
   i64 count, hidden, heads, size, width, vocab, room, texts_room, reach, activation;
   i64 centred, before, half, tiles;  // LayerNorm; norms stand before; bf16; AMX
@@ -467,18 +469,29 @@ FLAT void finish(int half, const Crew *c, i64 widest) {
 
 // -- the largest logit in fp32 from a quarter of the head's bytes ----------------------------------
 //
-// Beside each row w of the head lies a copy of 8 bits, s c. Since |w x - s c x| <= |w - s c| |x|, the
-// copies bound all logits, and only those that could be the largest are computed, as `finish` does.
-// What is found is what `finish` finds: the bounds have room for the rounding of either sum.
+// Beside each row w of the head lies a copy of 8 bits, s c, and the hidden state x is split into t y,
+// y of 15 bits, and a rest. c y is exact in integers, and
+//   |w x - s t c y| <= |w - s c| |x| + |s c| |x - t y|
+// bounds each logit. Only those that could be the largest are computed, as `finish` does; what is
+// found is what `finish` finds, for the bounds have room for the rounding of either. C is a multiple
+// of 64, at most 1024 so that the integers have room.
 
-// codes [V, C], steps and doubts [V] of w [V, C]: w within `doubts` of steps · codes.
-void topwork_screen(const float *w, int8_t *codes, float *steps, float *doubts, i64 V, i64 C,
-                    i64 threads) {
+// codes [V, C] as c + 128, steps s, doubts |w - s c| and lengths |w| [V] of w [V, C].
+void topwork_screen(const float *w, uint8_t *codes, float *steps, float *doubts, float *lengths,
+                    i64 V, i64 C, i64 threads) {
+  const i64 page = 2 << 20, first = ((i64)codes + page - 1) & -page;
+  if (first + page < (i64)codes + V * C)
+    madvise((void *)first, (i64)codes + V * C - first, MADV_HUGEPAGE);
 #pragma omp parallel for num_threads((int)threads) schedule(static)
   for (i64 o = 0; o < V; o++) {
     const float *row = w + o * C;
     __m512 most = ALL(0), far = ALL(0), square = ALL(0);
-    for (i64 i = 0; i < C; i += 16) most = _mm512_max_ps(most, _mm512_abs_ps(_mm512_loadu_ps(row + i)));
+    for (i64 i = 0; i < C; i += 16) {
+      const __m512 x = _mm512_loadu_ps(row + i);
+      most = _mm512_max_ps(most, _mm512_abs_ps(x));
+      square = _mm512_fmadd_ps(x, x, square);
+      _mm_prefetch((const char *)(row + i) + 8192, _MM_HINT_T0);
+    }
     const float top = _mm512_reduce_max_ps(most);
     const int sound = top > 1e-30f && top < 1e30f;
     const float step = sound ? top / 127 : 0, inverse = sound ? 127 / top : 0;
@@ -487,51 +500,94 @@ void topwork_screen(const float *w, int8_t *codes, float *steps, float *doubts, 
       const __m512i code = _mm512_cvtps_epi32(_mm512_mul_ps(x, ALL(inverse)));
       const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(code), ALL(step), x);
       far = _mm512_fmadd_ps(rest, rest, far);
-      square = _mm512_fmadd_ps(x, x, square);
-      _mm_storeu_si128((__m128i *)(codes + o * C + i), _mm512_cvtsepi32_epi8(code));
+      const __m128i small = _mm512_cvtepi32_epi8(_mm512_add_epi32(code, _mm512_set1_epi32(128)));
+      _mm_storeu_si128((__m128i *)(codes + o * C + i), small);
     }
-    // Of C / 16 sums in lanes and their sum, twice.
-    const float slack = 2 * (C / 16 + 16) * 1.2e-7f;
-    const float doubt = 1.001f * (sqrtf(_mm512_reduce_add_ps(far)) +
-                                  slack * sqrtf(_mm512_reduce_add_ps(square)));
+    // The sums that `finish` forms have C / 16 terms in lanes and four more.
+    const float slack = (C / 16 + 16) * 1.2e-7f, length = sqrtf(_mm512_reduce_add_ps(square));
+    const float doubt = 1.001f * (sqrtf(_mm512_reduce_add_ps(far)) + slack * length);
     steps[o] = step;
+    lengths[o] = 1.001f * length;
     doubts[o] = doubt < 1e30f ? doubt : INFINITY;  // of what is no number too
   }
 }
 
-static float length_of(const float *x, i64 C) {
-  __m512 square = ALL(0);
+// A hidden state as t (128 high + low), which leaves a rest.
+typedef struct {
+  int8_t high[1024], low[1024];
+  i64 highs, lows;  // their sums
+  float step, length, rest;
+} Digits;
+
+static int digits_of(const float *x, i64 C, Digits *d) {
+  __m512 most = ALL(0), square = ALL(0), far = ALL(0);
   for (i64 i = 0; i < C; i += 16) {
     const __m512 v = _mm512_loadu_ps(x + i);
+    most = _mm512_max_ps(_mm512_abs_ps(v), most);
     square = _mm512_fmadd_ps(v, v, square);
   }
-  return sqrtf(_mm512_reduce_add_ps(square));
+  const float top = _mm512_reduce_max_ps(most), length = sqrtf(_mm512_reduce_add_ps(square));
+  if (!(top > 1e-15f && length < 1e15f)) return 0;
+  const float step = top / 16256, inverse = 16256 / top;  // 127 · 128
+  __m512i highs = _mm512_setzero_si512(), lows = highs;
+  for (i64 i = 0; i < C; i += 16) {
+    const __m512 v = _mm512_loadu_ps(x + i);
+    const __m512i whole = _mm512_cvtps_epi32(_mm512_mul_ps(v, ALL(inverse)));
+    const __m512i high = _mm512_srai_epi32(_mm512_add_epi32(whole, _mm512_set1_epi32(64)), 7);
+    const __m512i low = _mm512_sub_epi32(whole, _mm512_slli_epi32(high, 7));
+    const __m512 rest = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(whole), ALL(step), v);
+    far = _mm512_fmadd_ps(rest, rest, far);
+    highs = _mm512_add_epi32(highs, high);
+    lows = _mm512_add_epi32(lows, low);
+    _mm_storeu_si128((__m128i *)(d->high + i), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128((__m128i *)(d->low + i), _mm512_cvtepi32_epi8(low));
+  }
+  d->highs = _mm512_reduce_add_epi32(highs);
+  d->lows = _mm512_reduce_add_epi32(lows);
+  d->step = step, d->length = 1.0001f * length;
+  d->rest = 1.001f * sqrtf(_mm512_reduce_add_ps(far)) + 1e-6f * length;
+  return 1;
+}
+
+// Sixteen vectors of integers: the sums of each, less `gone`.
+FLAT __m512 whole_sums(const __m512i r[16], i64 gone) {
+  int32_t sums[16];
+#pragma GCC unroll 16
+  for (int j = 0; j < 16; j++) sums[j] = _mm512_reduce_add_epi32(r[j]);
+  return _mm512_cvtepi32_ps(
+      _mm512_sub_epi32(_mm512_loadu_si512(sums), _mm512_set1_epi32((int32_t)gone)));
 }
 
 // The bounds of 16 logits of n rows; the largest lower one of each row so far.
-FLAT void bound(const Stack *s, const float *x, const float *lengths, i64 o, __mmask16 m,
-                __m512 *lowest, int n) {
+FLAT void bound(const Stack *s, const Digits *x, i64 o, __mmask16 m, __m512 *lowest, int n) {
   const i64 C = s->hidden;
-  __m512 sums[SCREENED][16];
+  __m512i highs[SCREENED][16], lows[SCREENED][16];
   for (int j = 0; j < 16; j++) {
-    __m512 sum[SCREENED];
-    const int8_t *code = s->codes + (o + j) * C;
-    for (int r = 0; r < n; r++) sum[r] = ALL(0);
-    for (i64 i = 0; i < C; i += 16) {
+    const uint8_t *code = s->codes + (o + j) * C;
+    __m512i high[SCREENED], low[SCREENED];
+    for (int r = 0; r < n; r++) high[r] = low[r] = _mm512_setzero_si512();
+    for (i64 i = 0; i < C; i += 64) {
       _mm_prefetch((const char *)code + i + 4096, _MM_HINT_T0);
-      const __m512 c = _mm512_cvtepi32_ps(
-          _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)(code + i))));
+      const __m512i c = _mm512_loadu_si512(code + i);
 #pragma GCC unroll 4
-      for (int r = 0; r < n; r++) sum[r] = _mm512_fmadd_ps(c, _mm512_loadu_ps(x + r * C + i), sum[r]);
+      for (int r = 0; r < n; r++) {
+        high[r] = _mm512_dpbusd_epi32(high[r], c, _mm512_loadu_si512(x[r].high + i));
+        low[r] = _mm512_dpbusd_epi32(low[r], c, _mm512_loadu_si512(x[r].low + i));
+      }
     }
-    for (int r = 0; r < n; r++) sums[r][j] = sum[r];
+    for (int r = 0; r < n; r++) highs[r][j] = high[r], lows[r][j] = low[r];
   }
   const __m512 step = _mm512_maskz_loadu_ps(m, s->steps + o);
   const __m512 doubt = _mm512_maskz_loadu_ps(m, s->doubts + o);
+  const __m512 length = _mm512_add_ps(_mm512_maskz_loadu_ps(m, s->lengths + o), doubt);
   const __m512 more = s->more ? _mm512_maskz_loadu_ps(m, (const float *)s->more + o) : ALL(0);
   for (int r = 0; r < n; r++) {
-    const __m512 about = _mm512_mul_ps(sums_of(sums[r]), step), sum = _mm512_add_ps(about, more);
-    __m512 far = _mm512_mul_ps(doubt, ALL(lengths[r]));
+    const __m512 high = whole_sums(highs[r], 128 * x[r].highs);
+    const __m512 whole = _mm512_fmadd_ps(high, ALL(128.0f), whole_sums(lows[r], 128 * x[r].lows));
+    const __m512 about = _mm512_mul_ps(_mm512_mul_ps(whole, ALL(x[r].step)), step);
+    const __m512 sum = _mm512_add_ps(about, more);
+    __m512 far = _mm512_mul_ps(doubt, ALL(x[r].length));
+    far = _mm512_fmadd_ps(length, ALL(x[r].rest), far);
     far = _mm512_fmadd_ps(_mm512_add_ps(_mm512_abs_ps(about), _mm512_abs_ps(more)), ALL(5e-7f), far);
     _mm512_mask_storeu_ps(s->highest + r * s->vocab + o, m, _mm512_add_ps(sum, far));
     lowest[r] = _mm512_mask_max_ps(lowest[r], m, _mm512_sub_ps(sum, far), lowest[r]);
@@ -543,21 +599,19 @@ static int bound_all(const Crew *c) {
   const Stack *s = c->s;
   const int n = (int)c->t->rows;
   const Span own = share_of(c, s->vocab);
-  const float *x = s->y;
-  float lengths[SCREENED];
+  Digits x[SCREENED];
   __m512 lowest[SCREENED];
   for (int r = 0; r < n; r++) {
-    lengths[r] = 1.0001f * length_of(x + r * s->hidden, s->hidden);
-    if (!(lengths[r] > 1e-15f && lengths[r] < 1e15f)) return 0;
+    if (!digits_of((const float *)s->y + r * s->hidden, s->hidden, x + r)) return 0;
     lowest[r] = ALL(-INFINITY);
   }
   for (i64 o = own.from; o < own.to; o += 16) {
     const __mmask16 m = own.to - o < 16 ? (1u << (own.to - o)) - 1 : 0xffff;
     switch (n) {
-      case 1: bound(s, x, lengths, o, m, lowest, 1); break;
-      case 2: bound(s, x, lengths, o, m, lowest, 2); break;
-      case 3: bound(s, x, lengths, o, m, lowest, 3); break;
-      case 4: bound(s, x, lengths, o, m, lowest, 4); break;
+      case 1: bound(s, x, o, m, lowest, 1); break;
+      case 2: bound(s, x, o, m, lowest, 2); break;
+      case 3: bound(s, x, o, m, lowest, 3); break;
+      case 4: bound(s, x, o, m, lowest, 4); break;
     }
   }
   for (int r = 0; r < n; r++)

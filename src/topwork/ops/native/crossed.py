@@ -53,7 +53,7 @@ _Layer = _structure(
 _Stack = _structure(
     "_Stack",
     at=f"layers words places {_halves(('first', 'last', 'head'))} more near codes steps doubts "
-    "highest",
+    "lengths highest",
     whole="count hidden heads size width vocab room texts_room reach activation centred before "
     "half tiles",
     real="eps scale word_scale head_scale",
@@ -156,22 +156,30 @@ class Program:
 
     def screen(self, wanted: bool = True) -> None:
         """From now on look for the best in fp32 among those that a copy of the head in 8 bits
-        leaves; what is found is the same. The copy costs about what reading the head does.
+        leaves; what is found is the same. The copy costs about what reading the head does. For a
+        program that `can_screen`.
         """
         s, stack = self.sizes, self._stack
         self._screen = ()
         if wanted:
-            codes = torch.empty(-(-s.vocab // 16) * 16, s.hidden, dtype=torch.int8)
-            steps, doubts = torch.empty(s.vocab), torch.empty(s.vocab)
-            self._screen = codes, steps, doubts, torch.empty(SCREENED, s.vocab)
+            codes = torch.empty(-(-s.vocab // 16) * 16, s.hidden, dtype=torch.uint8)
+            told = torch.empty(3, s.vocab)
+            self._screen = codes, *told, torch.empty(SCREENED, s.vocab)
             weight = self.kept[1]["head"].weight
             call(
-                "topwork_screen", weight, codes, steps, doubts, *weight.shape,
+                "topwork_screen", weight, codes, *told, *weight.shape,
                 torch.get_num_threads(),
             )  # fmt: skip
-        found = self._screen or (None,) * 4
-        for name, tensor in zip(("codes", "steps", "doubts", "highest"), found):
+        found = self._screen or (None,) * 5
+        for name, tensor in zip(("codes", "steps", "doubts", "lengths", "highest"), found):
             setattr(stack, name, None if tensor is None else tensor.data_ptr())
+
+    @property
+    def can_screen(self) -> bool:
+        """Whether there may be a copy: of a head in fp32, with no bias, of a width that fits."""
+        hidden, head = self.sizes.hidden, self.kept[1]["head"]
+        fits = hidden % 64 == 0 and hidden <= 1024
+        return self.dtype is torch.float32 and head.bias is None and fits
 
     @property
     def screened(self) -> bool:
