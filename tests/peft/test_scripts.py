@@ -404,3 +404,31 @@ def test_a_configuration_by_itself_is_written_as_it_is(tmp_path):
     assert LoraConfig.from_pretrained(tmp_path) == LoraConfig(r=3)
     tuned().save_pretrained(tmp_path)
     assert LoraConfig.from_pretrained(tmp_path).inference_mode
+
+
+def test_several_adapters_are_deleted_at_once_or_none():
+    model = tuned()
+    for name in ("b", "c"):
+        model.add_adapter(name, LoraConfig(target_modules=["0"]))
+    with pytest.raises(ConfigError, match="no adapter 'd'"):
+        model.delete_adapter(["b", "d"])
+    model.delete_adapter(["default", "b"])
+    assert (list(model.peft_config), model.active_adapters) == (["c"], ["c"])
+
+
+def test_a_rank_that_a_convolutions_groups_do_not_divide_is_refused():
+    with pytest.raises(ConfigError, match="2 groups"):
+        get_peft_model(
+            nn.Sequential(nn.Conv1d(4, 4, 1, groups=2)), LoraConfig(target_modules=["0"], r=3)
+        )
+
+
+def test_layers_that_were_given_other_adapters_are_merged_as_they_compute():
+    model = tuned()
+    model.add_adapter("other", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    for layer in (model.base_model.model[0], model.base_model.model[2]):
+        layer.set_adapter(["default", "other"])
+    wanted = model(X)
+    model.merge_adapter()
+    assert model.base_model.model[0].merged_adapters == ["default", "other"]
+    torch.testing.assert_close(model(X), wanted)

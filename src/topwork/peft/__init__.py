@@ -22,7 +22,6 @@ from topwork.peft.auto import (
 from topwork.peft.bare import (
     cast_mixed_precision_params,
     check_if_peft_model,
-    create_loraplus_optimizer,
     get_peft_config,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -104,6 +103,11 @@ from topwork.peft.methods.vera import VeraConfig
 from topwork.peft.methods.waveft import WaveFTConfig
 from topwork.peft.methods.xlora import XLoraConfig
 from topwork.peft.model import PeftModel, get_peft_model
+from topwork.peft.optimisers import (
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from topwork.peft.plain import get_base_model_state_dict, set_base_model_state_dict
 from topwork.peft.prompts import PromptLearningConfig
 from topwork.peft.status import get_layer_status, get_model_status
@@ -198,7 +202,9 @@ __all__ = [
     "check_if_peft_model",
     "convert_to_lora",
     "create_arrow_model",
+    "create_lorafa_optimizer",
     "create_loraplus_optimizer",
+    "create_riemannian_optimizer",
     "extract_lora",
     "get_base_model_state_dict",
     "get_eva_state_dict",

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
 from topwork import hub
 from topwork.errors import CheckpointError, ConfigError, TopworkError
@@ -196,43 +195,6 @@ def prepare_model_for_kbit_training(
             gradient_checkpointing_kwargs=gradient_checkpointing_kwargs or {"use_reentrant": False}
         )
     return model
-
-
-def create_loraplus_optimizer(
-    model: nn.Module,
-    optimizer_cls: type[Optimizer],
-    *,
-    lr: float,
-    loraplus_lr_ratio: float,
-    loraplus_lr_embedding: float = 1e-6,
-    loraplus_weight_decay: float = 0.0,
-    **kwargs: Any,
-) -> Optimizer:
-    """LoRA+ (arXiv:2402.12354): B learns `loraplus_lr_ratio` times as fast as A, embeddings at
-    their own rate, vectors as fast as B; biases have no weight decay."""
-    groups: dict[str, list[nn.Parameter]] = {"a": [], "embedding": [], "b": [], "bias": []}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if "lora_embedding" in name:
-            groups["embedding"].append(parameter)
-        elif "lora_B" in name or parameter.dim() == 1:
-            groups["bias" if "bias" in name else "b"].append(parameter)
-        else:
-            groups["a"].append(parameter)
-    decay, fast = loraplus_weight_decay, lr * loraplus_lr_ratio
-    rates = {
-        "a": (lr, decay),
-        "embedding": (loraplus_lr_embedding, decay),
-        "b": (fast, decay),
-        "bias": (fast, 0.0),
-    }
-    made = [
-        {"params": groups[key], "lr": rate, "weight_decay": decayed}
-        for key, (rate, decayed) in rates.items()
-        if groups[key]
-    ]
-    return optimizer_cls(made, lr=lr, **kwargs)  # type: ignore[call-arg]
 
 
 @contextmanager

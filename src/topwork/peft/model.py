@@ -220,25 +220,26 @@ class PeftModel(nn.Module):
 
     def _expanded(self, names: tuple[str, ...]) -> tuple[str, ...]:
         """The adapters on layers that stand for `names`."""
-        return tuple(e for n in names for e in xlora.experts_of(n, self.peft_config[n]))
+        return tuple(e for n in names for e in xlora.experts_of(n, self._known(n)))
 
     def _known(self, name: str) -> PeftConfig:
         if name not in self.peft_config:
             raise ConfigError(f"there is no adapter {name!r}{nearest(name, self.peft_config)}")
         return self.peft_config[name]
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Take an adapter out. If it was the only active one, the first that is left becomes so."""
-        self._known(adapter_name)
-        names = self._expanded((adapter_name,))
+    def delete_adapter(self, adapter_name: str | list[str]) -> None:
+        """Take adapters out. If no active one stays, the first that is left becomes so."""
+        several = (adapter_name,) if isinstance(adapter_name, str) else tuple(adapter_name)
+        names = self._expanded(several)
         if any(name in layer.merged_adapters for layer in self._layers() for name in names):
             raise ConfigError(f"{adapter_name!r} is merged; unmerge_adapter() before deleting it")
         for name in names:
             inject.remove(self.get_base_model(), name, self.base_model)
-        xlora.detach(self.base_model, adapter_name)
-        del self.peft_config[adapter_name]
-        self.prompt_encoder._modules.pop(adapter_name, None)
-        left = tuple(n for n in self._active if n != adapter_name)
+        for name in several:
+            xlora.detach(self.base_model, name)
+            del self.peft_config[name]
+            self.prompt_encoder._modules.pop(name, None)
+        left = tuple(n for n in self._active if n not in several)
         self._active = left or tuple(self.peft_config)[:1]
         if self._active:
             self.set_adapter(list(self._active))
@@ -373,11 +374,12 @@ class PeftModel(nn.Module):
             if self._known(name).is_prompt_learning:
                 raise ConfigError(f"{name!r} is virtual tokens: there is no weight to merge into")
         inject.own_weights(self.get_base_model())
-        chosen = list(self._expanded(tuple(names or self._active)))
-        waiting = {n for la in self._layers() for n in la.grafts if n not in la.merged_adapters}
-        if keep and not waiting & set(chosen):
+        chosen = None if names is None else list(self._expanded(tuple(names)))
+        wanted = [(la, la.active if chosen is None else chosen) for la in self._layers()]
+        new = any(n in la.grafts and n not in la.merged_adapters for la, ns in wanted for n in ns)
+        if keep and not new:
             warnings.warn("all these adapters are merged already", TopworkWarning, stacklevel=3)
-        lost = [layer.merge(safe, chosen, keep) for layer in self._layers()]
+        lost = [layer.merge(safe, list(names), keep) for layer, names in wanted]
         rounding.report(lost)
 
     def unmerge_adapter(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
 def embeddings_of(home: nn.Module, model: Any) -> dict[str, Tensor]:
     """The weights of the base's input embedding and output head, by their names below `home`."""
     gets = (getattr(model, n, None) for n in ("get_input_embeddings", "get_output_embeddings"))
-    found = [get() for get in gets if callable(get)]
+    found = []
+    for get in gets:
+        with suppress(NotImplementedError):  # transformers' models without any
+            found.append(get() if callable(get) else None)
     bases = {id(base_of(module)) for module in found if module is not None}
     return {
         f"{path}.weight": module.get_parameter("weight")

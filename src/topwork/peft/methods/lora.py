@@ -196,6 +196,8 @@ class Lora(Graft):
         site = self.site
         made: dict[str, Tensor | nn.Module]
         a, b = _lora_init.matrices(self)
+        if self.r % site.groups:
+            raise ConfigError(f"{self.path} has {site.groups} groups, which r={self.r} is not of")
         if site.kind == "conv":
             a = a.view(self.r, site.inputs, *site.kernel)
             b = b[:, : self.r // site.groups].reshape(site.outputs, -1, *(1,) * len(site.kernel))
