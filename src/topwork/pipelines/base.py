@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
@@ -30,26 +31,37 @@ class Pipeline:
     needs: ClassVar[tuple[str, ...]] = ()
     takes: ClassVar[str] = "inputs"
     run: Callable[..., list[Any]]  # (items, the task's options) → one result for each item
+    task: str = ""
+    defaults: Mapping[str, Any] = {}
+    """Options that every call has unless it says otherwise."""
 
     def __init__(self, model: Any, batch_size: int | None = None, **readers: Any) -> None:
-        if batch_size is not None and batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1")
-        self.model, self.batch_size = model.eval(), batch_size
+        self.model, self.batch_size = model.eval(), checked_size(batch_size)
         for name in self.needs:
             setattr(self, name, readers[name])
 
     # -- calling ---------------------------------------------------------------------------------
 
-    def __call__(self, inputs: Any, *, adapter: str | None = None, **options: Any) -> Any:
-        """The results; `adapter` names the one to use from now on. Options are the task's."""
+    def __call__(
+        self, inputs: Any, *, adapter: str | None = None, batch_size: int | None = None,
+        num_workers: int | None = None, **options: Any,
+    ) -> Any:  # fmt: skip
+        """The results; `adapter` names the one to use from now on, `batch_size` is this call's.
+
+        Options are the task's. `num_workers` has no effect: inputs are read in this process.
+        """
         if adapter is not None:
             self.set_adapter(adapter)
+        if batch_size is not None:
+            found = copy.copy(self)
+            found.batch_size = checked_size(batch_size)
+            return found(inputs, **options)
         self.check(options)
         if self.is_single(inputs):
             return self.results([inputs], options)[0]
         if isinstance(inputs, (list, tuple)) or hasattr(inputs, "shape"):
             return self.results(list(inputs), options)
-        if not isinstance(inputs, Iterable):
+        if not isinstance(inputs, Iterable) and not hasattr(inputs, "__getitem__"):
             raise DataError(
                 f"{type(self).__name__} takes {self.takes}, got {type(inputs).__name__}"
             )
@@ -62,6 +74,7 @@ class Pipeline:
     def results(self, items: list[Any], options: dict[str, Any]) -> list[Any]:
         if not items:
             return []
+        options = {**self.defaults, **options}
         with torch.inference_mode():
             return self.run(items, **options)
 
@@ -111,6 +124,41 @@ class Pipeline:
     def config(self) -> Any:
         return self.base.config
 
+    @property
+    def device(self) -> torch.device:
+        return self.base.device
+
+    @property
+    def generation_config(self) -> Any:
+        """What the model's files say of generation; set its attributes to say otherwise."""
+        return self.base.generation_config
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model and what reads its inputs into `folder`."""
+        for part in (self.model, *(getattr(self, name) for name in self.needs)):
+            part.save_pretrained(folder)
+
     def label(self, index: int) -> str:
         names = self.config.get("id2label") or {}
         return names.get(str(index), names.get(index, f"LABEL_{index}"))
+
+
+def checked_size(batch_size: int | None) -> int | None:
+    if batch_size is not None and batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size} must be at least 1")
+    return batch_size
+
+
+class KeyDataset:
+    """One column of a data set as a list of inputs."""
+
+    def __init__(self, dataset: Any, key: str) -> None:
+        self.dataset, self.key = dataset, key
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        if index >= len(self.dataset):
+            raise IndexError(index)
+        return self.dataset[index][self.key]

@@ -11,6 +11,7 @@ import torch
 
 from topwork.errors import ConfigError, nearest
 from topwork.media import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor
+from topwork.models.asked import told_apart
 from topwork.models.auto import AUTO, AutoConfig, tasks_of
 from topwork.models.families import NAMES
 from topwork.pipelines.audio_classification import AudioClassificationPipeline
@@ -81,6 +82,10 @@ READERS: dict[str, Any] = {
 }
 
 
+# Of other libraries, without effect: there is one kind of reader.
+NO_OPTIONS = frozenset({"use_fast", "num_workers"})
+
+
 def pipeline(
     task: str,
     model: Any = None,
@@ -91,19 +96,27 @@ def pipeline(
     processor: Any = None,
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     device: str | torch.device | int | None = None,
-    dtype: str | torch.dtype = "auto",
+    dtype: str | torch.dtype | None = "auto",
     batch_size: int | None = None,
-    **where: Any,
+    model_kwargs: Mapping[str, Any] | None = None,
+    framework: str | None = None,
+    **given: Any,
 ) -> Pipeline:
     """A pipeline for `task`, called with what it takes: texts, images, sounds.
 
     `model`: a folder, a Hub id or a model; without one the task's default. `tokenizer`,
     `image_processor`, `feature_extractor`, `processor`: those that the task needs, by default the
     model's; a `processor` may hold the others. `adapter`: a folder or Hub id, or several by name,
-    to switch between. `device`: by default a GPU where there is one. `where`: revision, token,
-    cache_dir, local_files_only … as for `from_pretrained`. ConfigError for an unknown task and for
-    a model that cannot do it.
+    to switch between. `device`: by default a GPU where there is one. `model_kwargs`: more of what
+    `from_pretrained` takes. `given`: revision, token, cache_dir, local_files_only … as there, and
+    options of the task, which every call has then. ConfigError for an unknown task and for a model
+    that cannot do it.
     """
+    if framework not in (None, "pt"):
+        raise ConfigError(f"framework={framework!r}: there is torch, 'pt', alone")
+    how, where, options = told_apart(given)
+    dtype, placed = how.pop("dtype", dtype), how.pop("device", None)
+    device = placed if device is None else device
     kind, languages = _resolve(task)
     maker, usual = TASKS[kind]
     source = usual if model is None else model
@@ -118,13 +131,16 @@ def pipeline(
     device = _device(device)
     if named:
         made_for = _task_of(maker, source, where)
-        model = AUTO[made_for].from_pretrained(source, dtype=dtype, device=device, **where)
+        load = {"dtype": dtype, "device": device, **where, **how, **(model_kwargs or {})}
+        model = AUTO[made_for].from_pretrained(source, **load)
     else:
         _must_fit(kind, maker.model_task, source)
         model = source if device is None else source.to(device)
     made = maker(model, batch_size, **readers)
-    if isinstance(made, TranslationPipeline) and languages:
-        made.task = task
+    made.task = task if isinstance(made, TranslationPipeline) and languages else kind
+    options = {k: v for k, v in options.items() if k not in NO_OPTIONS}
+    made.check(options)
+    made.defaults = options
     adapters = {"default": adapter} if isinstance(adapter, (str, Path)) else adapter or {}
     for name, path in adapters.items():
         made.load_adapter(path, name)

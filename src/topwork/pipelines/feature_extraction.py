@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,11 +29,16 @@ class FeatureExtractionPipeline(TextPipeline):
         return_tensors: bool = False,
         truncation: bool | str = False,
         max_length: int | None = None,
+        tokenize_kwargs: Mapping[str, Any] | None = None,
     ) -> list[Any]:
-        """`pooling`: "mean" over the tokens, or "cls", the first token's; None keeps all tokens."""
+        """`pooling`: "mean" over the tokens, or "cls", the first token's; None keeps all tokens.
+
+        `tokenize_kwargs` may hold `truncation` and `max_length` as well.
+        """
+        asked = {"truncation": truncation, "max_length": max_length, **(tokenize_kwargs or {})}
         if pooling is not None and pooling not in NAMES:
             raise ConfigError(f"pooling={pooling!r} is not known{nearest(pooling, NAMES)}")
-        texts = self.texts(items, truncation=truncation, max_length=max_length)
+        texts = self.texts(items, **asked)
         found: list[Tensor] = [torch.empty(0)] * len(texts)
         for group, lengths, output in self.outputs(texts):
             hidden = output.last_hidden_state

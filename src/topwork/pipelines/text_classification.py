@@ -18,7 +18,7 @@ class TextClassificationPipeline(TextPipeline):
     def __call__(self, inputs: Any, **options: Any) -> Any:
         found = super().__call__(inputs, **options)
         # One text without top_k gives a list of one, as it always has.
-        plain = "top_k" not in options and self.is_single(inputs)
+        plain = "top_k" not in {**self.defaults, **options} and self.is_single(inputs)
         return [found] if plain and isinstance(inputs, str) else found
 
     def run(
@@ -28,11 +28,13 @@ class TextClassificationPipeline(TextPipeline):
         function_to_apply: str | None = None,
         truncation: bool | str = False,
         max_length: int | None = None,
+        padding: bool | str = False,
         listed: bool = False,
     ) -> list[Any]:
         """`top_k` None gives all labels, the likeliest first; given at all, each result is a list.
 
         `function_to_apply`: softmax, sigmoid or none; by default what the model's problem asks for.
+        `padding` has no effect: none is computed.
         """
         firsts, seconds = split_pairs(items)
         texts = self.texts(firsts, seconds, truncation=truncation, max_length=max_length)
@@ -44,7 +46,8 @@ class TextClassificationPipeline(TextPipeline):
         return results if listed else [row[0] for row in results]
 
     def results(self, items: list[Any], options: dict[str, Any]) -> list[Any]:
-        return super().results(items, {**options, "listed": "top_k" in options})
+        listed = "top_k" in {**self.defaults, **options}
+        return super().results(items, {**options, "listed": listed})
 
 
 def split_pairs(items: list[Any]) -> tuple[list[str], list[str] | None]:

@@ -9,6 +9,7 @@ import torch
 
 from topwork.errors import DataError
 from topwork.pipelines.text import TextPipeline
+from topwork.text.tokenizer import clean_up
 
 
 class TextGenerationPipeline(TextPipeline):
@@ -26,10 +27,13 @@ class TextGenerationPipeline(TextPipeline):
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
         add_special_tokens: bool = True,
+        return_tensors: bool = False,
+        clean_up_tokenization_spaces: bool = False,
         **generation: Any,
     ) -> list[list[dict[str, Any]]]:
-        """`return_full_text` False leaves the prompt out. `tools` are for chats. All other options
-        are those of `generate`; by default 256 tokens are sampled at temperature 0.7."""
+        """`return_full_text` False leaves the prompt out. `tools` are for chats. `return_tensors`
+        gives `generated_token_ids` in place of texts, the prompt's first. All other options are
+        those of `generate`; by default 256 tokens are sampled at temperature 0.7."""
         prompts = [self._prompt(i, item, tools, continue_final_message, add_special_tokens)
                    for i, item in enumerate(items)]  # fmt: skip
         options = self._options(generation)
@@ -41,8 +45,13 @@ class TextGenerationPipeline(TextPipeline):
             for place, ids in enumerate(out):
                 i = group[place // copies]
                 new = ids[rows.shape[1] :]
-                results[i].append({"generated_text": self._shown(items[i], prompts[i], new,
-                                                                return_full_text)})  # fmt: skip
+                if return_tensors:
+                    results[i].append({"generated_token_ids": prompts[i] + new.tolist()})
+                    continue
+                text = self._shown(items[i], prompts[i], new, return_full_text)
+                if clean_up_tokenization_spaces and isinstance(text, str):
+                    text = clean_up(text)
+                results[i].append({"generated_text": text})
         return results
 
     def _prompt(self, place: int, item: Any, tools: Any, goes_on: bool, special: bool) -> list[int]:
