@@ -102,6 +102,41 @@ def test_the_shadow_taken_out_is_a_model_of_its_own(tmp_path, options):
             close(again(IDS).logits, wanted)
 
 
+LLAMA = {
+    "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+FAMILIES = {
+    "opt": {"ffn_dim": 40, "max_position_embeddings": 40, "word_embed_proj_dim": 24,
+            "num_hidden_layers": 2, "num_attention_heads": 4},
+    "gemma3_text": {**LLAMA, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "mixtral": {**LLAMA, "num_local_experts": 3},
+    "bloom": {"n_layer": 2, "n_head": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_have_a_shadow_of_their_own_kind(family, tmp_path):
+    sizes = {"hidden_size": 24, **FAMILIES[family]}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(family, vocab_size=37, pad_token_id=36, **sizes)
+    first = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in first.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.3)
+    first.eval().save_pretrained(tmp_path / "base")
+    theirs = peft.get_peft_model(first, peft.ShadowConfig(task_type="CAUSAL_LM", r=4))
+    randomise(theirs)
+    theirs.eval().save_pretrained(tmp_path / "adapter")
+    second = topwork.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ours = PeftModel.from_pretrained(second, tmp_path / "adapter")
+    with torch.no_grad():
+        wanted = theirs(input_ids=IDS, labels=IDS, use_cache=False)
+        found = ours(IDS, labels=IDS)
+    close(found.logits, wanted.logits, rtol=1e-4, atol=1e-4)
+    close(found.loss, wanted.loss, rtol=1e-4, atol=1e-4)
+
+
 def classifiers(tmp_path):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

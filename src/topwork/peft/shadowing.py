@@ -95,8 +95,9 @@ def made(config: Any, model: Any) -> dict[str, nn.Module]:
     width, weight = width_of(model), None
     if config.shadow_model == "mirror":
         net = mirror(config, model)
-        if shares(config, net, width) and hasattr(net, "embed_tokens"):
-            del net.embed_tokens
+        home = getattr(net, "decoder", net)  # OPT's; in files as if it were the whole
+        if shares(config, net, width) and hasattr(home, "embed_tokens"):
+            del home.embed_tokens
     else:
         net, weight = read(model, config.shadow_model)
         words = net.get_input_embeddings()  # not trained, but written
@@ -258,7 +259,8 @@ class Runner:
     # -- its own loss ----------------------------------------------------------------------------
 
     def loss(self, model: Any, state: Tensor, call: dict[str, Any]) -> Tensor | None:
-        """The mean loss of the shadow's own answers to the labels of a call."""
+        """The mean loss of the shadow's own answers to the labels of a call. On our models it goes
+        through the whole head, a scale or cap of logits too, where peft takes the linear alone."""
         labels, lengths = call["labels"], call.get("lengths")
         if self.classifier is not None:
             return _class_loss(self.classifier(_last(state, call)), labels)

@@ -68,7 +68,9 @@ def tensors_of(home: nn.Module, config: PeftConfig, name: str) -> dict[str, Tens
     for key, kept in modules_of(home):
         if name in kept:  # in files under "default", whatever the adapter's name
             held = kept[name].state_dict(keep_vars=True)
-            state |= {f"{key}.default.{rest}": tensor for rest, tensor in held.items()}
+            inner = "decoder." if all(rest.startswith("decoder.") for rest in held) else ""
+            names = {rest.removeprefix(inner): tensor for rest, tensor in held.items()}
+            state |= {f"{key}.default.{rest}": tensor for rest, tensor in names.items()}
     for path, module in home.named_modules():
         if isinstance(module, AdaptedLayer):
             if name in module.grafts:
