@@ -23,7 +23,7 @@ from topwork.models import AutoModelForTokenClassification
 from topwork.objectives.answers import AnswersConfig, means
 from topwork.objectives.familiar import settled
 from topwork.objectives.reward import with_head
-from topwork.objectives.setup import adapted, load_pair, named_sets
+from topwork.objectives.setup import adapted, load_pair, named_sets, unread
 from topwork.objectives.vocabulary import added_ids
 from topwork.peft import PeftConfig, TaskType
 from topwork.text import Tokenizer
@@ -40,6 +40,10 @@ class PRMConfig(AnswersConfig):
     step_separator: str = "\n"
     """Ends each step; its last token is where the step is judged."""
     train_on_last_step_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unread(self, {"eos_token": (None,)}, "process rewards, whose steps end by step_separator")
 
 
 @dataclass(frozen=True)

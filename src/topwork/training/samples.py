@@ -26,7 +26,7 @@ class SampleAnswers(TrainerCallback):
     ) -> None:
         found = () if processing is None else _prompts(objective, data)
         self.prompts = list(islice(found, count))
-        self.tokenizer = getattr(processing, "tokenizer", processing)
+        self.tokenizer: Any = getattr(processing, "tokenizer", processing)
         self.placer = getattr(objective, "placer", None)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **more: Any) -> None:
