@@ -106,6 +106,8 @@ HOMES = {
     "SDPOTrainer": "topwork.objectives",
     "IWOPDConfig": "topwork.objectives",
     "IWOPDTrainer": "topwork.objectives",
+    "ServerDistillationConfig": "topwork.objectives",
+    "ServerDistillationTrainer": "topwork.objectives",
     "SelfDistillationConfig": "topwork.objectives",
     "SelfDistillationTrainer": "topwork.objectives",
     "TPOConfig": "topwork.objectives",

@@ -8,6 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 import tiny
+from teaching import teaching
 from topwork.cli.main import app
 from topwork.errors import ConfigError
 from topwork.objectives.registry import OBJECTIVES
@@ -21,6 +22,7 @@ ROWS = {
     "tpo": [{**row, "reference": f" yes indeed {i}"} for i, row in enumerate(PAIRS)],
     "distill": tiny.chats(4),
     "gkd": tiny.chats(4),
+    "server_distill": tiny.chats(4),
     "iw_opd": tiny.chats(4),
     "uld": tiny.chats(4),
     "gold": tiny.chats(4),
@@ -30,7 +32,8 @@ ROWS = {
 }
 SHOWN = {
     "sft": "messages format", "distill": "messages format", "gkd": "messages format",
-    "iw_opd": "messages format", "uld": "messages format", "gold": "messages format",
+    "server_distill": "messages format", "iw_opd": "messages format", "uld": "messages format",
+    "gold": "messages format",
     "self_distill": "prompts: 4 rows, an answer to each",
     "kto": "unpaired preference format",
     "prm": "8 steps, 4 of them right",
@@ -79,8 +82,11 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
         own = tmp_path / "rewards.py"
         own.write_text("def brief(completions, **_):\n    return [-len(c) for c in completions]\n")
         extra = ("--reward", f"{own}:brief", "--max_completion_length", 4)
-    run("train", *common, *extra, "--output_dir", out, "--max_steps", 1, "--disable_tqdm",
-        "--save_strategy", "no", "--lora.r", 2, "--lora.target_modules", "[q_proj]")  # fmt: skip
+    with teaching(tiny.model()) as server:
+        if objective == "server_distill":
+            extra = ("--teacher_model_server_url", server.url, "--max_new_tokens", 4)
+        run("train", *common, *extra, "--output_dir", out, "--max_steps", 1, "--disable_tqdm",
+            "--save_strategy", "no", "--lora.r", 2, "--lora.target_modules", "[q_proj]")  # fmt: skip
     assert (out / "adapter_model.safetensors").is_file()
     assert len((out / "log.jsonl").read_text().splitlines()) == 2  # the step, and the whole run
 

@@ -111,7 +111,7 @@ def with_tools(objective):
     asked = [{"role": "user", "content": "otter?"}]
     good = [{"role": "assistant", "content": "", "tool_calls": [call]}]
     bad = [{"role": "assistant", "content": "no idea"}]
-    if objective in ("sft", "distill", "gkd", "iw_opd", "uld", "gold"):
+    if objective in ("sft", "distill", "gkd", "server_distill", "iw_opd", "uld", "gold"):
         return [{"messages": [*asked, *good], "tools": [schema]}]
     if objective == "kto":
         return [{"prompt": asked, "completion": good, "label": True, "tools": [schema]}]

@@ -34,6 +34,11 @@ from topwork.objectives.selfdistill import (
     SelfDistillationTrainer,
 )
 from topwork.objectives.seq2seq import Seq2SeqTrainer, Seq2SeqTrainingArguments
+from topwork.objectives.serverdistill import (
+    ServerDistillation,
+    ServerDistillationConfig,
+    ServerDistillationTrainer,
+)
 from topwork.objectives.sft import SFT, SFTConfig, SFTTrainer
 from topwork.objectives.supervised import EvalPrediction, PredictionOutput, Trainer
 from topwork.objectives.tpo import TPO, TPOConfig, TPOTrainer
@@ -63,6 +68,9 @@ __all__ = [
     "IWOPD",
     "IWOPDConfig",
     "IWOPDTrainer",
+    "ServerDistillation",
+    "ServerDistillationConfig",
+    "ServerDistillationTrainer",
     "SelfDistillation",
     "SelfDistillationConfig",
     "SelfDistillationTrainer",

@@ -155,12 +155,11 @@ class DistillationTrainer(Trainer):
         **more: Any,
     ) -> None:
         args, optimizer = settled(args, self.config_class, optimizer, more)
-        if teacher_model is None or train_dataset is None:
-            raise ConfigError("DistillationTrainer needs teacher_model and train_dataset")
+        if train_dataset is None:
+            raise ConfigError(f"{type(self).__name__} needs train_dataset")
         reader = load_reader(model, processing_class, args)
         model, tokenizer = reader.model, reader.tokenizer
-        teacher = load_teacher(teacher_model, args, model_class(reader))
-        _check_pair(model, teacher)
+        reference = self._teacher(teacher_model, args, reader)
         marking = marking_of(args, tokenizer)
 
         def read(rows: Any) -> Any:
@@ -173,7 +172,7 @@ class DistillationTrainer(Trainer):
             adapted(model, peft_config, added_ids(tokenizer, args)),
             args,
             replace(
-                self._objective(args, Reference(teacher), tokenizer, train),
+                self._objective(args, reference, tokenizer, train),
                 router=args.router_aux_loss_coef,
                 placer=reader.placer,
             ),
@@ -185,9 +184,18 @@ class DistillationTrainer(Trainer):
             data_fingerprint=train.fingerprint,
             notes=report(train, tokenizer, evals),
         )
-        if args.bf16 is not None:
-            cast(teacher, args.bf16)
-        teacher.to(self.device)
+        if reference.model is not None:
+            if args.bf16 is not None:
+                cast(reference.model, args.bf16)
+            reference.model.to(self.device)
+
+    def _teacher(self, given: nn.Module | str | Path | None, args: Any, reader: Any) -> Reference:
+        """Who teaches the student that `reader` loaded."""
+        if given is None:
+            raise ConfigError(f"{type(self).__name__} needs teacher_model")
+        teacher = load_teacher(given, args, model_class(reader))
+        _check_pair(reader.model, teacher)
+        return Reference(teacher)
 
     def _objective(
         self, args: Any, teacher: Reference, tokenizer: Tokenizer, train: Prepared

@@ -24,6 +24,7 @@ from topwork.objectives import (
     rloo,
     sdpo,
     selfdistill,
+    serverdistill,
     sft,
     tpo,
     uld,
@@ -77,6 +78,10 @@ OBJECTIVES = {
     ),
     "gkd": Entry(
         gkd.GKDConfig, gkd.GKDTrainer, preview_rows, {"teacher": "teacher_model"}, True
+    ),
+    "server_distill": Entry(
+        serverdistill.ServerDistillationConfig, serverdistill.ServerDistillationTrainer,
+        preview_rows,
     ),
     "iw_opd": Entry(
         iwopd.IWOPDConfig, iwopd.IWOPDTrainer, preview_rows, {"teacher": "teacher_model"}, True

@@ -43,10 +43,7 @@ class ServerWriter:
     loaded: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"rollout_server={self.url!r} is no address like http://host:8000")
-        self.url = self.url.rstrip("/").removesuffix("/v1")
+        self.url = address_of(self.url, "rollout_server")
 
     def follow(self, model: Any, step: int) -> None:
         """Let the server load the adapter as it is, under a name of its own."""
@@ -111,28 +108,45 @@ class ServerWriter:
         return Answer(list(ids), ended, logprobs)
 
     def _post(self, verb: str, body: dict[str, Any]) -> Any:
-        address = f"{self.url}/v1/{verb}"
-        request = urllib.request.Request(
-            address, json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                text = answer.read().decode()
-        except urllib.error.HTTPError as error:
-            said = error.read().decode(errors="replace")[:300]
-            hint = ""
-            if error.code == 404 and "lora" in verb:
-                hint = "; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
-            raise TrainingError(f"{address} answered {error.code}: {said}{hint}") from error
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-            reason = getattr(error, "reason", error)
-            raise TrainingError(
-                f"{address} cannot be reached ({reason}): is the server of rollout_server running?"
-            ) from error
-        try:
-            return json.loads(text)
-        except ValueError:
-            return text
+        return ask(self.url, verb, body, self.timeout, "rollout_server")
+
+
+def address_of(url: str, name: str) -> str:
+    """The server's address without its version. ConfigError, naming the field, for none."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ConfigError(f"{name}={url!r} is no address like http://host:8000")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def ask(url: str, verb: str, body: dict[str, Any] | None, timeout: float, name: str) -> Any:
+    """What the server at `url` answers to `verb` of its API: of JSON, else the text.
+
+    TrainingError when it refuses or cannot be reached; `name`: the field that has its address.
+    """
+    address = f"{url}/v1/{verb}"
+    request = urllib.request.Request(
+        address, None if body is None else json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    try:
+        with urllib.request.urlopen(request, timeout=timeout) as answer:
+            text = answer.read().decode()
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")[:300]
+        hint = ""
+        if error.code == 404 and "lora" in verb:
+            hint = "; start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True"
+        raise TrainingError(f"{address} answered {error.code}: {said}{hint}") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        reason = getattr(error, "reason", error)
+        raise TrainingError(
+            f"{address} cannot be reached ({reason}): is the server of {name} running?"
+        ) from error
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def check_servable(model: PeftModel) -> None:

@@ -19,6 +19,7 @@ from topwork.ops.divergence import (
     divergence,
     hybrid_distance,
     sorted_distance,
+    sparse_divergence,
     token_divergence,
 )
 from topwork.ops.dora import row_norms
@@ -79,6 +80,7 @@ __all__ = [
     "swiglu",
     "through_experts",
     "sorted_distance",
+    "sparse_divergence",
     "token_divergence",
     "token_logprobs",
     "token_logprobs_of",

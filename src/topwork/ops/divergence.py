@@ -15,6 +15,7 @@ from topwork.ops.recompute import recomputed
 
 Head = Callable[[Tensor], Tensor]
 LEAST = 1e-8  # below it a probability counts as this
+NOTHING = -80.0  # the logarithm of a chance that counts for nothing
 CHUNK = 128  # rows of both models' logits in memory at once
 
 
@@ -90,6 +91,28 @@ def token_divergence(
         ]
         return torch.cat(pieces)
     return _Rowwise.apply(student, teacher, one)
+
+
+def sparse_divergence(
+    student_head: Head, student: Tensor, ids: Tensor, teacher: Tensor, beta: float, rest: bool
+) -> Tensor:
+    """`divergence` [N] fp32 at the hidden states `student` [N, C] from a teacher of whom only some
+    log-probabilities `teacher` [N, K] of the tokens `ids` [N, K] are known (-inf: left out).
+
+    The others count as one more token (`rest`), or not at all, both sides' K then adding up to 1.
+    """
+
+    def one(rows: Tensor, places: Tensor, said: Tensor) -> Tensor:
+        own = student_head(rows).float().log_softmax(1).gather(1, places)
+        known = said > -math.inf
+        own, other = own.masked_fill(~known, NOTHING), said.masked_fill(~known, NOTHING)
+        if rest:
+            return divergence(_with_rest(own), _with_rest(other), beta)
+        return divergence(own.log_softmax(1), other.log_softmax(1), beta)
+
+    if not len(student):
+        return student.new_zeros(0, dtype=torch.float32)
+    return _in_chunks(one, (student, ids, teacher))
 
 
 def sorted_distance(
