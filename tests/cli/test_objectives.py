@@ -85,8 +85,9 @@ def test_an_objective_is_previewed_and_trained(base, data, tmp_path):
     with teaching(tiny.model()) as server:
         if objective == "server_distill":
             extra = ("--teacher_model_server_url", server.url, "--max_new_tokens", 4)
+        lora = ("--lora.r", 2, "--lora.target_modules", "[q_proj]")
         run("train", *common, *extra, "--output_dir", out, "--max_steps", 1, "--disable_tqdm",
-            "--save_strategy", "no", "--lora.r", 2, "--lora.target_modules", "[q_proj]")  # fmt: skip
+            "--save_strategy", "no", *lora)  # fmt: skip
     assert (out / "adapter_model.safetensors").is_file()
     assert len((out / "log.jsonl").read_text().splitlines()) == 2  # the step, and the whole run
 
