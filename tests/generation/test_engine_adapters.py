@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from dataclasses import replace
 
 import pytest
@@ -386,6 +387,37 @@ def test_a_recurrent_model_refuses_a_prefix():
     found = get_peft_model(tiny("mamba"), replace(ADAPTERS["prefix"], num_attention_heads=1))
     with pytest.raises(ConfigError, match="no place for 'default', a prefix"):
         Engine(found.eval()).submit([1, 2, 3])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_any_order_of_any_requests_gives_each_its_own(every, seed):
+    draw = random.Random(seed)
+    engine = Engine(
+        every, page_size=draw.choice([1, 2, 4, 16]), piece=draw.choice([1, 3, 16, 40]),
+        step_tokens=draw.choice([40, 128]), max_rows=draw.choice([1, 3, 8]),
+        cache_tokens=draw.choice([160, 200, 2000]),
+    )  # fmt: skip
+    stem, asked = [draw.randrange(80) for _ in range(40)], []
+    for _ in range(25):
+        name = draw.choice([*ADAPTERS, "mixed", None])
+        task = draw.randrange(3) if name in WITH_TASKS else None
+        ids = [*stem[: draw.randrange(1, 40)], *draw.choice([[], CALL, [9, 3], [*CALL, 4, *CALL]])]
+        if asked and draw.random() < 0.3:  # go on with what another one says
+            ids = draw.choice(asked)[0].ids[:55]
+        options = {"max_new_tokens": draw.randrange(1, 9)}
+        request = engine.submit(ids, adapter=name, task_id=task, **options)
+        asked.append((request, list(ids), name, task, options))
+        for _ in range(draw.randrange(4)):
+            engine.step()
+        if draw.random() < 0.1:
+            draw.choice(asked)[0].cancel()
+    finish(engine)
+    assert engine.pool.spare == engine.pool.pages
+    for request, ids, name, task, options in asked:
+        wanted = by_generate(every, ids, name, task, **options)
+        whole = request.finish_reason != "cancelled"
+        assert request.ids == (wanted if whole else wanted[: len(request.ids)]), name
 
 
 @pytest.fixture(scope="module")

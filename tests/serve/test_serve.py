@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import http.client
 import json
 import re
@@ -13,7 +14,7 @@ import torch
 
 import tiny
 from serving import ask, running
-from topwork import LoraConfig, get_peft_model
+from topwork import LoraConfig, PolyConfig, PromptTuningConfig, get_peft_model
 from topwork.errors import ConfigError
 from topwork.generation import Engine
 from topwork.serve import Door, Limits, Served
@@ -55,6 +56,36 @@ def alone(prompt, adapter=None, **options):
     for _ in engine.run():
         pass
     return request
+
+
+def test_adapters_of_other_methods_are_served_beside_each_other():
+    causal = {"task_type": "CAUSAL_LM"}
+    model = get_peft_model(
+        tiny.model(), PromptTuningConfig(**causal, num_virtual_tokens=40), adapter_name="words"
+    )
+    model.add_adapter("poly", PolyConfig(n_tasks=2, init_weights=False, target_modules=["q_proj"]))
+    prompt = [5, 6, 7, 8, 9]
+    lora = LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)
+    call = {"alora_invocation_tokens": [8, 9], **causal}
+    model.add_adapter("asked", dataclasses.replace(lora, **call))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(f".{key}" in name for key in ("poly", "lora_", "words")):
+                parameter.normal_()
+    with running(model.eval(), tiny.tokenizer()) as (port, *_):
+        for name, task in (("words", None), ("poly", 0), ("poly", 1), ("asked", None)):
+            body = {"model": name, "prompt": prompt, "max_tokens": 8, "return_token_ids": True}
+            status, reply = ask(port, TEXTS, {**body, "task_id": task})
+            tasks = {} if task is None else {"task_ids": torch.tensor([task])}
+            with model.use_adapter(name):
+                wanted = model.generate(torch.tensor([prompt]), max_new_tokens=8, **tasks)
+            assert status == 200
+            assert reply["choices"][0]["token_ids"] == wanted[0, len(prompt) :].tolist()
+        for name, task in (("poly", None), ("poly", 2), ("words", 0)):
+            status, reply = ask(port, TEXTS, {**body, "model": name, "task_id": task})
+            assert status == 400
+            assert f"{name!r}" in reply["error"]["message"]
 
 
 def prompt_of(messages):

@@ -23,6 +23,7 @@ DRAWN = {
     "temperature": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p",
     "repetition_penalty": "repetition_penalty", "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty", "seed": "seed", "min_tokens": "min_new_tokens",
+    "task_id": "task_id",
 }  # fmt: skip
 SAID = frozenset({
     *DRAWN, "model", "stream", "stream_options", "n", "stop", "stop_token_ids", "ignore_eos",
@@ -39,6 +40,7 @@ KINDS: dict[str, tuple[type, ...]] = {
     "repetition_penalty": (int, float), "presence_penalty": (int, float), "seed": (int,),
     "frequency_penalty": (int, float), "min_tokens": (int,), "max_tokens": (int,), "n": (int,),
     "max_completion_tokens": (int,), "top_logprobs": (int,), "logit_bias": (dict,),
+    "task_id": (int,),
     "stop": (str, list), "stop_token_ids": (list,), "messages": (list,), "tools": (list,),
     "model": (str,), "stream": (bool,), "response_format": (dict,), "structured_outputs": (dict,),
 }  # fmt: skip

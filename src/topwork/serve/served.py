@@ -11,6 +11,7 @@ from typing import Any
 from topwork.errors import ConfigError, TopworkError, nearest
 from topwork.generation import Engine
 from topwork.generation.constraints import Constraint
+from topwork.generation.engine import room_of
 from topwork.peft import PeftModel
 from topwork.serve.answers import Answer
 from topwork.serve.asked import Asked, RequestError
@@ -177,7 +178,7 @@ class Served:
             tokenizer=self.tokenizer,
             logits_processor=rule,
             top_logprobs=asked.logprobs,
-            max_new_tokens=self._limit(asked, prompt),
+            max_new_tokens=self._limit(asked, prompt, adapter),
             max_time=self.limits.max_seconds,
             stop_strings=asked.stops or None,
             **options,
@@ -198,9 +199,10 @@ class Served:
         ids = files.get("eos_token_id", model.config.get("eos_token_id"))
         return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
 
-    def _limit(self, asked: Asked, prompt: list[int]) -> int:
+    def _limit(self, asked: Asked, prompt: list[int], adapter: str | None) -> int:
         context = self.engine.model.config.get("max_position_embeddings")
-        room = min(context or 1 << 62, self.limits.cache_tokens) - len(prompt)
+        lead, passes = room_of(self.engine.model, adapter)
+        room = min(context or 1 << 62, self.limits.cache_tokens // passes - lead) - len(prompt)
         wanted = self.limits.max_new_tokens if asked.limit is None else asked.limit
         if room < 1 or (asked.limit or 0) > room:
             raise RequestError(
