@@ -432,3 +432,22 @@ def test_layers_that_were_given_other_adapters_are_merged_as_they_compute():
     model.merge_adapter()
     assert model.base_model.model[0].merged_adapters == ["default", "other"]
     torch.testing.assert_close(model(X), wanted)
+
+
+def test_the_layers_with_adapters_are_named():
+    model = tuned(modules_to_save=["1"])
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))
+    assert model.targeted_module_names == ["0", "2"]
+    assert model.base_model.targeted_module_names == ["0", "2"]
+
+
+def test_an_exclusion_that_excludes_nothing_is_told():
+    with pytest.warns(TopworkWarning, match="excludes none"):
+        tuned(exclude_modules=["3"])
+
+
+def test_biases_are_trained_beside_layers_without_any():
+    model = tuned(bias="all", target_modules=["2"])
+    assert "base_model.model.0.bias" in trained(model)
+    model = tuned(bias="lora_only", target_modules=[], target_parameters=["0.weight"])
+    assert sum(name.endswith("bias") for name in trained(model)) == 1

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from topwork.peft import inject
+from topwork.peft.layer import AdaptedLayer
+
 VERBS = frozenset(
     {
         "active_adapters",
@@ -28,12 +31,24 @@ VERBS = frozenset(
 """What scripts ask of `model.base_model`, which is peft's tuner there."""
 
 
+OWN = frozenset({"targeted_module_names"})
+
+
 class Holder(nn.Module):
     """Stands where peft's tuner stands, so that names in memory equal those of its files."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
+
+    def home_of(self, name: str) -> nn.Module:
+        """Where an attribute is that the `PeftModel` does not have: here, or in the model."""
+        return self if name in self._modules or name in OWN else self.model
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The layers with adapters, by their paths in the model."""
+        return [path for path, m in inject.wrappers(self.model) if isinstance(m, AdaptedLayer)]
 
     @property
     def active_adapter(self) -> str | list[str]:

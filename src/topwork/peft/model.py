@@ -80,8 +80,7 @@ class PeftModel(nn.Module):
         except AttributeError:
             if name in ("base_model", "prompt_encoder"):
                 raise
-            home = self.base_model
-            return getattr(home if name in home._modules else home.model, name)
+            return getattr(self.base_model.home_of(name), name)
 
     def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """The wrapped model's call; its outputs are those of the given tokens.

@@ -34,7 +34,8 @@ def bias_parameters(model: nn.Module, config: PeftConfig) -> Iterator[tuple[str,
     mode = getattr(config, "bias", "none")
     if mode == "none":
         return
-    adapted = {id(layer.bias) for layer in layers_of(model) if layer.bias is not None}
+    own = (getattr(layer.base_layer, "bias", None) for layer in layers_of(model))
+    adapted = {id(bias) for bias in own if bias is not None}
     for name, parameter in model.named_parameters():
         wanted = name.endswith("bias") and (mode == "all" or id(parameter) in adapted)
         if wanted and not _within_adapter(model, name):

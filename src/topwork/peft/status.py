@@ -87,7 +87,7 @@ def _layer(name: str, module: Any, tensors: dict[str, list[Any]]) -> LayerStatus
         name=name,
         module_type=type(module.wrapped_module).__name__,
         enabled=not module.disabled,
-        active_adapters=[n for n in module.active if n in tensors],
+        active_adapters=list(module.active),
         merged_adapters=list(getattr(module, "merged_adapters", [])),
         requires_grad={n: _same(t.requires_grad for t in ts) for n, ts in floating.items()},
         available_adapters=sorted(tensors),
@@ -109,7 +109,7 @@ def get_model_status(model: Any) -> ModelStatus:
     names = sorted({name for layer in layers for name in layer.available_adapters})
     merged = {name for layer in layers for name in layer.merged_adapters}
     partly = any(merged & set(s.available_adapters) - set(s.merged_adapters) for s in layers)
-    active = _same(tuple(s.active_adapters) for s in layers if s.available_adapters == names)
+    active = _same(tuple(s.active_adapters) for s in layers)
     return ModelStatus(
         base_model_type=type(model.get_base_model() if wrapped else model).__name__,
         adapter_model_type=type(model).__name__ if wrapped else "None",

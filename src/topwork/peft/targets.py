@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
 
-from topwork.errors import ConfigError, nearest
+from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.peft import sites
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
 
@@ -39,7 +40,14 @@ def target_names(
         for entry in wanted:
             _need([n for n in every if ends(n, entry)], entry, leaves, model)
         found = [n for n in leaves if any(ends(n, entry) for entry in wanted)]
-    chosen = [n for n in found if not _excluded(n, config) and _in_layers(n, config)]
+    kept = [n for n in found if not _excluded(n, config)]
+    if config.exclude_modules and len(kept) == len(found):
+        warnings.warn(
+            f"exclude_modules={config.exclude_modules!r} excludes none of the targets",
+            TopworkWarning,
+            stacklevel=5,
+        )
+    chosen = [n for n in kept if _in_layers(n, config)]
     if not chosen:
         raise ConfigError(
             f"target_modules={wanted!r} finds modules of {type(model).__name__}, but "
