@@ -4,6 +4,7 @@ HOMES = {
     "A2POConfig": "topwork.objectives",
     "A2POTrainer": "topwork.objectives",
     "AdaLoraConfig": "topwork.peft",
+    "AdamssAsaCallback": "topwork.training",
     "AdamssConfig": "topwork.peft",
     "AdaptionPromptConfig": "topwork.peft",
     "AutoConfig": "topwork.models",

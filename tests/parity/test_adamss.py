@@ -11,6 +11,7 @@ from sklearn.cluster import KMeans
 from torch import nn
 
 import peft
+import tiny
 import topwork
 from parity.bases import IDS, base, close, randomise
 from topwork.errors import CheckpointError, ConfigError
@@ -90,6 +91,28 @@ def test_the_allocation_goes_on_with_the_most_important_groups():
     assert counts[-1] == 3
     with pytest.raises(ConfigError, match="init_warmup=9 must be smaller"):
         topwork.AdamssConfig(use_asa=True, init_warmup=9, final_warmup=9)
+
+
+def test_a_run_leaves_groups_out_and_keeps_what_they_learnt(tmp_path):
+    config = topwork.AdamssConfig(
+        target_modules=["q_proj", "v_proj"], r=4, num_subspaces=3, use_asa=True, init_warmup=1,
+        final_warmup=4, mask_interval=2, asa_target_subspaces=4,
+    )  # fmt: skip
+    model = get_peft_model(tiny.model(), config)
+    args = topwork.SFTConfig(
+        output_dir=str(tmp_path), max_steps=6, save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=4, learning_rate=0.1,
+    )  # fmt: skip
+    run = topwork.SFTTrainer(
+        model, args, tiny.chats(8), processing_class=tiny.tokenizer(),
+        callbacks=[topwork.AdamssAsaCallback()],
+    )  # fmt: skip
+    assert len(trained(model)) == 2 * 12
+    run.train()
+    assert len(trained(model)) == 2 * 4
+    lists = [part for graft in inject.grafts_of(model, "default") for part in graft._lists()]
+    frozen = [p for part in lists for p in part if not p.requires_grad]
+    assert all(p.abs().sum() > 0 for p in frozen)
 
 
 @torch.no_grad()

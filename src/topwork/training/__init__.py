@@ -2,6 +2,7 @@
 
 from topwork.training.arguments import TrainingArguments
 from topwork.training.callbacks import (
+    AdamssAsaCallback,
     EarlyStoppingCallback,
     TrainerCallback,
     TrainerControl,
@@ -20,6 +21,7 @@ from topwork.training.state import TrainerState, set_seed
 from topwork.training.trainer import Trainer
 
 __all__ = [
+    "AdamssAsaCallback",
     "EarlyStoppingCallback",
     "Loss",
     "Objective",

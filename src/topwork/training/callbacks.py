@@ -50,6 +50,13 @@ class TrainerCallback:
     def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None: ...
 
 
+class AdamssAsaCallback(TrainerCallback):
+    """Choose in each step which of AdaMSS's groups are trained (`use_asa`)."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        more["model"].update_and_allocate(state.global_step)
+
+
 class EarlyStoppingCallback(TrainerCallback):
     """Stop when `metric_for_best_model` has not improved in so many evaluations."""
 

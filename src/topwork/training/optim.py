@@ -88,11 +88,10 @@ class Optimiser:
 
     @torch.no_grad()
     def step(self) -> None:
-        """One step; the gradients are gone afterwards."""
+        """One step; the gradients stay."""
         self.inner.step()
         for name, master in self.masters.items():
             self.named[name].copy_(master)
-        self.zero_grad()
 
     def zero_grad(self) -> None:
         for tensor in (*self.parameters, *self.named.values()):

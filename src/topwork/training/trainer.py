@@ -182,6 +182,7 @@ class Trainer(Surroundings):
         rate = self.optimiser.set_factor(self.schedule(state.global_step))
         self.optimiser.step()
         self._fire("on_optimizer_step")
+        self.optimiser.zero_grad()
         state.global_step += 1
         state.micro_step = 0
         state.epoch = state.global_step / self.sampler.steps_per_epoch
