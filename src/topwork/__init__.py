@@ -38,7 +38,9 @@ __all__ = sorted([*HOMES, "__version__"])  # pyright: ignore[reportUnsupportedDu
 
 def __getattr__(name: str) -> Any:
     if name not in HOMES:
-        raise AttributeError(f"module 'topwork' has no attribute {name!r}")
+        if name.startswith("_"):
+            raise AttributeError(f"module 'topwork' has no attribute {name!r}")
+        return importlib.import_module("topwork._familiar").find(name)
     return getattr(importlib.import_module(HOMES[name]), name)
 
 

@@ -223,5 +223,6 @@ HOMES = {
     "DataCollatorWithPacking": "topwork.data",
     "DataCollatorWithPadding": "topwork.data",
     "default_data_collator": "topwork.data",
+    "DataCollatorForMultipleChoice": "topwork.data",
     "pipeline": "topwork.pipelines",
 }

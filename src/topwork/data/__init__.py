@@ -2,6 +2,7 @@
 
 from topwork.data.collators import (
     DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithPacking,
@@ -11,6 +12,7 @@ from topwork.data.collators import (
 
 __all__ = [
     "DataCollatorForLanguageModeling",
+    "DataCollatorForMultipleChoice",
     "DataCollatorForSeq2Seq",
     "DataCollatorForTokenClassification",
     "DataCollatorWithPacking",

@@ -124,6 +124,24 @@ class DataCollatorForSeq2Seq:
 
 
 @dataclass
+class DataCollatorForMultipleChoice(DataCollatorWithPadding):
+    """Rows of several choices, each column a list of one row a choice, to [B, choices, T]."""
+
+    def __call__(self, features: Sequence[Row]) -> dict[str, Any]:
+        name = _label_column(features)
+        counts = {len(row["input_ids"]) for row in features}
+        if len(counts) != 1:
+            raise DataError(f"rows of {sorted(counts)} choices do not go into one batch")
+        (count,) = counts
+        rows = [{k: v for k, v in row.items() if k != name} for row in features]
+        flat = [{k: v[i] for k, v in row.items()} for row in rows for i in range(count)]
+        batch = {k: v.view(len(rows), count, -1) for k, v in super().__call__(flat).items()}
+        if name is not None:
+            batch["labels"] = torch.tensor([row[name] for row in features])
+        return batch
+
+
+@dataclass
 class DataCollatorForLanguageModeling:
     """Texts as their own labels; with `mlm` some tokens are hidden, and only those are labels.
 

@@ -113,6 +113,9 @@ class _Auto:
 
     task: ClassVar[str]
 
+    def __new__(cls, config: Config, **given: Any) -> Any:
+        return cls.from_config(config, **given)
+
     @classmethod
     def from_config(
         cls, config: Config, dtype: str | torch.dtype | None = None, **given: Any
