@@ -101,6 +101,8 @@ ROWS = [
         randlora_alpha=8),
     row("RandLoraConfig", r=4, very_sparse=True, randlora_alpha=8),
     row("VBLoRAConfig", r=3, vector_length=4, num_vectors=9),
+    row("VBLoRAConfig", r=3, vector_length=4, num_vectors=300, topk=3,
+        save_only_topk_weights=True),
     row("HRAConfig", r=4),
     row("HRAConfig", r=3, apply_GS=True),
     row("HRAConfig", "convs", r=4, target_modules=["square"]),
@@ -290,7 +292,10 @@ def test_our_adapter_saves_what_the_peer_loads(row, tmp_path):
     with torch.no_grad():
         close(outputs(ours, row.base), outputs(theirs, row.base))
         again = PeftModel.from_pretrained(base(row.base), tmp_path)
-        assert torch.equal(outputs(again, row.base), outputs(ours, row.base))
+        if "save_only_topk_weights" in row.options:
+            close(outputs(again, row.base), outputs(ours, row.base))
+        else:
+            assert torch.equal(outputs(again, row.base), outputs(ours, row.base))
 
 
 @each

@@ -451,3 +451,10 @@ def test_biases_are_trained_beside_layers_without_any():
     assert "base_model.model.0.bias" in trained(model)
     model = tuned(bias="lora_only", target_modules=[], target_parameters=["0.weight"])
     assert sum(name.endswith("bias") for name in trained(model)) == 1
+
+
+def test_it_is_known_whether_an_adapter_converts_to_lora():
+    assert tuned().supports_lora_conversion()
+    model = get_peft_model(net(), IA3Config(target_modules=["0"], feedforward_modules=[]))
+    nn.init.normal_(model.base_model.model[0].ia3_l["default"])
+    assert not model.supports_lora_conversion()  # its factors are the bias's too

@@ -131,6 +131,10 @@ class PeftConfig:
         """An adapter's tensors under the names of the method's files, from peft's."""
         return tensors
 
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is written of `to_file`'s tensors, where less than all; `from_file` reads it."""
+        return tensors
+
     def from_file(self, tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
         """A file's tensors under the names `wanted` that `to_file` gives, where they differ."""
         return tensors

@@ -23,20 +23,34 @@ def convert_to_lora(
     `rank`: the number of directions, or the share of each change's energy that is kept. Returns
     the configuration and the tensors under their names in files.
     """
-    deltas = {}
-    for graft in inject.grafts_of(model, adapter_name):
-        if graft.site.kind != "linear":
-            raise ConfigError(f"{graft.path} is no linear layer; it cannot be converted to LoRA")
-        weight, bias = graft.weight, getattr(graft.base, "bias", None)
-        made, moved = graft.merged(weight, None if bias is None else bias.detach().float())
-        if bias is not None and moved is not None and not torch.equal(moved, bias.float()):
-            raise ConfigError(f"the adapter changes the bias of {graft.path}; LoRA does not")
-        deltas[graft.path] = made - weight
+    grafts = inject.grafts_of(model, adapter_name)
+    deltas = {graft.path: _change_by(graft) for graft in grafts}
     config, tensors = lora_of(deltas, rank)
     source = model.peft_config[adapter_name]
     config.task_type = source.task_type
     config.base_model_name_or_path = source.base_model_name_or_path
     return config, tensors
+
+
+def _change_by(graft: Any) -> Tensor:
+    """What an adapter adds to its linear's weight; ConfigError where that is not all it does."""
+    if graft.site.kind != "linear":
+        raise ConfigError(f"{graft.path} is no linear layer; it cannot be converted to LoRA")
+    weight, bias = graft.weight, getattr(graft.base, "bias", None)
+    made, moved = graft.merged(weight, None if bias is None else bias.detach().float())
+    if bias is not None and moved is not None and not torch.equal(moved, bias.float()):
+        raise ConfigError(f"the adapter changes the bias of {graft.path}; LoRA does not")
+    return made - weight
+
+
+@torch.no_grad()
+def converts(model: nn.Module, adapter_name: str) -> bool:
+    """Whether `convert_to_lora` has a LoRA adapter for this one."""
+    grafts = inject.grafts_of(model, adapter_name)
+    try:
+        return bool(grafts) and all(_change_by(graft) is not None for graft in grafts)
+    except ConfigError:
+        return False
 
 
 def lora_of(deltas: dict[str, Tensor], rank: int | float) -> tuple[LoraConfig, dict[str, Tensor]]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from topwork.peft import inject
+from topwork.peft import convert, inject
 from topwork.peft.layer import AdaptedLayer
 
 VERBS = frozenset(
@@ -31,7 +31,7 @@ VERBS = frozenset(
 """What scripts ask of `model.base_model`, which is peft's tuner there."""
 
 
-OWN = frozenset({"targeted_module_names"})
+OWN = frozenset({"supports_lora_conversion", "targeted_module_names"})
 
 
 class Holder(nn.Module):
@@ -49,6 +49,10 @@ class Holder(nn.Module):
     def targeted_module_names(self) -> list[str]:
         """The layers with adapters, by their paths in the model."""
         return [path for path, m in inject.wrappers(self.model) if isinstance(m, AdaptedLayer)]
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` has a LoRA adapter for this one."""
+        return convert.converts(self.model, adapter_name)
 
     @property
     def active_adapter(self) -> str | list[str]:

@@ -82,7 +82,8 @@ def save(
     `initial`: the folder of the same adapter before training, from a start that changed the base
     (PiSSA, OLoRA, CorDA …): what is written is then their difference, for the base as it was.
     """
-    config, tensors = model.peft_config[name], tensors_of(model, name)
+    config: PeftConfig = model.peft_config[name]
+    tensors = config.packed(tensors_of(model, name))
     if initial is not None:
         config, tensors = since(config, tensors, state.read(Path(initial)))
     numbers = sum(t.numel() for t in tensors.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from topwork.peft import usual
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
 from topwork.peft.layer import Graft
 from topwork.peft.sites import Site
+
+LOGITS, INDICES, SHARES = "vblora_logits", "_topk_indices", "_topk_weights"
 
 
 @dataclass(kw_only=True)
@@ -28,6 +31,8 @@ class VBLoRAConfig(LayerConfig):
     bias: str = "none"
     init_vector_bank_bound: float = 0.02
     init_logits_std: float = 0.1
+    save_only_topk_weights: bool = False
+    """Write the best vectors' numbers and shares alone; what is loaded has no others to train."""
     fan_in_fan_out: bool = False
     """No effect: whether a weight is stored [in, out] is seen from the layer."""
     peft_type: str = "VBLORA"
@@ -38,6 +43,32 @@ class VBLoRAConfig(LayerConfig):
         at_least("topk", self.topk, 1)
         a_share("vblora_dropout", self.vblora_dropout)
         one_of("bias", self.bias, ("none", "all", "vblora_only"))
+
+    def packed(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.save_only_topk_weights:
+            return tensors
+        sizes = {2**8: torch.uint8, 2**15: torch.int16, 2**31: torch.int32}
+        dtype = next((d for most, d in sizes.items() if self.num_vectors < most), torch.int64)
+        made: dict[str, Tensor] = {}
+        for key, tensor in tensors.items():
+            if LOGITS not in key:
+                made[key] = tensor
+                continue
+            best, which = tensor.detach().topk(self.topk, dim=-1)
+            made[key + INDICES] = which.to(dtype)
+            made[key + SHARES] = best.softmax(-1)[..., :-1].contiguous()  # they sum to one
+        return made
+
+    def from_file(self, tensors: dict[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
+        made = {k: t for k, t in tensors.items() if not k.endswith((INDICES, SHARES))}
+        for key, which in tensors.items():
+            if key.endswith(INDICES):
+                name = key.removesuffix(INDICES)
+                shares = tensors[name + SHARES]
+                shares = torch.cat([shares, 1 - shares.sum(-1, keepdim=True)], -1).clamp(min=0)
+                logits = shares.new_full((*which.shape[:-1], self.num_vectors), float("-inf"))
+                made[name] = logits.scatter(-1, which.long(), shares.log())
+        return made
 
 
 class VBLora(Graft):
