@@ -9,7 +9,8 @@
 // the texts, [texts, H, S, D], are there once for all rows of a text.
 //
 // What passes between the parts is rounded to the type of the weights as the modules round it; sums
-// are fp32. Rows are independent of one another. C, D and W are multiples of 16, R is at most 32.
+// are fp32. Rows are independent of one another. C, D and W are multiples of 16, R is at most 32: more
+// rows come in several calls.
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && \
     defined(__AVX512VNNI__)
 
@@ -57,14 +58,16 @@ typedef struct {
 } Stack;
 
 typedef struct {
-  i64 rows, position, threads;
+  i64 rows, first, position, threads;  // R rows, which begin with the store's `first`
   const i64 *ids;          // [R]
   int32_t *from;           // [R, room]
   const int32_t *owner;    // [R]: which text
   const int32_t *lengths;  // [texts]
   float *logits;           // [R, V] or null: the largest are enough
-  float *peaks;            // [threads + 1, R]: the largest logits, at last of all threads
-  int32_t *best;           // [threads + 1, R]: and where they first stand
+  float *peaks;            // [R]: the largest logits
+  int32_t *best;           // [R]: and where they first stand
+  float *own_peaks;        // [threads, R]: the same of each thread's logits
+  int32_t *own_best;
   float *lowest;           // [threads, SCREENED]
   i64 *tried;              // [threads]: logits that were computed in full
 } Step;
@@ -374,7 +377,7 @@ FLAT void look(int half, const Crew *c, const Layer *l, float *scores) {
   const i64 H = s->heads, D = s->size, here = c->t->position;
   for (i64 job = c->me; job < c->t->rows * H; job += c->of) {
     const i64 r = job / H, h = job % H, head = h * s->room * D;
-    const i64 place = (r * H + h) * s->room * D + here * D;
+    const i64 place = ((c->t->first + r) * H + h) * s->room * D + here * D;
     memcpy(at(half, l->keys, place), at(half, s->k, job * D), D * (half ? 2 : 4));
     memcpy(at(half, l->values, place), at(half, s->v, job * D), D * (half ? 2 : 4));
     const Head one = {at(half, l->keys, head), at(half, l->values, head), c->t->from + r * s->room,
@@ -434,8 +437,8 @@ FLAT void finish(int half, const Crew *c, i64 widest) {
   const bf16 *packed = packed_of(half, c, s->y, C, widest);
   const Span own = share_of(c, V);
   char *said = at(half, s->said, c->me * 32 * BLOCK);
-  float *peaks = c->t->peaks + c->me * R;
-  int32_t *best = c->t->best + c->me * R;
+  float *peaks = c->t->own_peaks + c->me * R;
+  int32_t *best = c->t->own_best + c->me * R;
   for (i64 r = 0; r < R; r++) peaks[r] = -INFINITY, best[r] = (int32_t)own.from;
   for (i64 o = own.from; o < own.to; o += BLOCK) {
     const i64 n = smaller(BLOCK, own.to - o);
@@ -646,21 +649,21 @@ static void try(const Crew *c) {
         if (top == top && !(logit <= top)) top = logit, place = i;
       }
     }
-    c->t->peaks[c->me * R + r] = top;
-    c->t->best[c->me * R + r] = (int32_t)place;
+    c->t->own_peaks[c->me * R + r] = top;
+    c->t->own_best[c->me * R + r] = (int32_t)place;
   }
   c->t->tried[c->me] = tried;
 }
 
 static void agree(const Step *t, i64 of) {
   for (i64 r = 0; r < t->rows; r++) {
-    i64 found = 0;
-    for (i64 i = 1; i < of; i++) {
-      const float top = t->peaks[found * t->rows + r], other = t->peaks[i * t->rows + r];
+    i64 found = r;
+    for (i64 i = r + t->rows; i < of * t->rows; i += t->rows) {
+      const float top = t->own_peaks[found], other = t->own_peaks[i];
       if (top == top && !(other <= top)) found = i;
     }
-    t->peaks[t->threads * t->rows + r] = t->peaks[found * t->rows + r];
-    t->best[t->threads * t->rows + r] = t->best[found * t->rows + r];
+    t->peaks[r] = t->own_peaks[found];
+    t->best[r] = t->own_best[found];
   }
 }
 
@@ -673,7 +676,7 @@ FLAT void run(int half, const Stack *s, const Step *t, i64 me, i64 of) {
   const void *seen = s->before ? s->y : s->x;
   float *scores = s->scores + me * far;
   if (me == 0)
-    for (i64 r = 0; r < t->rows; r++) t->from[r * s->room + t->position] = (int32_t)r;
+    for (i64 r = 0; r < t->rows; r++) t->from[r * s->room + t->position] = (int32_t)(t->first + r);
   embed(half, c);
   for (const Layer *l = s->layers; l < s->layers + s->count; l++) {
     if (s->before) norm(half, c, &l->norms[0], s->x, s->y);

@@ -14,7 +14,8 @@ from torch import Tensor
 from topwork.ops.native.attention import has_amx
 from topwork.ops.native.build import call, library
 
-MOST_ROWS, MOST_RANK, BLOCK, SCREENED = 32, 256, 256, 4
+MOST_ROWS, MOST_RANK, BLOCK, SCREENED = 96, 256, 256, 4
+AT_ONCE = 32
 ACTIVATIONS = {
     "silu": 0, "swish": 0, "gelu_new": 1, "gelu_pytorch_tanh": 1, "gelu": 2, "relu": 3,
 }  # fmt: skip
@@ -61,8 +62,8 @@ _Stack = _structure(
 )
 _Step = _structure(
     "_Step",
-    whole="rows position threads",
-    at="ids from_ owner lengths logits peaks best lowest tried",
+    whole="rows first position threads",
+    at="ids from_ owner lengths logits peaks best own_peaks own_best lowest tried",
 )
 
 
@@ -199,16 +200,20 @@ class Program:
             "x": s.hidden, "y": s.hidden, "q": wide, "k": wide, "v": wide, "inner": widest,
             "open": widest,
         }  # fmt: skip
-        made = {name: torch.empty(rows, width, dtype=self.dtype) for name, width in widths.items()}
-        made["said"] = torch.empty(threads, MOST_ROWS * BLOCK, dtype=self.dtype)
+        made = {
+            name: torch.empty(min(rows, AT_ONCE), width, dtype=self.dtype)
+            for name, width in widths.items()
+        }
+        made["said"] = torch.empty(threads, AT_ONCE * BLOCK, dtype=self.dtype)
         made["packed"] = torch.empty(threads, 64 * widest * bool(stack.half), dtype=torch.bfloat16)
         made["scores"] = torch.empty(threads, max(stack.room, stack.texts_room) + 15)
         for name, tensor in made.items():
             setattr(stack, name, tensor.data_ptr())
+        made["own_peaks"] = torch.empty(threads, AT_ONCE)
+        made["own_best"] = torch.empty(threads, AT_ONCE, dtype=torch.int32)
+        made["lowest"] = torch.empty(threads, SCREENED)
         self.logits = torch.empty(0)
-        self._peaks = torch.empty(threads + 1, rows)
-        self._best = torch.empty(threads + 1, rows, dtype=torch.int32)
-        self._lowest = torch.empty(threads, SCREENED)
+        self._peaks, self._best = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
         self._tried = torch.zeros(threads, dtype=torch.long)
         self._rows, self._threads, self._made = rows, threads, made
 
@@ -226,19 +231,27 @@ class Program:
             self._make_room(rows, threads)
         if whole and not len(self.logits):
             self.logits = torch.empty(rows, self.sizes.vocab)
-        step = _Step(
-            rows, position, threads,
-            *(t.data_ptr() for t in (ids, origin, owner, lengths)),
-            self.logits.data_ptr() if whole else None,
-            *(t.data_ptr() for t in (self._peaks, self._best, self._lowest, self._tried)),
-        )  # fmt: skip
-        _kernel()(ctypes.addressof(self._stack), ctypes.addressof(step))
+        step = _Step(position=position, threads=threads, lengths=lengths.data_ptr())
+        step.tried = self._tried.data_ptr()
+        for name in ("own_peaks", "own_best", "lowest"):
+            setattr(step, name, self._made[name].data_ptr())
+        given = {
+            "ids": ids, "from_": origin, "owner": owner, "peaks": self._peaks, "best": self._best,
+        }  # fmt: skip
+        if whole:
+            given["logits"] = self.logits
+        for first in range(0, rows, AT_ONCE):
+            step.first, step.rows = first, min(AT_ONCE, rows - first)
+            for name, tensor in given.items():
+                at = first * tensor.stride(0) * tensor.element_size()
+                setattr(step, name, tensor.data_ptr() + at)
+            _kernel()(ctypes.addressof(self._stack), ctypes.addressof(step))
         return self.logits
 
     @property
     def best(self) -> tuple[Tensor, Tensor]:
         """The largest logit of each row [R] (NaN if one is) and where it first stands [R]."""
-        return self._peaks[-1], self._best[-1].long()
+        return self._peaks, self._best.long()
 
 
 def _fill(made: Any, pairs: dict[str, Pair]) -> None:
