@@ -237,7 +237,7 @@ def test_a_large_head_is_screened_where_that_pays_and_damage_is_still_named():
 def test_low_rank_adapters_act_while_they_are_on(name, dtype):
     model = made(name, dtype)
     adapted = get_peft_model(
-        model, LoraConfig(r=5, lora_alpha=8, target_modules="all-linear", exclude_modules="lm_head")
+        model, LoraConfig(r=5, lora_alpha=8, target_modules="all-linear")
     ).eval()  # fmt: skip
     with torch.no_grad():
         for path, parameter in adapted.named_parameters():
