@@ -268,13 +268,15 @@ def _require_gradients(module: nn.Module, args: Any, output: torch.Tensor) -> No
     output.requires_grad_(True)
 
 
-def cast_to_base(model: nn.Module, name: str) -> None:
+def cast_to_base(model: nn.Module, name: str, home: nn.Module) -> None:
     """Give the parameters of adapter `name` the dtype of the layers below."""
+    shared = [bank[name] for _, bank in banks_of(home) if name in bank]
     for layer in layers_of(model):
         dtype = next((p.dtype for p in layer.base_layer.parameters()), torch.float32)
-        for _, tensor in layer.held(name):
+        for tensor in (*(t for _, t in layer.held(name)), *shared):
             if dtype.is_floating_point and tensor.is_floating_point():
                 tensor.data = tensor.data.to(dtype)
+        shared = []
 
 
 def strip(model: nn.Module) -> nn.Module:

@@ -256,6 +256,12 @@ class AdaptedLayer(nn.Module):
             return getattr(self.base_layer, name)
         return ByAdapter(showing, next(iter(showing.values())).SHOWN[name])
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if any(name in g.SHOWN for g in self.__dict__.get("grafts", {}).values()):
+            getattr(self, name).update(value)
+        else:
+            super().__setattr__(name, value)
+
     @property
     def wrapped_module(self) -> nn.Module:
         return self.base_layer

@@ -69,8 +69,8 @@ class PeftModel(nn.Module):
         self.entry = entry.Entry(self)
         self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
-        if getattr(model, "is_gradient_checkpointing", False):
-            inject.let_inputs_have_gradients(model)
+        if getattr(model, "is_gradient_checkpointing", False) and not hasattr(model, "backbone"):
+            inject.let_inputs_have_gradients(model)  # ours checkpoint without
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
@@ -198,7 +198,7 @@ class PeftModel(nn.Module):
             raise ConfigError(f"{type(config).__name__} names no method")
         self.peft_config[adapter_name] = inject.inject(model, adapter_name, config, self.base_model)
         if not autocast_adapter_dtype:
-            inject.cast_to_base(model, adapter_name)
+            inject.cast_to_base(model, adapter_name, self.base_model)
         inject.set_trained(model, (adapter_name,), False, self.base_model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
