@@ -115,38 +115,20 @@ def test_a_run_leaves_groups_out_and_keeps_what_they_learnt(tmp_path):
     assert all(p.abs().sum() > 0 for p in frozen)
 
 
-@torch.no_grad()
-def plain_base():
-    """A base whose targets have six directions."""
-    model = base("qwen2")
-    for name, module in model.named_modules():
-        if name.endswith(tuple(TARGETS)):
-            whole = (
-                [module.weight] if module.bias is None else [module.weight, module.bias[:, None]]
-            )
-            u, s, v = torch.linalg.svd(torch.cat(whole, 1), full_matrices=False)
-            made = u[:, :6] * s[:6] @ v[:6]
-            module.weight.copy_(made[:, : module.in_features])
-            if module.bias is not None:
-                module.bias.copy_(made[:, -1])
-    return model
-
-
 def test_a_file_of_another_device_is_read_by_its_own_directions(tmp_path, monkeypatch):
-    config = topwork.AdamssConfig(target_modules=TARGETS, r=6)
-    ours = get_peft_model(plain_base(), config)
+    config = topwork.AdamssConfig(target_modules=[*TARGETS, "up_proj"], r=9)
+    ours = get_peft_model(base("qwen2"), config)
     randomise(ours)
     ours.eval().save_pretrained(tmp_path)
-    wanted = ours(IDS).logits
+    wanted, own = ours(IDS).logits, inject.grafts_of(ours, "default")
     search = adamss.directions
-
-    def mirrored(weight, r, seed):
-        """The same directions, of the other sign and in another order."""
-        u, v = search(weight, r, seed)
-        return -u.flip(1), -v.flip(0)
-
-    monkeypatch.setattr(adamss, "directions", mirrored)
-    close(PeftModel.from_pretrained(plain_base(), tmp_path)(IDS).logits, wanted)
+    monkeypatch.setattr(adamss, "directions", lambda weight, r, seed: search(weight, r, seed + 1))
+    elsewhere = inject.grafts_of(get_peft_model(base("qwen2"), config), "default")
+    assert any(
+        [p.tolist() for p in a.places] != [p.tolist() for p in b.places]
+        for a, b in zip(own, elsewhere)
+    )
+    close(PeftModel.from_pretrained(base("qwen2"), tmp_path)(IDS).logits, wanted)
     other = base("qwen2")
     with torch.no_grad():
         for parameter in other.parameters():

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from topwork import ops
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft import sites, usual
+from topwork.peft import usual
 from topwork.peft.config import LayerConfig, at_least, one_of
 from topwork.peft.layer import Graft
 
@@ -108,7 +108,7 @@ class Adamss(Graft):
         return {
             "adamss_A": nn.ParameterList(a),
             "adamss_B": nn.ParameterList(b),
-            "adamss_newB": v.to(sites.read_weight(self.base).dtype),
+            "adamss_newB": v,  # fp32 whatever the base: `meets` wants it exact
         }
 
     def _whole(self) -> Tensor:
@@ -134,7 +134,7 @@ class Adamss(Graft):
         v = v.to(self["adamss_newB"])
         if torch.allclose(v, self["adamss_newB"], rtol=1e-2, atol=1e-3):
             return
-        self.places = groups(F.normalize(self._whole() @ v.float().t(), dim=0), len(self.places))
+        self.places = groups(left_of(self._whole(), v), len(self.places))
         told = [len(t) for n, t in sorted(given.items(), key=_number) if "adamss_B" in n]
         if told != [len(places) for places in self.places]:
             raise CheckpointError(
@@ -242,6 +242,15 @@ def directions(weight: Tensor, r: int, seed: int) -> tuple[Tensor, Tensor]:
         torch.manual_seed(seed)
         u, _, v = torch.svd_lowrank(weight, q=min(r, *weight.shape), niter=2)
     return u, v.t().contiguous()
+
+
+def left_of(weight: Tensor, v: Tensor) -> Tensor:
+    """The U that `directions` found together with V [r, in]: of a wide weight W V, of a tall one
+    what Wᵀ takes to V, each column made one long again."""
+    whole, right = weight.double().cpu(), v.double().cpu().t()
+    wide = len(whole) < whole.shape[1]
+    found = whole @ right if wide else torch.linalg.lstsq(whole.t(), right, driver="gelsd").solution
+    return F.normalize(found, dim=0).to(weight)
 
 
 def groups(rows: Tensor, count: int) -> list[Tensor]:
