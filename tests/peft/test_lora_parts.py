@@ -123,3 +123,32 @@ def test_replicated_layers_share_weights_and_have_their_own_adapters():
 def test_what_cannot_be_meant_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
         get_peft_model(model(), LoraConfig(**options))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_heads_trained_rows_take_the_fused_path_with_equal_gradients(tied):
+    """Of the loss and of its gradients: against the logits whole."""
+    indices = [3, 5, 11] if tied else {"embed_tokens": [3, 5, 11], "lm_head": [5, 11]}
+    config = LoraConfig(target_modules=["q_proj"], trainable_token_indices=indices)
+    ours = get_peft_model(model("qwen2", tie_word_embeddings=tied), config)
+    randomise(ours)
+    ids = torch.tensor([[3, 7, 5, 11, 5, 2, 3, 9]])
+    weights = torch.randn(7)
+    assert ours.get_output_embeddings().swapped() is not None
+    found = []
+    for whole in (True, False):
+        ours.zero_grad()
+        hidden = ours.backbone(ids)[0, :-1]
+        if whole:
+            said = ours.head(hidden).float().log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+        else:
+            said = ours.token_logprobs(hidden, ids[0, 1:])
+        (said * weights).sum().backward()
+        grads = [p.grad for p in ours.parameters() if p.grad is not None]
+        found.append((said.detach(), *grads))
+    for a, b in zip(*found, strict=True):
+        close(b, a, atol=1e-5)
+    with ours.disable_adapter():
+        assert ours.get_output_embeddings().swapped() is None
+    ours.merge_adapter()
+    assert ours.get_output_embeddings().swapped() is None

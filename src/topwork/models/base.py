@@ -283,6 +283,9 @@ class CausalModel(Model):
         linear = self.get_output_embeddings()
         if type(linear) is nn.Linear and linear.bias is None:
             return ops.token_logprobs(hidden, linear.weight, targets)
+        swapped = getattr(linear, "swapped", lambda: None)()  # an adapter's rows of the weight
+        if swapped is not None:
+            return ops.token_logprobs_swapped(hidden, targets, *swapped)
         return ops.token_logprobs_of(self.head, hidden, targets)
 
     def forward(

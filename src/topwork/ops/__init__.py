@@ -31,6 +31,7 @@ from topwork.ops.logprobs import (
     TokenStatistics,
     token_logprobs,
     token_logprobs_of,
+    token_logprobs_swapped,
     token_statistics,
 )
 from topwork.ops.lora import LinearParts, LoraTerm, lora_linear, lora_linears
@@ -84,6 +85,7 @@ __all__ = [
     "token_divergence",
     "token_logprobs",
     "token_logprobs_of",
+    "token_logprobs_swapped",
     "token_statistics",
     "unshared",
 ]

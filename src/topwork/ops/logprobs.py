@@ -27,6 +27,40 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return apply(_FrozenHead, hidden, weight, targets)
 
 
+def token_logprobs_swapped(
+    hidden: Tensor, targets: Tensor, weight: Tensor, places: Tensor, rows: Tensor
+) -> Tensor:
+    """`token_logprobs` with `rows` [k, C] in the `places` [k] of a frozen `weight`. Of it they alone
+    have gradients: 1 at a target less the token's chance, times `hidden`."""
+    whole = weight.detach().index_copy(0, places, rows.detach().to(weight.dtype))
+    found = apply(_FrozenHead, hidden, whole, targets)
+    if not (rows.requires_grad and torch.is_grad_enabled()):
+        return found
+    with torch.no_grad():
+        seen = hidden.detach().float()
+        said = (seen * whole[targets].float()).sum(1), seen @ whole[places].float().t()
+        if not tiled.serves(hidden, whole):  # whose logits are not rounded
+            said = said[0].to(hidden.dtype).float(), said[1].to(hidden.dtype).float()
+        target, logits = said
+        chances = (logits - (target - found)[:, None]).exp()  # [N, k]
+        slopes = (targets[:, None] == places).float() - chances
+    return found + apply(_Rows, rows, slopes, seen)
+
+
+class _Rows(torch.autograd.Function):
+    """Nothing [N], with the gradient of `slopes` [N, k] · `seen` [N, C] towards `rows` [k, C]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, slopes: Tensor, seen: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(slopes, seen)
+        return slopes.new_zeros(len(slopes))
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        slopes, seen = ctx.saved_tensors
+        return (slopes * grad[:, None]).t() @ seen, None, None
+
+
 def token_logprobs_of(
     head: Callable[[Tensor], Tensor], hidden: Tensor, targets: Tensor, smoothing: float = 0.0
 ) -> Tensor:

@@ -307,6 +307,12 @@ class AdaptedLayer(nn.Module):
         for name, graft in self.grafts.items():
             graft.trains(name in names and not inference_mode)
 
+    def swapped(self) -> Any:
+        """`TrainableTokens.swapped` of the only adapter that acts, if it has that."""
+        acts = () if self.disabled or self.merged or self.rows else self.active
+        graft = self.grafts.get(acts[0]) if len(acts) == 1 else None
+        return getattr(graft, "swapped", lambda: None)()
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, in the layout in which the layer stores it."""
         delta = self.grafts[adapter].delta()

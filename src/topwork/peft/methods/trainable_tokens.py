@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -86,6 +87,13 @@ class TrainableTokens(Graft):
         places = self.places
         logits = logits if bias is None else logits + bias[places]
         return y.index_copy(-1, places, logits)
+
+    def swapped(self) -> tuple[Tensor, Tensor, Tensor] | None:
+        """(weight, places, rows), where a head is a plain frozen weight but for these rows."""
+        base: Any = self.base
+        if type(base) is not nn.Linear or base.bias is not None or base.weight.requires_grad:
+            return None
+        return base.weight, self.places, self["trainable_tokens_delta"]
 
     def merged(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
         rows = weight.t() if self.site.kind == "embedding" else weight
