@@ -30,7 +30,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 def token_logprobs_swapped(
     hidden: Tensor, targets: Tensor, weight: Tensor, places: Tensor, rows: Tensor
 ) -> Tensor:
-    """`token_logprobs` with `rows` [k, C] in the `places` [k] of a frozen `weight`. Of it they alone
+    """`token_logprobs`, `rows` [k, C] in the `places` [k] of a frozen `weight`. Of it they alone
     have gradients: 1 at a target less the token's chance, times `hidden`."""
     whole = weight.detach().index_copy(0, places, rows.detach().to(weight.dtype))
     found = apply(_FrozenHead, hidden, whole, targets)
