@@ -232,7 +232,7 @@ class NativeRunner:
         self.pool = pool
         self._modules = ModuleRunner(model, pool)
         self._step: StepProgram | None = None
-        self._adapters: list[str] | None = None
+        self._index: dict[str | None, int] = {}  # the program's numbers of adapters, and of none
         self.refresh()
 
     @property
@@ -242,11 +242,12 @@ class NativeRunner:
     def refresh(self) -> None:
         """Read the model again: its weights or adapters have changed."""
         self._modules.refresh()
-        self._adapters = low_rank(self.model)
+        adapters = low_rank(self.model)
+        self._index = {None: -1} | {name: i for i, name in enumerate(adapters or ())}
         length = self.pool.pages * self.pool.size  # a text may outgrow the trained context
         step = None
         if self.pool.size % 16 == 0:
-            step = compile_step(self.model, MOST_ROWS, length, self._adapters, steady=True)
+            step = compile_step(self.model, MOST_ROWS, length, adapters, steady=True)
         if step is not None:
             for layer, (heads, size) in enumerate(step.shapes):
                 like = torch.empty(heads, size, dtype=torch.bfloat16)
@@ -271,11 +272,6 @@ class NativeRunner:
         back = torch.tensor([*order, *rest]).argsort()
         found = Next.joined(parts)
         return Next(found.logits[back], found.peak[back], found.best[back])
-
-    @property
-    def _index(self) -> dict[str | None, int]:
-        """The adapters that the program knows, and none, by their numbers in it."""
-        return {None: -1} | {name: i for i, name in enumerate(self._adapters or ())}
 
     def _in_groups(self, pieces: Sequence[Piece]) -> Next:
         """As many rows at once as the program takes."""
@@ -309,7 +305,7 @@ class NativeRunner:
             ids,
             positions,
             pages.repeat_interleave(counts, 0),
-            adapter=adapter if self._adapters else None,
+            adapter=adapter if len(self._index) > 1 else None,
             wanted=(ends - 1).to(torch.int32),
         )
         # The next group of rows goes into the same buffers.
