@@ -81,9 +81,11 @@ def low_rank(model: Any) -> list[str] | None:
     names = getattr(model, "peft_config", None)
     if names is None:
         return None
-    grafts = [item for layer in inject.layers_of(model) for item in layer.grafts.items()]
-    other = {name for name, graft in grafts if graft.token_term() is None}
-    return [name for name in names if name not in other and name in {n for n, _ in grafts}]
+    fits: dict[str, bool] = {}
+    for layer in inject.layers_of(model):
+        for name, graft in layer.grafts.items():
+            fits[name] = fits.get(name, True) and graft.token_term() is not None
+    return [name for name in names if fits.get(name)]
 
 
 def virtual_tokens(model: Any, row: Acting) -> Tensor | list[tuple[Tensor, Tensor]]:
