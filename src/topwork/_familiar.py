@@ -74,6 +74,8 @@ ABSENT = {
     "DataCollatorForCompletionOnlyLM": "SFTTrainer trains the answers alone, wherever rows tell "
     "them apart",
     "DataCollatorForWholeWordMask": "DataCollatorForLanguageModeling hides tokens",
+    "DefaultDataCollator": "pass default_data_collator, a function",
+    "DataCollatorWithFlattening": "DataCollatorWithPacking puts texts one after the other",
     "logging": "use Python's logging",
     "is_torch_available": "torch is always there",
 }  # fmt: skip

@@ -10,6 +10,8 @@ from topwork import (
     AutoTokenizer,
     LoraConfig,
     PeftModel,
+    SFTConfig,
+    SFTTrainer,
     get_peft_model,
     hub,
 )
@@ -45,3 +47,13 @@ def test_a_refusal_names_the_repository_and_what_to_do(server):
         hub.upload(lambda home: (home / "a").write_text("x"), "me/base", token="hf_reads")
     with pytest.raises(CheckpointError, match="no valid name"):
         hub.upload(lambda home: (home / "a").write_text("x"), "a/b/c", token="hf_writes")
+
+
+def test_a_trainer_pushes_its_model_and_tokenizer(server, tmp_path):
+    args = SFTConfig(str(tmp_path / "run"), hub_model_id="me/run", hub_token="hf_writes")
+    run = SFTTrainer(tiny.model(), args, tiny.chats(2), processing_class=tiny.tokenizer())
+    assert run.push_to_hub(dataset_name="chats").startswith(f"{server}/me/run/commit/")
+    where = {"token": "hf_writes", "cache_dir": str(tmp_path / "cache")}
+    loaded = AutoModelForCausalLM.from_pretrained("me/run", **where)
+    assert torch.equal(loaded.lm_head.weight, run.model.lm_head.weight)
+    assert AutoTokenizer.from_pretrained("me/run", **where).eos_token == "<|im_end|>"

@@ -133,6 +133,9 @@ def test_outputs_are_read_by_attribute_name_and_place():
     assert bare.get("loss") is None
     with pytest.raises(KeyError):
         bare["loss"]
+    (logits,) = tiny.model()(ids, return_dict=False)
+    assert logits.equal(bare.logits)
+    assert tiny.model()(ids, return_dict=True).logits.equal(logits)
 
 
 @pytest.mark.parametrize("kind", ["BertModel", "BertForSequenceClassification"])

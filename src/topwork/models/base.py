@@ -52,6 +52,11 @@ class Model(nn.Module):
         self.table = weights.PLAIN
         self.quantization_config: quant.BitsAndBytesConfig | None = None
 
+    def __call__(self, *args: Any, return_dict: bool | None = None, **inputs: Any) -> Any:
+        """What `forward` gives, with `return_dict=False` as a tuple."""
+        found = super().__call__(*args, **inputs)
+        return found.to_tuple() if return_dict is False else found
+
     @property
     def trunk(self) -> Any:
         raise NotImplementedError

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 class Familiar(NamedTuple):
     """A name: what it reads as when it is not given, why it is no field, and whether a value is
-    merely without effect (told by a warning) or refused. `plain`: further values that ask for
-    nothing."""
+    merely without effect (told by a warning with the reason, if there is one) or refused. `plain`:
+    further values that ask for nothing."""
 
     default: Any
     reason: str
@@ -80,9 +80,9 @@ RUN = {
            skip_memory_metrics=True, include_num_input_tokens_seen=False),
     **idle("a checkpoint holds what resuming needs", save_only_model=False,
            restore_callback_states_from_checkpoint=False, enable_jit_checkpoint=False),
-    **idle("it is trainer.push_to_hub that reads it", hub_model_id=None, hub_token=None,
-           hub_private_repo=None, hub_strategy="every_save", hub_always_push=False,
-           hub_revision=None),
+    # Read by trainer.push_to_hub.
+    **idle("", hub_model_id=None, hub_token=None, hub_private_repo=None, hub_strategy="every_save",
+           hub_always_push=False, hub_revision=None),
     **idle("training keeps no cache", use_cache=False),
     **refused(
         fp16=(False, "there is no loss scaling here; use bf16=True"),
@@ -145,7 +145,7 @@ def taken(cls: type, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str
         one = familiar[name]
         if one.asks(value) and not one.harmless:
             raise ConfigError(f"{name}={value!r} has no meaning here: {one.reason}")
-        if one.asks(value):
+        if one.asks(value) and one.reason:
             told.append(f"{name} ({one.reason})")
         kept[name] = value
     if told:
