@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ from typer.testing import CliRunner
 import tiny
 from sighted import FAMILIES, pair, picture
 from topwork import (
+    A2POConfig,
+    A2POTrainer,
     AutoModelForSequenceClassification,
     Config,
     GRPOConfig,
@@ -25,6 +28,8 @@ from topwork import (
     PPOTrainer,
     RLOOConfig,
     RLOOTrainer,
+    SDPOConfig,
+    SDPOTrainer,
     XPOConfig,
     XPOTrainer,
 )
@@ -32,6 +37,7 @@ from topwork.cli.main import app
 from topwork.errors import ConfigError, DataError, TrainingError
 from topwork.objectives import rollouts
 from topwork.objectives.rollouts import read_prompts, roll_out
+from topwork.objectives.sdpo import retold
 
 
 def big(completion_ids, **_):
@@ -143,6 +149,8 @@ def test_a_run_learns_what_is_rewarded(family, kind, tmp_path):
 OTHERS = [
     (OnlineDPOTrainer, OnlineDPOConfig, {}), (XPOTrainer, XPOConfig, {"alpha": 0.1}),
     (PPOTrainer, PPOConfig, {"num_ppo_epochs": 2}),
+    (SDPOTrainer, SDPOConfig, {"success_reward_threshold": 0.0, "distillation_weight": 0.5}),
+    (A2POTrainer, A2POConfig, {"num_value_samples": 2, "beta2": 0.1}),
 ]  # fmt: skip
 
 
@@ -191,6 +199,37 @@ def test_a_whole_group_in_one_pass_is_the_answers_apart(tmp_path):
                 logprobs[whole.batch.owners == at], alone, rtol=1e-4, atol=1e-5
             )
             at += 1
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
+def test_the_teacher_of_sdpo_sees_what_the_policy_sees(family, tmp_path):
+    made = pair(family)
+    args = settings(tmp_path, SDPOConfig, success_reward_threshold=0.0)
+    run = SDPOTrainer(made.model, big, args, asked(family), processing_class=made.processor)
+    torch.manual_seed(1)
+    (whole,) = run.objective.assemble(made.model, [run.train_data[:2]])
+    assert whole.taught.all()
+    pixels = [batch.images["pixel_values"] for batch in (whole.teacher, whole.batch)]
+    assert len(pixels[0]) == 2 * len(pixels[1])  # two answers, each with a teacher of its own
+    draw = run.objective.draw
+    with torch.no_grad():
+        said = run.objective._logprobs(made.model, replace(whole, batch=whole.teacher))
+    answers = [whole.batch.targets[whole.batch.owners == k].tolist() for k in range(4)]
+    for k, prompt in enumerate([p for p in run.train_data[:2] for _ in range(2)]):
+        shown = draw.tokenizer.decode(answers[k ^ 1], skip_special_tokens=True)
+        solution = run.args.solution_template.format(successful_previous_attempt=shown)
+        given = retold(prompt, run.args.reprompt_template, solution, "")
+        row = {**prompt.columns, "prompt": given}
+        ((seen,), _) = read_prompts([row], draw.tokenizer, None, placer=draw.placer)
+        assert shown in draw.tokenizer.decode(seen.ids.tolist())
+        assert [i.source for i in seen.images] == [i.source for i in prompt.images]
+        ids = torch.tensor([[*seen.ids.tolist(), *answers[k]]])
+        with torch.no_grad():
+            logits = made.model(input_ids=ids, **draw.placer.tensors([seen.sample()])).logits[0]
+        wanted = logits[-len(answers[k]) - 1 : -1].log_softmax(-1)
+        wanted = wanted.gather(1, torch.tensor(answers[k])[:, None])[:, 0]
+        own = said[whole.teacher.owners == k]
+        torch.testing.assert_close(own, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_a_checkpoint_between_passes_holds_the_images(tmp_path):

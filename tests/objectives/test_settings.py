@@ -10,6 +10,7 @@ import torch
 
 import tiny
 from cli.test_objectives import PAIRS, ROWS
+from teaching import teaching
 from topwork import LoraConfig
 from topwork.errors import ConfigError
 from topwork.objectives.registry import OBJECTIVES
@@ -47,6 +48,10 @@ REFUSED = {
     "sdpo": {"entropy_coef": 0.1},
     "a2po": {"importance_correction": "token_mask"},
     "online_dpo": {"importance_correction": "token_mask"},
+}  # fmt: skip
+REFUSED["server_distill"] = {
+    **REFUSED["distill"], "teacher_model_init_kwargs": {"dtype": "auto"}, "seq_kd": True,
+    "temperature": 0.5,
 }  # fmt: skip
 LIKE = {"gkd": "distill", "iw_opd": "distill", "uld": "distill", "gold": "distill",
         "xpo": "online_dpo", "nash_md": "online_dpo"}  # fmt: skip
@@ -101,9 +106,13 @@ def test_every_setting_is_read(name, base, tmp_path):
     seen.clear()
     rows = ROWS.get(name, PAIRS)
     torch.manual_seed(0)
-    entry.trainer(
-        base, args=args, train_dataset=rows, eval_dataset=rows, peft_config=LoraConfig(r=2), **more
-    ).train()
+    with teaching(tiny.model()) as server:
+        if name == "server_distill":
+            args.teacher_model_server_url = server.url
+        entry.trainer(
+            base, args=args, train_dataset=rows, eval_dataset=rows, peft_config=LoraConfig(r=2),
+            **more,
+        ).train()  # fmt: skip
     refused = REFUSED.get(LIKE.get(name, name), {})
     lost = names - seen - set(WHEN) - set(refused) - (GRPOS if name == "sdpo" else set())
     assert not lost

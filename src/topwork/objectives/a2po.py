@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from topwork.errors import TrainingError
+from topwork.media import ImageTextProcessor
 from topwork.objectives.answers import means
 from topwork.objectives.begin import set_up
 from topwork.objectives.draws import (
@@ -30,7 +31,7 @@ from topwork.objectives.logprobs import token_logprobs
 from topwork.objectives.online import no_correction, write_as
 from topwork.objectives.reference import Reference
 from topwork.objectives.rewards import RewardFunc
-from topwork.objectives.rollouts import Answer, EngineWriter, Prompt, sampling_options
+from topwork.objectives.rollouts import Answer, EngineWriter, Prompt, SeeingWriter, sampling_options
 from topwork.objectives.routing import routed
 from topwork.objectives.setup import at_least
 from topwork.peft import PeftConfig
@@ -93,7 +94,9 @@ class A2PO(OverDraws):
     ) -> Tensor:
         """The rewards [P, S] of answers of the start to each prompt."""
         args = self.args
-        writer = EngineWriter(sampling_options(args, self.draw.tokenizer))
+        writer = self.draw.writer
+        if not isinstance(writer, SeeingWriter):  # a server has no start
+            writer = EngineWriter(sampling_options(args, self.draw.tokenizer))
         answers = write_as(
             self.reference, model, writer, prompts, args.num_value_samples,
             args.max_completion_length, generator,
@@ -130,7 +133,7 @@ class A2PO(OverDraws):
         self, model: nn.Module, drawn: Sequence[Drawn], values: Sequence[float]
     ) -> Rollout:
         device = next(model.parameters()).device
-        batch, _ = collate_answers(drawn, device)
+        batch, _ = collate_answers(drawn, device, placer=self.draw.placer)
         gains = [self.draw.jury.summed(one.rewards) - v for one, v in zip(drawn, values)]
         with self.reference.of(model) as reference:
             start = token_logprobs(reference, batch, self.args.temperature)
@@ -171,7 +174,7 @@ class A2POTrainer(Trainer):
         args: A2POConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         reward_processing_classes: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,
@@ -181,7 +184,7 @@ class A2POTrainer(Trainer):
         args, optimizer = settled(args, A2POConfig, optimizer, more)
         found = set_up(
             model, reward_funcs, args, train_dataset, eval_dataset, processing_class,
-            reward_processing_classes, peft_config, held=1.0,
+            reward_processing_classes, peft_config, held=1.0, sees=True,
         )  # fmt: skip
         assert found.reference is not None
         objective = A2PO(args, found.draw, reference=found.reference)

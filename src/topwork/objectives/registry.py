@@ -102,13 +102,13 @@ OBJECTIVES = {
         gmpo.GMPOConfig, gmpo.GMPOTrainer, preview_prompts, DRAWN, images=True
     ),
     "sdpo": Entry(
-        sdpo.SDPOConfig, sdpo.SDPOTrainer, preview_prompts, {"reward": "reward_funcs"}
+        sdpo.SDPOConfig, sdpo.SDPOTrainer, preview_prompts, {"reward": "reward_funcs"}, True
     ),
     "rloo": Entry(
         rloo.RLOOConfig, rloo.RLOOTrainer, preview_prompts, DRAWN, images=True
     ),
     "a2po": Entry(
-        a2po.A2POConfig, a2po.A2POTrainer, preview_prompts, {"reward": "reward_funcs"}
+        a2po.A2POConfig, a2po.A2POTrainer, preview_prompts, {"reward": "reward_funcs"}, True
     ),
     "online_dpo": Entry(
         online.OnlineDPOConfig, online.OnlineDPOTrainer, preview_prompts, {**DRAWN, **ONLINE}, True

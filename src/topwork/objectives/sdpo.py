@@ -10,12 +10,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from topwork import ops
 from topwork.data.packing import Batch
 from topwork.errors import ConfigError, DataError
+from topwork.media import ImageTextProcessor
 from topwork.objectives import kept
 from topwork.objectives.answers import means
 from topwork.objectives.distill import head_of, seen_at
@@ -191,20 +193,21 @@ class SDPO(GRPO):
             if given is not None
         ]
         limit = self.args.max_reprompt_len
-        read = iter(read_prompts(rows, self.draw.tokenizer, None)[0] if rows else [])
-        taught, groups = [], []
+        placer = self.draw.placer
+        read = iter(read_prompts(rows, self.draw.tokenizer, None, None, placer)[0] if rows else ())
+        taught: list[bool] = []
+        groups: list[Drawn] = []
         for (one, k), given in zip(places, said):
-            prompt = None if given is None else next(read)
+            prompt = None if given is None else replace(next(read), row=one.prompt.row)
             taught.append(prompt is not None and (limit is None or len(prompt) <= limit))
-            if prompt is not None and taught[-1]:
-                answer = replace(one.answers[k], prompt=prompt.ids)
-                if groups and groups[-1].prompt is one.prompt:
-                    groups[-1].answers.append(answer)
-                else:
-                    groups.append(Drawn(one.prompt, [answer], one.rewards))
-        device = plain.advantages.device
-        ended_only = self.args.mask_truncated_completions
-        teacher = collate_answers(groups, device, ended_only)[0] if groups else None
+            if prompt is None or not taught[-1]:
+                continue
+            if groups and _same(groups[-1].prompt, prompt):
+                groups[-1].answers.append(one.answers[k])
+            else:
+                groups.append(Drawn(prompt, [one.answers[k]], one.rewards))
+        device, ended_only = plain.advantages.device, self.args.mask_truncated_completions
+        teacher = collate_answers(groups, device, ended_only, placer)[0] if groups else None
         return Taught(**vars(plain), taught=torch.tensor(taught, device=device), teacher=teacher)
 
     def _retold(self, one: Drawn, scores: Sequence[float], k: int) -> Any:
@@ -292,20 +295,28 @@ class SDPO(GRPO):
         return found
 
 
-def retold(prompt: Prompt, template: str, solution: str, feedback: str) -> Any:
-    """The prompt in the template's words, a text or messages as it was.
+def _same(one: Prompt, other: Prompt) -> bool:
+    """Whether two teachers read the same, so that it is computed once."""
+    return one.row == other.row and np.array_equal(one.ids, other.ids)
 
-    DataError where the last message is not the user's, or no text.
-    """
+
+def retold(prompt: Prompt, template: str, solution: str, feedback: str) -> Any:
+    """The prompt in the template's words, a text or messages as it was; images of the last message
+    come before its words. DataError where that one is not the user's."""
     if isinstance(prompt.given, str):
         return template.format(prompt=prompt.given, solution=solution, feedback=feedback)
     last = dict(prompt.given[-1])
-    if last.get("role") != "user" or not isinstance(last.get("content"), str):
+    if last.get("role") != "user":
         raise DataError(
-            f"row {prompt.row}: the teacher's prompt goes on from the user's last message, a text, "
-            f"but there is one of {last.get('role')!r}"
+            f"row {prompt.row}: the teacher's prompt goes on from the user's last message, but "
+            f"there is one of {last.get('role')!r}"
         )
-    last["content"] = template.format(prompt=last["content"], solution=solution, feedback=feedback)
+    parts = last["content"]
+    plain = isinstance(parts, str)
+    text = parts if plain else "".join(p["text"] for p in parts if p["type"] == "text")
+    text = template.format(prompt=text, solution=solution, feedback=feedback)
+    seen = [] if plain else [p for p in parts if p["type"] != "text"]
+    last["content"] = text if plain else [*seen, {"type": "text", "text": text}]
     return [*prompt.given[:-1], last]
 
 
@@ -315,7 +326,6 @@ class SDPOTrainer(GRPOTrainer):
 
     objective_class: ClassVar[type[GRPO]] = SDPO
     config_class: ClassVar[type[GRPOConfig]] = SDPOConfig
-    sees: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -324,7 +334,7 @@ class SDPOTrainer(GRPOTrainer):
         args: SDPOConfig | None = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
-        processing_class: Tokenizer | None = None,
+        processing_class: Tokenizer | ImageTextProcessor | None = None,
         reward_processing_classes: Any = None,
         callbacks: Sequence[TrainerCallback] = (),
         optimizer: torch.optim.Optimizer | None = None,

@@ -71,6 +71,8 @@ class ServerDistillationConfig(GKDConfig):
                 f"temperature={self.temperature}: of a few tokens' log-probabilities those at "
                 "another temperature do not follow; leave it at 1"
             )
+        if self.teacher_model_init_kwargs is not None:
+            raise ConfigError("teacher_model_init_kwargs: the server has loaded its model")
         if self.seq_kd:
             raise ConfigError("seq_kd: have the server answer the rows before the run")
         if not self.loss_add_tail and (self.beta == 1 or (self.loss_top_k == 1 and not self.beta)):
