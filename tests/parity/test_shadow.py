@@ -81,6 +81,17 @@ def test_generation_reads_the_shadow_token_by_token(tmp_path):
         == wanted.tolist()
     )
     assert on_theirs.generate(input_ids=IDS, **told).tolist() == wanted.tolist()
+    beams = {**told, "num_beams": 3}
+    found = on_theirs.generate(input_ids=IDS, **beams)
+    assert found.tolist() == theirs.generate(input_ids=IDS, **beams).tolist()
+    with torch.no_grad():
+        first = on_theirs(input_ids=IDS[:, :6], use_cache=True)
+        then = on_theirs(input_ids=IDS[:, 6:], past_key_values=first.past_key_values)
+        close(then.logits, ours(IDS).logits[:, 6:])
+        with on_theirs.disable_adapter():
+            bare = on_theirs(input_ids=IDS[:, :6], use_cache=True).past_key_values
+    with pytest.raises(ConfigError, match="holds no shadow"):
+        on_theirs(input_ids=IDS[:, 6:], past_key_values=bare)
     with torch.no_grad():
         cache = ours.new_cache()
         parts = [ours(part, past_key_values=cache).logits for part in IDS.split([4, 3, 4], 1)]

@@ -180,7 +180,8 @@ class Entry:
                 around = waiting.hooked(model)
             elif router is not None:
                 around = router.hooked(model, **self._keep(router))
-                kwargs |= {"use_cache": False} if name == "generate" else {}
+                if name == "generate" and not (router.weighs and _one_by_one(model, kwargs)):
+                    kwargs |= {"use_cache": False}
             with around:
                 return (model if name == "forward" else getattr(model, name))(*args, **kwargs)
         call = {**dict(zip(("input_ids", "attention_mask"), args)), **kwargs}
@@ -214,6 +215,13 @@ class Entry:
         if self.router is not None:
             return self.router.new_cache(self.model, cache, *args, **kwargs)
         return cache
+
+
+def _one_by_one(model: Any, call: dict[str, Any]) -> bool:
+    """Whether `generate` of transformers goes on with one text a row, and never back."""
+    given = call.get("generation_config") or model.generation_config
+    beams = call.get("num_beams") or getattr(given, "num_beams", None) or 1
+    return beams == 1 and call.get("assistant_model") is None
 
 
 def penalty(home: nn.Module, configs: dict[str, Any], names: list[str]) -> Tensor | None:

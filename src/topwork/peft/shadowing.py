@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -237,16 +238,21 @@ class Runner:
         """Within it calls of `model`, of transformers, have the shadow."""
         tokens = []
 
-        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
-            if call.get("past_key_values") is not None:
-                raise ConfigError("a shadow on transformers' models goes without past_key_values")
+        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+            cache = call.get("past_key_values")
+            if cache is None and call.get("use_cache"):
+                cache = library_of(module).DynamicCache(config=module.config)
+                call = {**call, "past_key_values": cache}
+            past = None if cache is None else shadows_cache(module, cache)
             ids = args[0] if args else call.get("input_ids")
             seen = {k: call[k] for k in ("attention_mask", "position_ids") if k in call}
             seen |= self._given(module, ids, call.get("inputs_embeds"))
-            state = self._projected(self.net(**seen, use_cache=False)[0])
+            found = self.net(**seen, past_key_values=past, use_cache=past is not None)
+            state = self._projected(found[0])
             if aside is not None:
                 aside.append(state)
             tokens.append(FIRST.set(First(state)))
+            return args, call
 
         handle = model.register_forward_pre_hook(before, with_kwargs=True)
         try:
@@ -279,6 +285,18 @@ class Runner:
         """λ times the summed loss of the shadow's own answers in a flat row."""
         found = model.token_logprobs(state[0, positions], targets)
         return -found.sum() * self.config.auxiliary_loss_weight
+
+
+def shadows_cache(model: Any, cache: Any) -> Any:
+    """The shadow's own cache that goes with one of `model`, of transformers."""
+    if cache not in _CACHES:
+        if int(cache.get_seq_length()):
+            raise ConfigError("past_key_values holds no shadow: call the PeftModel with use_cache")
+        _CACHES[cache] = library_of(model).DynamicCache()
+    return _CACHES[cache]
+
+
+_CACHES: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
 
 def runner_of(home: Any, names: list[str], configs: dict[str, Any]) -> Runner | None:

@@ -52,6 +52,8 @@ class World:
         if self.size == 1:
             return
         for tensor in tensors:
+            if not tensor.requires_grad:
+                continue  # an adapter's method has left it out since
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
             dist.all_reduce(tensor.grad)
