@@ -309,9 +309,8 @@ class AdaptedLayer(nn.Module):
 
     def swapped(self) -> Any:
         """`TrainableTokens.swapped` of the only adapter that acts, if it has that."""
-        acts = () if self.disabled or self.merged or self.rows else self.active
-        graft = self.grafts.get(acts[0]) if len(acts) == 1 else None
-        return getattr(graft, "swapped", lambda: None)()
+        using = [] if self._differs() else self._using()
+        return getattr(using[0], "swapped", lambda: None)() if len(using) == 1 else None
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, in the layout in which the layer stores it."""
@@ -330,15 +329,12 @@ class AdaptedLayer(nn.Module):
             self._modules[home] = hold(getattr(self, home), name, made)
 
     def remove(self, name: str) -> None:
-        for home in self._homes():
-            if name in home:
+        for home in list(self.children()):
+            if isinstance(home, (nn.ModuleDict, Tensors)) and name in home:
                 del home[name]
         if name in self.grafts:
             self.grafts.pop(name).leave()
         self.active = tuple(n for n in self.active if n != name)
-
-    def _homes(self) -> list[Any]:
-        return [m for m in self.children() if isinstance(m, (nn.ModuleDict, Tensors))]
 
     def held(self, name: str) -> Iterator[tuple[str, Tensor]]:
         """The parameters of adapter `name`, each under its name in files."""
@@ -389,15 +385,12 @@ class AdaptedLayer(nn.Module):
             return y
         changes = [graft.changes() for graft in using]
         if any(changes):
-            return self._changed(changes, (x, *args), kwargs)
+            weights = self._parameters_with(changes)
+            return torch.func.functional_call(self.base_layer, weights, (x, *args), kwargs)
         return self._through(x, using, lambda x: self.base_layer(x, *args, **kwargs))
 
-    def _changed(self, changes: list[dict[str, Tensor]], args: Any, kwargs: Any) -> Any:
-        """The base layer over parameters that adapters change."""
-        weights = self._parameters_with(changes)
-        return torch.func.functional_call(self.base_layer, weights, args, kwargs)
-
     def _parameters_with(self, changes: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The base's parameters that adapters change."""
         weights: dict[str, Tensor] = {}
         for change in changes:
             for name, delta in change.items():
