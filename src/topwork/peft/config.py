@@ -55,8 +55,6 @@ class PeftConfig:
     """More keys of this method's files without meaning here."""
     PARTS: ClassVar[dict[str, type]] = {}
     """Fields that hold a configuration of their own; in files it is a dictionary."""
-    BY_TASK: ClassVar[bool] = False
-    """It differs by `task_ids` of a call."""
     WEIGHTS: ClassVar[str] = "adapter_model.safetensors"
     """The file of its tensors."""
 

@@ -116,7 +116,7 @@ class PeftModel(nn.Module):
     @property
     def learns_by_task(self) -> bool:
         """Whether calls must say `task_ids`."""
-        return any(self.peft_config[name].BY_TASK for name in self._active)
+        return any(self.peft_config[name].tasks is not None for name in self._active)
 
     @property
     def own_targets(self) -> int:

@@ -32,7 +32,6 @@ class MultitaskPromptTuningInit(StrEnum):
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """Virtual tokens ⊙ (columns · rows) of the row's task, which `task_ids` [B] names."""
 
-    BY_TASK = True
     num_ranks: int | None = 1
     num_tasks: int | None = 1
     prompt_tuning_init_state_dict_path: str | None = None

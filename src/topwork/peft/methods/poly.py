@@ -24,7 +24,6 @@ class PolyConfig(LayerConfig):
     """B_t A_t / r, each a mixture of `n_skills` by the logits of the row's task, which `task_ids`
     [B] names; with `n_splits` parts of the inputs and outputs mixed apart."""
 
-    BY_TASK = True
     r: int = 8
     poly_type: str = "poly"
     n_tasks: int = 1
