@@ -19,12 +19,12 @@ from topwork.models.families import family as family_of
 NAMES = [name for name in ALL if "seq2seq-lm" in tasks_of(name)]
 BART = {
     "vocab_size": 61, "d_model": 48, "encoder_layers": 2, "decoder_layers": 2,
-    "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 56,
-    "decoder_ffn_dim": 56, "max_position_embeddings": 40, "pad_token_id": 1, "bos_token_id": 0,
+    "encoder_attention_heads": 3, "decoder_attention_heads": 3, "encoder_ffn_dim": 64,
+    "decoder_ffn_dim": 64, "max_position_embeddings": 40, "pad_token_id": 1, "bos_token_id": 0,
     "eos_token_id": 2, "decoder_start_token_id": 2, "forced_eos_token_id": None,
 }  # fmt: skip
 T5 = {
-    "vocab_size": 61, "d_model": 48, "d_kv": 12, "d_ff": 56, "num_layers": 2, "num_heads": 4,
+    "vocab_size": 61, "d_model": 48, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 4,
     "decoder_start_token_id": 0,
 }  # fmt: skip
 SIZES = {"t5": T5, "mt5": T5}

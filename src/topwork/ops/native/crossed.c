@@ -16,7 +16,9 @@
 
 #include <math.h>
 #include <omp.h>
+#ifdef __linux__
 #include <sys/mman.h>
+#endif
 
 #include "few.h"
 
@@ -482,9 +484,11 @@ FLAT void finish(int half, const Crew *c, i64 widest) {
 // codes [V, C] as c + 128, steps s, doubts |w - s c| and lengths |w| [V] of w [V, C].
 void topwork_screen(const float *w, uint8_t *codes, float *steps, float *doubts, float *lengths,
                     i64 V, i64 C, i64 threads) {
+#ifdef MADV_HUGEPAGE
   const i64 page = 2 << 20, first = ((i64)codes + page - 1) & -page;
   if (first + page < (i64)codes + V * C)
     madvise((void *)first, (i64)codes + V * C - first, MADV_HUGEPAGE);
+#endif
 #pragma omp parallel for num_threads((int)threads) schedule(static)
   for (i64 o = 0; o < V; o++) {
     const float *row = w + o * C;
