@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar
 
-from topwork import hub, models
+from topwork import models
 from topwork.errors import CheckpointError, ConfigError
-from topwork.peft import state
 from topwork.peft.config import PeftConfig
 from topwork.peft.layer import AdaptedLayer
 from topwork.peft.model import PeftModel
@@ -52,7 +51,6 @@ class AutoPeftModel:
         base = auto.from_pretrained(
             config.base_model_name_or_path, revision=config.revision, **kwargs
         )
-        _make_room(base, hub.resolve(pretrained_model_name_or_path, want=("adapter",), **where))
         return PeftModel.from_pretrained(
             base, pretrained_model_name_or_path, adapter_name, is_trainable, config, **where
         )
@@ -86,16 +84,6 @@ class AutoPeftModelForQuestionAnswering(AutoPeftModel):
 class AutoPeftModelForFeatureExtraction(AutoPeftModel):
     auto = models.AutoModel
     task = "FEATURE_EXTRACTION"
-
-
-def _make_room(base: Any, adapter: hub.Checkpoint) -> None:
-    """Let `base` have as many words as embeddings in an adapter's file, where those are more."""
-    own = {state.MODEL + key: tensor for key, tensor in state.embeddings_of(base, base).items()}
-    given = state.read(adapter.folder)
-    names = state.in_files(base, own)
-    rows = [len(given[key]) - len(tensor) for key, tensor in names.items() if key in given]
-    if rows and max(rows) > 0:
-        base.resize_token_embeddings(len(base.get_input_embeddings().weight) + max(rows))
 
 
 BY_TASK: dict[str | None, Any] = {kind.task: kind for kind in AutoPeftModel.__subclasses__()}
