@@ -100,6 +100,34 @@ def test_xlora_generates_with_a_cache_what_it_does_without(folders, tmp_path):
     close(packed, ours(IDS).logits.flatten(0, 1), atol=1e-4)
 
 
+def test_xlora_tells_its_scalings_and_is_set(folders, tmp_path):
+    config = topwork.XLoraConfig(adapters=dict(zip("abc", folders)), layerwise_scalings=True)
+    ours = get_peft_model(our_base("qwen2", tmp_path), config).eval()
+    randomise(ours)
+    ours.enable_scalings_logging()
+    with torch.no_grad():
+        plain = [ours(IDS[:, :n]).logits for n in (5, 3, 5)]
+    ours.disable_scalings_logging()
+    log = ours.get_scalings_log()
+    assert [values.shape[1] for values in log] == [5, 3, 5]
+    assert ours.get_bucketed_scalings_log()[5][0] == [0, 2]
+    close(ours.get_latest_scalings().sum(-1), torch.ones(log[0].shape[:-1]))
+    ours.set_global_scaling_weight(0.0)
+    assert (
+        ours.get_global_scaling_weight() == ours.peft_config["default"].global_scaling_weight == 0
+    )
+    with torch.no_grad(), ours.disable_adapter():
+        bare = ours(IDS[:, :5]).logits
+    with torch.no_grad():
+        close(ours(IDS[:, :5]).logits, bare)
+        ours.set_global_scaling_weight(1.0)
+        ours.set_topk_lora(1)
+        assert not torch.allclose(ours(IDS[:, :5]).logits, plain[0], atol=1e-4)
+    assert len(ours.get_scalings_log()) == 3
+    ours.clear_scalings_log()
+    assert not ours.get_scalings_log()
+
+
 def test_xlora_trains_under_checkpointing(folders, tmp_path):
     config = topwork.XLoraConfig(adapters=dict(zip("abc", folders)), xlora_dropout_p=0.0)
     ours = get_peft_model(our_base("qwen2", tmp_path), config).train()

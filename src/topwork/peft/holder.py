@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from topwork.peft import convert, inject
+from topwork.peft import convert, inject, scalings, state
 from topwork.peft.layer import AdaptedLayer
 
 VERBS = frozenset(
@@ -42,7 +42,11 @@ class Holder(nn.Module):
         self.model = model
 
     def home_of(self, name: str) -> nn.Module:
-        """Where an attribute is that the `PeftModel` does not have: here, or in the model."""
+        """Where an attribute is that the `PeftModel` does not have: here, in X-LoRA's classifier
+        or in the model."""
+        router = self._modules.get(state.ROUTER)
+        if router is not None and name in scalings.ASKED:
+            return router
         return self if name in self._modules or name in OWN else self.model
 
     @property
@@ -64,10 +68,11 @@ class Holder(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name == "model":
+            if name in ("model", "_modules"):
                 raise
             owner = self.__dict__.get("owner")
-            return getattr(owner if owner is not None and name in VERBS else self.model, name)
+            verb = owner is not None and name in VERBS
+            return getattr(owner if verb else self.home_of(name), name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -45,6 +45,22 @@ def scaling(layer: int, y: Tensor) -> Tensor:
     return laid(state.values[:, :, layer], state.keep, y.shape).to(y.device)
 
 
+ASKED = frozenset(
+    {
+        "clear_scalings_log",
+        "disable_scalings_logging",
+        "enable_scalings_logging",
+        "get_bucketed_scalings_log",
+        "get_global_scaling_weight",
+        "get_latest_scalings",
+        "get_scalings_log",
+        "set_global_scaling_weight",
+        "set_topk_lora",
+    }
+)
+"""What is asked of the classifier through the `PeftModel`."""
+
+
 class Router(nn.Module):
     """The classifier: hidden states [B, T, C] → scalings [B, T, layers, adapters]."""
 
@@ -55,6 +71,8 @@ class Router(nn.Module):
         self.config, self.owner, self.count = config, owner, layers
         self.latest: Tensor | None = None
         """The last scalings."""
+        self.log: list[Tensor] = []
+        self.logging = False
         outputs = len(config.adapters) * (layers if config.layerwise_scalings else 1)
         width, made = config.hidden_size, []
         for _ in range(config.xlora_depth - 1):
@@ -71,6 +89,8 @@ class Router(nn.Module):
         if config.enable_softmax:
             values = (values / config.softmax_temperature).softmax(-1)
         self.latest = values.detach()
+        if self.logging:
+            self.log.append(values.detach())
         if config.top_k_lora is not None:
             best = values.topk(config.top_k_lora, -1).indices
             values = values * torch.zeros_like(values).scatter(-1, best, 1.0)
@@ -78,6 +98,43 @@ class Router(nn.Module):
             on = values != 0
             values = values.masked_fill(~on, float("-inf")).softmax(-1).masked_fill(~on, 0.0)
         return values * config.global_scaling_weight
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Let only the best `value` adapters of each token count; None: all."""
+        self.config.top_k_lora = value
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """A factor on every adapter."""
+        self.config.global_scaling_weight = weight
+
+    def get_global_scaling_weight(self) -> float:
+        return self.config.global_scaling_weight
+
+    def get_latest_scalings(self) -> Tensor | None:
+        """[B, T, layers, adapters] of the last call, before the best are taken."""
+        return self.latest
+
+    def enable_scalings_logging(self) -> None:
+        self.logging = True
+
+    def disable_scalings_logging(self) -> None:
+        self.logging = False
+
+    def clear_scalings_log(self) -> None:
+        self.log.clear()
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """Those of every call while logging was on."""
+        return list(self.log)
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """T → the places in the log and the scalings of that many tokens."""
+        found: dict[int, tuple[list[int], list[Tensor]]] = {}
+        for at, values in enumerate(self.log):
+            places, those = found.setdefault(values.shape[1], ([], []))
+            places.append(at)
+            those.append(values)
+        return found
 
     @contextmanager
     def within(self, hidden: Tensor, keep: Tensor | None = None) -> Iterator[None]:
