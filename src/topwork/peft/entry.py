@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.peft import calls, inject, methods, prompts, scalings, shadowing, state
+from topwork.peft.graft import Graft
 from topwork.peft.invocation import Invocations, invocations
-from topwork.peft.layer import Graft
 
 
 class Entry:

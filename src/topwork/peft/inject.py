@@ -14,7 +14,8 @@ from torch import nn
 from topwork.errors import ConfigError, TopworkWarning, nearest
 from topwork.peft import methods
 from topwork.peft.config import TASK_HEADS, LayerConfig, TaskType
-from topwork.peft.layer import AdaptedLayer, Graft
+from topwork.peft.graft import Graft
+from topwork.peft.layer import AdaptedLayer
 from topwork.peft.saved import SavedModule
 from topwork.peft.sites import site_of
 from topwork.peft.targets import base_of, ends, is_wrapper, sharing, walk

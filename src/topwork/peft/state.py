@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError, ConfigError
 from topwork.peft.config import TASK_HEADS, LayerConfig, PeftConfig
+from topwork.peft.graft import Graft
 from topwork.peft.inject import banks_of, layers_of, modules_of
-from topwork.peft.layer import AdaptedLayer, Graft
+from topwork.peft.layer import AdaptedLayer
 from topwork.peft.saved import SavedModule
 from topwork.peft.targets import base_of, ends, walk
 from topwork.weights import pickled, write_tensors

@@ -2,7 +2,7 @@
 
 A file has `CONFIG`, the configuration's class, and either
 
-- `GRAFT`, a `topwork.peft.layer.Graft`: what the method adds to one layer, or
+- `GRAFT`, a `topwork.peft.graft.Graft`: what the method adds to one layer, or
 - neither, where it works through adapters of another (`xlora.py`), or
 - `PROMPT`, a `topwork.peft.prompts.Prompt`: the virtual tokens that it puts before the input.
 """

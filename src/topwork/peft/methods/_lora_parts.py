@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from topwork.errors import ConfigError, nearest
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.methods import _lora_init
 from topwork.peft.methods.trainable_tokens import TrainableTokens, TrainableTokensConfig
 from topwork.peft.targets import base_of, by_pattern, ends, walk

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.targets import by_pattern
 
 

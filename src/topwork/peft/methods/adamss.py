@@ -17,7 +17,7 @@ from topwork import ops
 from topwork.errors import CheckpointError, ConfigError
 from topwork.peft import usual
 from topwork.peft.config import LayerConfig, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 
 Array = npt.NDArray[Any]
 SEED = 123456789

@@ -16,7 +16,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import targets
 from topwork.peft.config import LayerConfig, at_least
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.prompts import NAMES, sizes_of
 
 

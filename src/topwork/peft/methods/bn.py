@@ -26,7 +26,7 @@ from topwork.errors import ConfigError, nearest
 from topwork.nn.layers import ACTIVATIONS as COMMON
 from topwork.peft import sites, targets
 from topwork.peft.config import LayerConfig, a_share, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.methods import _bn_files as files
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

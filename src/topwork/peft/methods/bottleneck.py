@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.tensors import Matrix
 
 ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "tanh": torch.tanh}

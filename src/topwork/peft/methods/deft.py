@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 
 
 @dataclass(kw_only=True)

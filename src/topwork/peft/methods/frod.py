@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.sites import Site
 from topwork.peft.targets import base_of
 

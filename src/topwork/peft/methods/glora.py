@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.peft.config import LayerConfig, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 
 MATRICES = ("lora", "vector", "constant", "none")
 FACTORS = ("lora", "vector", "none")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft import targets, usual
 from topwork.peft.config import LayerConfig
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 
 
 @dataclass(kw_only=True)

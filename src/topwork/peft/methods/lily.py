@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from topwork.errors import ConfigError
 from topwork.peft.config import LayerConfig, at_least
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.sites import Site
 from topwork.peft.targets import ends
 from topwork.peft.tensors import Matrix

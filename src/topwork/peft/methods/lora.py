@@ -16,7 +16,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.methods import _lora_init, _lora_parts
 from topwork.peft.methods._lora_options import (
     ArrowConfig,

@@ -14,7 +14,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import usual
 from topwork.peft.config import LayerConfig
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 
 Rank = int | float
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork.peft.config import LayerConfig, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.tensors import Matrix
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.ops.recompute import Carried
 from topwork.peft.config import LayerConfig, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.parts import telling, told
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from topwork import ops
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.methods.vera import projections
 from topwork.peft.sites import Site
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft import shadowing
 from topwork.peft.config import LayerConfig, a_share, at_least
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.sites import Kind
 from topwork.peft.targets import ends, walk
 from topwork.peft.tensors import Matrix

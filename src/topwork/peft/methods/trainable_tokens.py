@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from topwork.errors import ConfigError
 from topwork.peft import sites
 from topwork.peft.config import LayerConfig
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.targets import base_of, sharing, walk
 
 

@@ -12,7 +12,7 @@ from topwork import ops
 from topwork.errors import ConfigError
 from topwork.peft import usual
 from topwork.peft.config import LayerConfig, a_share, at_least, one_of
-from topwork.peft.layer import Graft
+from topwork.peft.graft import Graft
 from topwork.peft.sites import Site
 
 LOGITS, INDICES, SHARES = "vblora_logits", "_topk_indices", "_topk_weights"
