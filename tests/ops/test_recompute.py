@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from topwork.ops import LinearParts, LoraTerm, lora, lora_linear
 from topwork.ops.recompute import Carried, recomputed
 
 
@@ -69,7 +70,7 @@ def test_the_generator_goes_on_as_if_nothing_was_run_again() -> None:
 
 
 def test_carried_variables_hold_again() -> None:
-    times: Carried[int] = Carried("times")
+    times: Carried[float] = Carried("times")
 
     def run(x: Tensor, w: Tensor) -> Tensor:
         return (x * w * (times.get() or 1.0)).tanh()
@@ -91,6 +92,45 @@ def test_a_run_that_keeps_less_the_second_time_is_refused() -> None:
     y = recomputed(fickle, torch.ones(2, requires_grad=True))
     with pytest.raises(RuntimeError, match=r"fickle kept 1 tensors .* and 2 before"):
         y.sum().backward()
+
+
+def test_the_last_product_of_a_run_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def part(inputs: int, outputs: int) -> LinearParts:
+        a, b = torch.randn(2, inputs), torch.randn(outputs, 2)
+        return LinearParts(
+            torch.randn(outputs, inputs),
+            None,
+            (LoraTerm(a.requires_grad_(), b.requires_grad_(), 0.5),),
+        )
+
+    first, second = part(6, 5), part(5, 6)
+    leaves = [m for p in (first, second) for m in (p.terms[0].a, p.terms[0].b)]
+
+    def run(x: Tensor) -> Tensor:
+        return x + lora_linear(
+            lora_linear(x, first.weight, None, first.terms).tanh(),
+            second.weight,
+            None,
+            second.terms,
+        )
+
+    products = []
+    output = lora._output
+    monkeypatch.setattr(
+        lora, "_output", lambda x, part, *rest: products.append(part) or output(x, part, *rest)
+    )
+    x = torch.randn(3, 6, requires_grad=True)
+    plain = torch.autograd.grad(run(x).sin().sum(), [x, *leaves])
+    assert len(products) == 2
+    ours = torch.autograd.grad(recomputed(run, x).sin().sum(), [x, *leaves])
+    assert len(products) == 2 + 3
+    for one, other in zip(ours, plain, strict=True):
+        assert torch.equal(one, other)
+    nested = torch.autograd.grad(
+        recomputed(lambda x: recomputed(run, x).tanh(), x).sum(), [x, *leaves]
+    )
+    for one, other in zip(nested, torch.autograd.grad(run(x).tanh().sum(), [x, *leaves])):
+        assert torch.equal(one, other)
 
 
 TRAIN = """

@@ -21,6 +21,7 @@ from topwork.ops.dropout import cut, drop, new_seed
 from topwork.ops.native import linear as tiled
 from topwork.ops.native import lora as native
 from topwork.ops.packed import Packed, at_hand, linear
+from topwork.ops.recompute import about_to_keep
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +116,8 @@ class _FusedLinears(torch.autograd.Function):
         if matrices:
             stacked = torch.cat([a.to(x.dtype) for a in matrices[0::2]])  # [R, in]
             low = _down(x, stacked, rate, seed)  # [T, R]
+        if not gained:
+            about_to_keep(None if low is None else x, low, stacked, *matrices[1::2])
         ctx.tiles = _in_tiles(x, parts)
         one = _tiled_output if ctx.tiles else _output
         sums, at = [], 0

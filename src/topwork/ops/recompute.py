@@ -45,6 +45,19 @@ class Carried(Generic[T]):
             self.variable.reset(inner)
 
 
+_REACHED: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("reached", default=None)
+
+
+def about_to_keep(*tensors: Tensor | None) -> None:
+    """Said by a function that will keep these tensors and no result of what it computes next.
+
+    Where they are the last that a recomputation is for, it ends here.
+    """
+    reached = _REACHED.get()
+    if reached is not None:
+        reached([tensor for tensor in tensors if tensor is not None])
+
+
 def recomputed(run: Callable[..., Any], *args: Any) -> Any:
     """`run(*args)`, of which only the tensors among `args` are kept for the backward pass.
 
@@ -54,8 +67,12 @@ def recomputed(run: Callable[..., Any], *args: Any) -> Any:
     if torch.compiler.is_compiling():
         return checkpoint(run, *args, use_reentrant=False)
     again = _Again(run, args)
-    with saved_tensors_hooks(again.keep, again.found):
-        return run(*args)
+    token = _REACHED.set(again.reached)
+    try:
+        with saved_tensors_hooks(again.keep, again.found):
+            return run(*args)
+    finally:
+        _REACHED.reset(token)
 
 
 class _Kept(torch.autograd.Function):
@@ -87,11 +104,15 @@ class _Again:
         self.node: Any = _Kept.apply(anchor, *(args[i] for i in self.places)).grad_fn
         self.world = _Surroundings([args[i].device for i in self.places])
         self.count = 0
+        self.announced: list[int] = []  # how many were to be kept then, by each that told it
         self.held: dict[int, Tensor] = {}
 
     def keep(self, tensor: Tensor) -> int:
         self.count += 1
         return self.count - 1
+
+    def reached(self, tensors: list[Tensor]) -> None:
+        self.announced.append(self.count + len(tensors))
 
     def found(self, at: int) -> Tensor:
         if at not in self.held:
@@ -107,12 +128,26 @@ class _Again:
                 raise _EnoughError
             return seen[-1]
 
+        calls = 0
+
+        def reached(tensors: list[Tensor]) -> None:
+            nonlocal calls
+            calls += 1
+            last = calls == len(self.announced) and self.announced[-1] == self.count
+            if last and len(seen) + len(tensors) == self.count:
+                seen.extend(tensor.detach() for tensor in tensors)
+                raise _EnoughError
+
         args = list(self.rest)
         for i, tensor, graded in zip(self.places, self.node.saved_tensors, self.graded):
             args[i] = tensor.detach().requires_grad_(graded)
         hooks = saved_tensors_hooks(note, lambda tensor: tensor)
-        with suppress(_EnoughError), self.world.restored(), torch.enable_grad(), hooks:
-            self.run(*args)
+        token = _REACHED.set(reached)
+        try:
+            with suppress(_EnoughError), self.world.restored(), torch.enable_grad(), hooks:
+                self.run(*args)
+        finally:
+            _REACHED.reset(token)
         if len(seen) < self.count:
             raise RuntimeError(
                 f"computed again, {getattr(self.run, '__qualname__', type(self.run).__name__)} "
