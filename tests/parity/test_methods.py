@@ -169,6 +169,7 @@ ROWS = [
         target_modules=None),
     row("TinyLoraConfig", r=4, u=60),
     row("TinyLoraConfig", r=3, u=7, weight_tying=0.6, init_weights="uniform"),
+    row("TinyLoraConfig", r=3, u=9, target_modules=["embed_tokens", "v_proj"]),
     row("TinyLoraConfig", "gpt2", u=7, weight_tying=1.0, save_projection=False,
         fan_in_fan_out=True),
     row("LilyConfig", r=3, scaling=0.7, merges=False),

@@ -80,7 +80,7 @@ class Graft:
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         """The layer's output `y` for the input `x`, changed."""
-        return y + sites.apply_weight(self.base, x, self.delta())
+        return y + sites.apply_weight(self.base, x, self.delta()).to(y.dtype)
 
     def beside(self, x: Tensor, y: Tensor, first: Tensor) -> Tensor:
         """The same beside others of its method, which made `y` of `first`."""

@@ -53,6 +53,7 @@ class TinyLoraConfig(LayerConfig):
 
 
 class TinyLora(Graft):
+    KINDS = ("linear", "embedding")
     config: TinyLoraConfig
 
     @classmethod
@@ -68,7 +69,7 @@ class TinyLora(Graft):
         paths = [path for path, _ in self.shared.layers]
         index = paths.index(self.path)
         self.group = group_of(self.config, index, len(paths))
-        left, sizes, right = torch.linalg.svd(self.weight, full_matrices=False)
+        left, sizes, right = torch.linalg.svd(self._as_stored(self.weight), full_matrices=False)
         r = min(self.config.r, len(sizes))
         roots = sizes[:r].sqrt()
         generator = torch.Generator().manual_seed(self.config.projection_seed + index)
@@ -79,12 +80,16 @@ class TinyLora(Graft):
             "tinylora_P": mixed.to(self.layer.device),
         }
 
+    def _as_stored(self, weight: Tensor) -> Tensor:
+        """An embedding's weight is split as it is stored: [words, width]."""
+        return weight.t() if self.site.kind == "embedding" else weight
+
     def saved(self) -> Iterable[tuple[str, Tensor]]:
         every = self.config.save_projection
         return [(name, t) for name, t in super().saved() if every or name != "tinylora_P"]
 
     def _matrices(self) -> tuple[Tensor, Tensor]:
-        """A [r, in], mixed, and B [out, r]."""
+        """A [r, in], mixed, and B [out, r]; of an embedding for the weight as it is stored."""
         v = self.shared[f"tinylora_v{self.group}"].to(self.layer.device)
         mixed = torch.einsum("i,ijk->jk", v, self["tinylora_P"])
         return mixed @ self["tinylora_A"], self["tinylora_B"]
@@ -94,7 +99,7 @@ class TinyLora(Graft):
 
     def delta(self) -> Tensor:
         a, b = self._matrices()
-        return b @ a
+        return self._as_stored(b @ a)
 
 
 def group_of(config: TinyLoraConfig, index: int, layers: int) -> int:
