@@ -131,6 +131,7 @@ ROWS = [
     row("DeloraConfig", r=3),
     row("HiraConfig", r=3),
     row("AdaLoraConfig", init_r=5, total_step=10),
+    row("AdaLoraConfig", "convs", init_r=5, total_step=10, target_modules=["two", "head"]),
     row("AdaLoraConfig", "gpt2", init_r=5, total_step=10, fan_in_fan_out=True),
     row("AdamssConfig", r=10, num_subspaces=4, subspace_rank=2),
     row("AdamssConfig", r=30, init_weights=None, use_dynamic_rank=True, svd_threshold=0.4,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from topwork import ops
@@ -68,6 +70,7 @@ class AdaLoraConfig(LayerConfig):
 
 
 class AdaLora(Graft):
+    KINDS = ("linear", "conv")
     USUAL = usual.ADALORA
     config: AdaLoraConfig
 
@@ -81,7 +84,10 @@ class AdaLora(Graft):
     def create(self) -> dict[str, Tensor | nn.Module]:
         kept = (self.config.rank_pattern or {}).get(self.key)
         r = self.config.init_r if kept is None else sum(kept)
-        a, b = self.empty(r, self.site.inputs), self.empty(self.site.outputs, r)
+        if self.site.groups > 1:
+            raise ConfigError(f"ADALORA does not go to {self.path}, a convolution in groups")
+        inputs = self.site.inputs * math.prod(self.site.kernel)
+        a, b = self.empty(r, inputs), self.empty(self.site.outputs, r)
         e = self.empty(r, 1).normal_()
         for matrix in (a, b):
             matrix.normal_(std=0.02 if self.config.init_lora_weights else 1.0)
@@ -95,7 +101,11 @@ class AdaLora(Graft):
         return ops.LoraTerm(a, self["lora_B"], self.scale, self.config.lora_dropout)
 
     def delta(self) -> Tensor:
-        return self["lora_B"] @ (self["lora_A"] * self["lora_E"]) * self.scale
+        product = self["lora_B"] @ (self["lora_A"] * self["lora_E"]) * self.scale
+        return product.view(-1, self.site.inputs, *self.site.kernel)
+
+    def after(self, x: Tensor, y: Tensor) -> Tensor:
+        return super().after(F.dropout(x, self.config.lora_dropout, self.layer.training), y)
 
     def saved(self) -> list[tuple[str, Tensor]]:
         kept = (self.config.rank_pattern or {}).get(self.key)
