@@ -486,3 +486,11 @@ def test_the_base_makes_room_for_the_words_of_an_adapters_file(tmp_path):
     loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
     ids = torch.tensor([[1, 33]])
     torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
+
+
+def test_a_layer_that_joins_has_the_active_adapters_of_the_others():
+    model = tuned(target_modules=["0"])
+    model.add_adapter("other", LoraConfig(target_modules=["2"], modules_to_save=["1"]))
+    assert [layer.active_adapters for layer in model.get_layer_status()] == [["default"]] * 3
+    assert model.get_model_status().active_adapters == ["default"]
+    torch.testing.assert_close(model(X), tuned(target_modules=["0"])(X))

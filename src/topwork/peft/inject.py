@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ def layers_of(model: nn.Module) -> Iterator[AdaptedLayer]:
 
 def saved_of(model: nn.Module) -> Iterator[SavedModule]:
     return (m for m in model.modules() if isinstance(m, SavedModule))
+
+
+def active_in(model: nn.Module) -> tuple[str, ...]:
+    """The active adapters, which a layer that joins has too."""
+    return next((part.active for part in chain(layers_of(model), saved_of(model))), ())
 
 
 def inject(
@@ -84,8 +90,9 @@ def place(
     """Put one graft on the layer at `path`."""
     layer = model.get_submodule(path)
     if not isinstance(layer, AdaptedLayer):
-        training = layer.training
+        training, active = layer.training, active_in(model)
         layer = AdaptedLayer(layer)
+        layer.active = active
         layer.train(training)
         put(model, path, layer)
     made = graft.of(config, layer.site)(layer, name, config, path, shared)
@@ -139,7 +146,8 @@ def save_whole(model: nn.Module, config: Any, name: str) -> None:
             kind = type(module).__name__
             raise ConfigError(f"modules_to_save: {path} is a {kind}; name the modules in it")
         if not isinstance(module, SavedModule):
-            module = SavedModule(module)
+            module, active = SavedModule(module), active_in(model)
+            module.active = active
             put(model, path, module)
         made = module.modules_to_save[name] = copy.deepcopy(module.original_module)
         if getattr(config, "ensure_weight_tying", False):
