@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from topwork.errors import CheckpointError
 from topwork.peft.inject import banks_of
+from topwork.peft.store import LoadResult
 from topwork.peft.targets import is_wrapper
 
 
@@ -40,7 +41,7 @@ def get_base_model_state_dict(model: Any) -> dict[str, Tensor]:
 
 def set_base_model_state_dict(
     model: Any, state_dict: dict[str, Tensor], strict: bool = True
-) -> tuple[list[str], list[str]]:
+) -> LoadResult:
     """Load tensors under the base model's own names below the adapters.
 
     Returns the names that are missing and those not known; `strict`: CheckpointError for any.
@@ -56,4 +57,4 @@ def set_base_model_state_dict(
         )
     given = {names[key]: tensor for key, tensor in state_dict.items() if key in names}
     base.load_state_dict(given, strict=False)
-    return missing, unknown
+    return LoadResult(missing, unknown)
