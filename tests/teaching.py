@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
 @contextmanager
 def teaching(model):
     server = Teacher(model)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:
         yield server

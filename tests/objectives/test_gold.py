@@ -242,7 +242,7 @@ def test_the_cut_of_a_step_changes_no_gradient(tmp_path):
 
 
 def test_the_student_comes_nearer_to_the_teacher(tmp_path):
-    run = trainer(tmp_path, max_steps=25, lr_scheduler_type="constant", max_new_tokens=10,
+    run = trainer(tmp_path, max_steps=15, lr_scheduler_type="constant", max_new_tokens=10,
                   learning_rate=2e-2)  # fmt: skip
     before = run.evaluate()["eval_distance/shared"]
     run.train()

@@ -105,6 +105,17 @@ def test_the_student_answers_in_the_place_of_the_last_answer(tmp_path):
     assert kept.targets.tolist() != batch.targets.tolist()
 
 
+def test_answers_are_drawn_from_the_likeliest_tokens_alone(tmp_path):
+    run = gkd(tmp_path, lmbda=1.0, top_k=1, max_new_tokens=6)
+    first, second = (
+        run.objective.assemble(run.model, [run.train_data[:2]], World())[0] for _ in range(2)
+    )
+    assert first.targets.tolist() == second.targets.tolist()
+    for options, words in (({"top_p": 0.0}, "top_p"), ({"top_k": -1}, "top_k=-1")):
+        with pytest.raises(ConfigError, match=words):
+            GKDConfig(**options)
+
+
 def test_the_teacher_answers_what_the_student_does_not(tmp_path):
     run = gkd(tmp_path, lmbda=0.5, seq_kd=True, rows=tiny.chats(40))
     writer = scripted(run)

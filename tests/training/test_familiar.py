@@ -5,16 +5,26 @@ from __future__ import annotations
 import pytest
 
 from topwork import (
+    A2POConfig,
     DPOConfig,
+    GKDConfig,
+    GMPOConfig,
+    GOLDConfig,
     GRPOConfig,
+    IWOPDConfig,
     RLOOConfig,
+    SDPOConfig,
     Seq2SeqTrainingArguments,
+    ServerDistillationConfig,
     SFTConfig,
+    TPOConfig,
     TrainingArguments,
 )
 from topwork.errors import ConfigError, TopworkWarning
 from topwork.training.familiar import familiar_of
 
+NAMED = (SFTConfig, DPOConfig, GRPOConfig, GMPOConfig, TPOConfig, SDPOConfig, A2POConfig, GKDConfig,
+         IWOPDConfig, GOLDConfig, ServerDistillationConfig)  # fmt: skip
 # What examples set although it asks for nothing.
 QUIET = [
     (TrainingArguments, {"fp16": False, "push_to_hub": False, "fsdp": "", "deepspeed": None}),
@@ -84,7 +94,7 @@ def test_a_familiar_name_that_was_not_given_reads_as_its_default():
         args.logging_step  # noqa: B018
 
 
-@pytest.mark.parametrize("cls", [TrainingArguments, SFTConfig, DPOConfig, GRPOConfig])
+@pytest.mark.parametrize("cls", [TrainingArguments, *NAMED])
 def test_every_familiar_name_takes_its_own_default(cls):
     for name, one in familiar_of(cls).items():
         assert getattr(cls(**{name: one.default}), name) == one.default

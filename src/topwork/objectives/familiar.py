@@ -72,6 +72,31 @@ DRAWS = {
     ),
 }  # fmt: skip
 C = TypeVar("C", bound=TrainingArguments)
+# Of distillation on the student's own answers.
+WRITES = {
+    **idle("answers are drawn by the engine of this library", vllm_mode="colocate",
+           vllm_model_impl="vllm", vllm_enable_sleep_mode=False, vllm_server_base_url=None,
+           vllm_server_host="0.0.0.0", vllm_server_port=8001, vllm_server_timeout=240.0,
+           vllm_group_port=51216, vllm_gpu_memory_utilization=0.3, vllm_max_model_length=None,
+           vllm_tensor_parallel_size=1, vllm_sync_frequency=1, ds3_gather_for_generation=True,
+           cache_implementation=None),
+    **idle("sample_answers shows answers on the run's page", log_completions=False,
+           log_completions_steps=100, num_completions_to_print=None, log_unique_prompts=False,
+           wandb_log_unique_prompts=True),
+    **refused(
+        use_vllm=(False, "the student's answers are drawn in this process"),
+        vllm_structured_outputs_regex=(None, "answers are drawn freely"),
+        use_teacher_server=(False, "take ServerDistillationTrainer"),
+        teacher_model_server_url=(None, "take ServerDistillationTrainer"),
+        teacher_model_name_or_path=(None, "pass it as teacher_model"),
+        teacher_model_revision=(None, "set teacher_model_init_kwargs"),
+        max_completion_length=(None, "it is called max_new_tokens"),
+        max_prompt_length=(None, "max_length bounds a row"),
+        generation_batch_size=(None, "the answers of a step are drawn at once"),
+        generation_kwargs=(None, "set temperature, top_p and top_k"),
+        num_generations=(1, "repeat the rows"),
+    ),
+}  # fmt: skip
 SCALES: dict[str | bool, str] = {True: "group", False: "none"}
 """What `scale_rewards` means where it is no name."""
 
@@ -121,4 +146,4 @@ def settled(
     return found, optimizer
 
 
-__all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "Familiar", "settled"]
+__all__ = ["ANSWERS", "DRAWS", "SCALES", "TEXTS", "WRITES", "Familiar", "settled"]

@@ -15,6 +15,7 @@ from topwork.data.packing import Batch
 from topwork.data.prepare import Prepared, Sample
 from topwork.errors import ConfigError, DataError
 from topwork.objectives.distill import Distillation, DistillationConfig, DistillationTrainer
+from topwork.objectives.familiar import WRITES, Familiar
 from topwork.objectives.reference import Reference
 from topwork.objectives.rollouts import EngineWriter, Prompt, SeeingWriter, roll_out
 from topwork.objectives.setup import at_least
@@ -34,13 +35,27 @@ class GKDConfig(DistillationConfig):
     beta: float = 0.5
     temperature: float = 0.9
     """Of the answers that are drawn, and of both models in the divergence."""
+    top_p: float = 1.0
+    """Answers are drawn from the likeliest tokens that make up so much of the chances."""
+    top_k: int = 0
+    """Answers are drawn from so many of the likeliest tokens; 0: from all."""
     max_new_tokens: int = 128
+
+    familiar: ClassVar[dict[str, Familiar]] = WRITES
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.lmbda <= 1:
             raise ConfigError(f"lmbda={self.lmbda} must be in [0, 1]")
         at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_cuts(self)
+
+
+def check_cuts(args: Any) -> None:
+    """ConfigError for a cut of the chances that leaves nothing to draw from."""
+    if not 0 < args.top_p <= 1:
+        raise ConfigError(f"top_p={args.top_p} must be above 0 and at most 1")
+    at_least("top_k", args.top_k, 0)
 
 
 @dataclass(frozen=True)
@@ -124,6 +139,8 @@ class GKDTrainer(DistillationTrainer):
             {
                 "do_sample": True,
                 "temperature": args.temperature,
+                "top_p": args.top_p,
+                "top_k": args.top_k,
                 "eos_token_id": tokenizer.eos_token_id,
             }
         )

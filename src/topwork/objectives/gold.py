@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from topwork import ops
 from topwork.data.prepare import Sample
 from topwork.errors import ConfigError
-from topwork.objectives.familiar import Familiar, idle, refused
-from topwork.objectives.gkd import prompt_of
+from topwork.objectives.familiar import WRITES, Familiar, idle, refused
+from topwork.objectives.gkd import check_cuts, prompt_of
 from topwork.objectives.reference import Reference
 from topwork.objectives.rollouts import EngineWriter, seeds
 from topwork.objectives.setup import at_least
@@ -34,6 +34,10 @@ class GOLDConfig(ULDConfig):
     lmbda: float = 0.5
     """Share of the rows that the student answers itself."""
     max_new_tokens: int = 128
+    top_p: float = 1.0
+    """Answers are drawn from the likeliest tokens that make up so much of the chances."""
+    top_k: int = 0
+    """Answers are drawn from so many of the likeliest tokens; 0: from all."""
     beta: float = 0.5
     """Divergence of shared tokens. 0: KL(teacher ‖ student); 1: KL(student ‖ teacher); between:
     Jensen-Shannon."""
@@ -43,6 +47,7 @@ class GOLDConfig(ULDConfig):
     """Weight of the other tokens' sorted distance; None: the rest."""
 
     familiar: ClassVar[dict[str, Familiar]] = {
+        **WRITES,
         **idle("a row's end is learnt too", uld_skip_student_eos=False, uld_skip_teacher_eos=False),
         "use_uld_loss": Familiar(True, "with one tokenizer take GKDTrainer"),
         "use_extended_uld": Familiar(True, "stretches of text are compared, not places"),
@@ -53,11 +58,7 @@ class GOLDConfig(ULDConfig):
             uld_distillation_weight=(1.0, "weigh the rest by sft_weight"),
             uld_student_temperature=(1.0, "it is called temperature"),
             uld_teacher_temperature=(1.0, "it is called teacher_temperature"),
-            max_completion_length=(128, "it is called max_new_tokens"),
-            num_generations=(1, "repeat the rows"),
             seq_kd=(False, "have the teacher answer the rows before the run"),
-            teacher_model_name_or_path=(None, "pass it as teacher_model"),
-            teacher_model_revision=(None, "set teacher_model_init_kwargs"),
             teacher_tokenizer_name_or_path=(None, "pass it as teacher_processing_class"),
         ),
     }
@@ -68,6 +69,7 @@ class GOLDConfig(ULDConfig):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be in [0, 1]")
         at_least("max_new_tokens", self.max_new_tokens, 1)
+        check_cuts(self)
         weights = (self.uld_hybrid_matched_weight, self.uld_hybrid_unmatched_weight)
         if (weights[0] is None) != (weights[1] is None):
             raise ConfigError("set both uld_hybrid_matched_weight and uld_hybrid_unmatched_weight")
@@ -191,7 +193,8 @@ class GOLDTrainer(ULDTrainer):
         model: Any = teacher.model
         share = len(same[0]) / model.config.vocab_size
         weights = (args.uld_hybrid_matched_weight, args.uld_hybrid_unmatched_weight)
-        options = {"do_sample": True, "temperature": args.temperature,
+        options = {"do_sample": True, "temperature": args.temperature, "top_p": args.top_p,
+                   "top_k": args.top_k,
                    "eos_token_id": tokenizer.eos_token_id}  # fmt: skip
         return GOLD(
             **vars(plain), same=(torch.tensor(same[0]).long(), torch.tensor(same[1]).long()),

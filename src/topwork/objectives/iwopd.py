@@ -44,10 +44,6 @@ class IWOPDConfig(GKDConfig):
         **idle("it is below what counts", iw_opd_epsilon=1e-8),
         **refused(
             distillation_objective=("iw_opd", "the divergence of all tokens is GKDTrainer's"),
-            max_completion_length=(512, "it is called max_new_tokens"),
-            num_generations=(1, "repeat the rows"),
-            teacher_model_name_or_path=(None, "pass it as teacher_model"),
-            teacher_model_revision=(None, "set teacher_model_init_kwargs"),
         ),
     }  # fmt: skip
 

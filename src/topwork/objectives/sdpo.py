@@ -22,7 +22,7 @@ from topwork.objectives import kept
 from topwork.objectives.answers import means
 from topwork.objectives.distill import head_of, seen_at
 from topwork.objectives.draws import Drawn, Rollout, collate_answers
-from topwork.objectives.familiar import Familiar, refused
+from topwork.objectives.familiar import Familiar, idle, refused
 from topwork.objectives.grpo import GRPO, GRPOConfig, GRPOTrainer, corrected
 from topwork.objectives.logprobs import Scored, score, token_logprobs
 from topwork.objectives.reference import FollowPolicy, Reference, choose_reference
@@ -85,7 +85,11 @@ class SDPOConfig(GRPOConfig):
     solution_template: str = "\n\nThis answer was right:\n{successful_previous_attempt}"
     feedback_template: str = "\n\nThis was said of a failed attempt:\n{feedback_raw}"
 
-    familiar: ClassVar[dict[str, Familiar]] = refused(
+    familiar: ClassVar[dict[str, Familiar]] = idle(
+        "the log says how many answers had a teacher",
+        diagnostics_warning_interval=10,
+        diagnostics_flat_tolerance=1e-8,
+    ) | refused(
         teacher_model_kind=("ema", 'it is called teacher: "start" for base, "self" for live'),
         teacher_update_rate=(0.05, "it is called ref_model_mixup_alpha"),
         teacher_sync_steps=(1, "it is called ref_model_sync_steps"),

@@ -58,8 +58,9 @@ class ServerDistillationConfig(GKDConfig):
 
     familiar: ClassVar[dict[str, Familiar]] = refused(
         reverse_kl_top_1_mode=("sampled", "a server cannot be asked for the student's likeliest"),
-        max_completion_length=(512, "it is called max_new_tokens"),
-        num_generations=(1, "repeat the rows"),
+        teacher_model_name_or_path=(None, "the teacher is behind teacher_model_server_url"),
+        teacher_model_revision=(None, "the teacher is behind teacher_model_server_url"),
+        use_teacher_server=(True, "the teacher is behind teacher_model_server_url"),
     )
 
     def __post_init__(self) -> None:
