@@ -458,39 +458,3 @@ def test_it_is_known_whether_an_adapter_converts_to_lora():
     model = get_peft_model(net(), IA3Config(target_modules=["0"], feedforward_modules=[]))
     nn.init.normal_(model.base_model.model[0].ia3_l["default"])
     assert not model.supports_lora_conversion()  # its factors are the bias's too
-
-
-def test_what_is_set_of_a_layers_adapters_is_set_in_them():
-    model = tuned(target_modules=["0"])
-    layer = model.base_model.model[0]
-    changed = model(X) - net()(X)
-    layer.scaling = dict.fromkeys(layer.scaling, 0.0)
-    torch.testing.assert_close(model(X), net()(X))
-    assert changed.abs().max() > 1e-2
-    with pytest.raises(ConfigError, match="follows from"):
-        layer.use_dora = {"default": True}
-
-
-def test_the_base_makes_room_for_the_words_of_an_adapters_file(tmp_path):
-    base = AutoModelForCausalLM.from_config(
-        Config(
-            model_type="llama", vocab_size=31, hidden_size=16, intermediate_size=24,
-            num_hidden_layers=1, num_attention_heads=2,
-        )
-    )  # fmt: skip
-    base.save_pretrained(tmp_path / "base")
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    base.resize_token_embeddings(34)
-    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
-    ids = torch.tensor([[1, 33]])
-    torch.testing.assert_close(loaded(ids).logits, model.eval()(ids).logits)
-
-
-def test_a_layer_that_joins_has_the_active_adapters_of_the_others():
-    model = tuned(target_modules=["0"])
-    model.add_adapter("other", LoraConfig(target_modules=["2"], modules_to_save=["1"]))
-    assert [layer.active_adapters for layer in model.get_layer_status()] == [["default"]] * 3
-    assert model.get_model_status().active_adapters == ["default"]
-    torch.testing.assert_close(model(X), tuned(target_modules=["0"])(X))

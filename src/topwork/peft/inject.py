@@ -19,7 +19,7 @@ from topwork.peft.graft import Graft
 from topwork.peft.layer import AdaptedLayer
 from topwork.peft.saved import SavedModule
 from topwork.peft.sites import site_of
-from topwork.peft.targets import base_of, ends, is_wrapper, sharing, walk
+from topwork.peft.targets import base_of, by_pattern, ends, is_wrapper, sharing, walk
 from topwork.peft.tensors import Shared, Tensors
 
 
@@ -61,6 +61,7 @@ def inject(
     both = sorted(set(paths) & set(taken))
     if both:
         raise ConfigError(f"{', '.join(both)} would carry two parts of one adapter")
+    tell_of_patterns(config, paths)
     save_whole(model, config, name)
     found = [(path, site_of(base_of(model.get_submodule(path)))) for path in paths]
     for key, made in graft.share_from(config, found, model).items():
@@ -76,6 +77,31 @@ def inject(
     for path, owner in graft.companions(config, model, paths).items():
         place(model, path, name, graft, config, shared, made[owner])
     return config
+
+
+def tell_of_others(model: nn.Module) -> None:
+    """Warn where `model` has adapters already, as after running a cell twice."""
+    if next(layers_of(model), None) is not None:
+        warnings.warn(
+            f"{type(model).__name__} has adapters already, which stay in its layers; unload() "
+            "gives the bare model back, add_adapter() adds one",
+            TopworkWarning,
+            stacklevel=3,
+        )
+
+
+def tell_of_patterns(config: Any, paths: list[str]) -> None:
+    """Warn of patterns of ranks and scales that find none of the layers at `paths`."""
+    for field in ("rank_pattern", "alpha_pattern"):
+        given = getattr(config, field, None) or {}
+        plain = {key: value for key, value in given.items() if isinstance(value, (int, float))}
+        idle = [key for key in plain if not any(by_pattern({key: True}, p, False) for p in paths)]
+        if idle and paths:
+            warnings.warn(
+                f"{field}: {', '.join(map(repr, idle))} finds none of the targets",
+                TopworkWarning,
+                stacklevel=5,
+            )
 
 
 def place(
@@ -262,6 +288,14 @@ def own_weights(model: Any) -> None:
                 getattr(model, "tied", {}).clear()
             users[id(parameter)].remove(base)
             base._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+
+
+def checkpoints_reentrantly(model: Any) -> bool:
+    """Whether `model` recomputes blocks as transformers' models may, and ours do not."""
+    if hasattr(model, "backbone"):
+        return False
+    names = ("is_activation_checkpointing", "is_gradient_checkpointing")  # the second is the older
+    return bool(next((getattr(model, name) for name in names if hasattr(type(model), name)), False))
 
 
 def let_inputs_have_gradients(model: Any) -> None:

@@ -110,6 +110,27 @@ class AdaptedLayer(nn.Module):
         using = [] if self._differs() else self._using()
         return getattr(using[0], "swapped", lambda: None)() if len(using) == 1 else None
 
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Let a LoRA adapter count `scale` times what its configuration says."""
+        graft: Any = self.grafts.get(adapter)
+        if hasattr(graft, "scale_of"):
+            graft.scale = graft.scale_of(graft.config) * scale
+
+    def scale_layer(self, scale: float) -> None:
+        """Let the active LoRA adapters count `scale` times as much."""
+        grafts: list[Any] = [self.grafts[name] for name in self.active if name in self.grafts]
+        for graft in grafts:
+            if hasattr(graft, "scale_of"):
+                graft.scale *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Undo `scale_layer`; None: count as the configurations say."""
+        if scale is not None:
+            return self.scale_layer(1 / scale)
+        for name in self.active:
+            self.set_scale(name, 1.0)
+        return None
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, in the layout in which the layer stores it."""
         delta = self.grafts[adapter].delta()

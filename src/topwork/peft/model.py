@@ -46,6 +46,7 @@ def get_peft_model(
     `mixed` and `low_cpu_mem_usage` need not be said: methods mix always, and adapters are made
     where the base is. `autocast_adapter_dtype=False` keeps the adapter in the base's dtype.
     """
+    inject.tell_of_others(model)
     if revision is not None:
         peft_config = replace(peft_config, revision=revision)
     return PeftModel(model, peft_config, adapter_name, autocast_adapter_dtype)
@@ -69,8 +70,8 @@ class PeftModel(nn.Module):
         self.entry = entry.Entry(self)
         self.prompt_encoder = nn.ModuleDict()
         model.requires_grad_(False)
-        if getattr(model, "is_gradient_checkpointing", False) and not hasattr(model, "backbone"):
-            inject.let_inputs_have_gradients(model)  # ours checkpoint without
+        if inject.checkpoints_reentrantly(model):
+            inject.let_inputs_have_gradients(model)
         self.add_adapter(adapter_name, peft_config, autocast_adapter_dtype=autocast_adapter_dtype)
         self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
 
