@@ -160,7 +160,7 @@ class BnConfig(LayerConfig):
 
     # -- files -----------------------------------------------------------------------------------
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def save_pretrained(self, folder: str | Path, **changes: Any) -> None:
         """Write `adapter_config.json` as the `adapters` library does."""
         files.write_config(self, folder)
 
