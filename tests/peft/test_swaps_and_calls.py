@@ -11,6 +11,7 @@ from topwork.errors import ConfigError
 from topwork.peft import (
     IA3Config,
     LoraConfig,
+    MultitaskPromptTuningConfig,
     PeftModel,
     PrefixTuningConfig,
     PromptTuningConfig,
@@ -128,3 +129,14 @@ def test_a_folder_is_known_for_an_adapter(tmp_path):
     assert not check_if_peft_model(tmp_path)
     tuned().save_pretrained(tmp_path)
     assert check_if_peft_model(tmp_path)
+
+
+def test_one_task_stands_for_all_rows():
+    config = MultitaskPromptTuningConfig(num_virtual_tokens=3, num_tasks=2, task_type="CAUSAL_LM")
+    model = get_peft_model(peers_llama(), config).eval()
+    nn.init.normal_(model.prompt_encoder["default"].prefix_task_cols)
+    one = model(IDS, task_ids=torch.tensor([1])).logits
+    assert torch.equal(one, model(IDS, task_ids=torch.tensor([1, 1])).logits)
+    assert not torch.allclose(one, model(IDS, task_ids=torch.tensor([0, 1])).logits)
+    with pytest.raises(ConfigError, match="one for each of 2 rows or for all"):
+        model(IDS, task_ids=torch.tensor([1, 1, 1]))

@@ -84,11 +84,11 @@ class MultitaskPrompt(PromptEmbedding):
                 getattr(self, name).copy_(given[name][self.config.prompt_tuning_init_task or 0])
 
     def forward(self, batch: int, task_ids: Tensor | None = None) -> Tensor:
-        if task_ids is None or len(task_ids) != batch:
+        if task_ids is None or len(task_ids) not in (1, batch):
             raise ConfigError(
-                f"MULTITASK_PROMPT_TUNING needs task_ids, one for each of {batch} rows"
+                f"MULTITASK_PROMPT_TUNING needs task_ids, one for each of {batch} rows or for all"
             )
-        task_ids = task_ids.to(self.embedding.weight.device)
+        task_ids = task_ids.expand(batch).to(self.embedding.weight.device)
         task = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
         return self.embedding.weight * task
 
