@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import tiny
+from serving import process
 from teaching import teaching
 from topwork import (
     LoraConfig,
@@ -223,3 +225,18 @@ def test_a_teacher_with_more_tokens_is_named(tmp_path):
 def test_what_cannot_be_meant_is_named(options, words):
     with pytest.raises(ConfigError, match=words):
         ServerDistillationConfig(**options)
+
+
+def test_topwork_serve_teaches_as_the_teacher_in_this_process_would(tmp_path):
+    base = tmp_path / "teacher"
+    tiny.model(1).save_pretrained(base)
+    tiny.tokenizer().save_pretrained(base)
+    runs = []
+    with process(base) as url, teaching(tiny.model(1)) as stand_in:
+        for name, at in (("served", SimpleNamespace(url=url)), ("stand-in", stand_in)):
+            run = trainer(tmp_path / name, at, loss_top_k=3, beta=0.5)
+            run.train()
+            runs.append(run)
+    for name in ("loss", "grad_norm"):
+        served, stood_in = (logged(run, name) for run in runs)
+        assert served == pytest.approx(stood_in, rel=1e-4)

@@ -150,6 +150,29 @@ def test_log_probabilities_are_the_model_s_or_those_of_the_draws(port):
     assert choice["logprobs"]["token_logprobs"] == pytest.approx(drawn.logprobs, abs=1e-6)
 
 
+@pytest.mark.parametrize("name", ["tiny", "blue"])
+def test_what_the_model_says_of_a_prompt_is_its_forward_pass(port, name):
+    prompts = [[7, 9, 11, 13], [5, 200]]
+    body = {"model": name, "prompt": prompts, "prompt_logprobs": 3, "max_tokens": 1}
+    choices = ask(port, TEXTS, body)[1]["choices"]
+    model = adapted().eval()
+    for prompt, choice in zip(prompts, choices):
+        told = choice["prompt_logprobs"]
+        names = ["__base__" if name == "tiny" else name]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]), adapter_names=names).logits[0]
+        assert told[0] is None
+        for place, entry in enumerate(told[1:], 1):
+            said = logits[place - 1].log_softmax(-1)
+            best = said.topk(3).indices.tolist()
+            assert {int(t) for t in entry} == {*best, prompt[place]}
+            for token, facts in entry.items():
+                assert facts["logprob"] == pytest.approx(said[int(token)].item(), abs=1e-4)
+                assert facts["rank"] == 1 + int((said > said[int(token)]).sum())
+    status, reply = ask(port, TEXTS, {**body, "stream": True})
+    assert (status, reply["error"]["param"]) == (400, "stream")
+
+
 def test_several_prompts_of_several_answers(port):
     body = {"prompt": ["one", [5, 6, 7]], "n": 2, "max_tokens": 4, "temperature": 1.0, "seed": 9,
             "return_token_ids": True}  # fmt: skip

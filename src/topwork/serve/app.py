@@ -97,8 +97,9 @@ class Faces:
         body = await _body(request)
         # Templates, long texts and schemas take their time: not the event loop's.
         asked = await asyncio.to_thread(read, body, served.tokenizer, chat)
+        heard = await served.heard(asked)
         answers = served.answers(asked, await asyncio.to_thread(served.rules, asked))
-        reply = Reply(asked, served.name, answers)
+        reply = Reply(asked, served.name, answers, heard)
         if asked.stream:
             return Streamed(served, reply)
         try:
@@ -183,8 +184,10 @@ class Streamed(StreamingResponse):
 class Reply:
     """The messages of one request, whole or as a stream."""
 
-    def __init__(self, asked: Asked, model: str, answers: Sequence[Answer]) -> None:
-        self.asked, self.answers = asked, answers
+    def __init__(
+        self, asked: Asked, model: str, answers: Sequence[Answer], heard: Sequence[Any] = ()
+    ) -> None:
+        self.asked, self.answers, self.heard = asked, answers, heard
         kind = "chat.completion" if asked.chat else "text_completion"
         prefix = "chatcmpl" if asked.chat else "cmpl"
         self.head = {
@@ -216,6 +219,8 @@ class Reply:
             choice["logprobs"] = answer.text_logprobs(places)
         if self.asked.with_ids:
             choice["token_ids"] = answer.ids
+        if self.heard:
+            choice["prompt_logprobs"] = self.heard[answer.index // self.asked.count]
         return {**choice, "finish_reason": answer.finish}
 
     def usage(self) -> dict[str, int]:

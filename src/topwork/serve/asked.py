@@ -34,7 +34,7 @@ CHAT = SAID | {
     "messages", "max_completion_tokens", "top_logprobs", "tools", "tool_choice",
     "chat_template_kwargs", "add_generation_prompt", "continue_final_message",
 }  # fmt: skip
-TEXT = SAID | {"prompt", "echo", "suffix", "best_of"}
+TEXT = SAID | {"prompt", "prompt_logprobs", "echo", "suffix", "best_of"}
 KINDS: dict[str, tuple[type, ...]] = {
     "temperature": (int, float), "top_p": (int, float), "min_p": (int, float), "top_k": (int,),
     "repetition_penalty": (int, float), "presence_penalty": (int, float), "seed": (int,),
@@ -87,6 +87,8 @@ class Asked:
     usage: bool = False
     """Tell the tokens in a stream's last message."""
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    """The same of the prompt's own tokens."""
     constraint: dict[str, Any] = field(default_factory=dict)
     tools: bool = False
     skip_special: bool = True
@@ -131,6 +133,7 @@ def read(body: Any, tokenizer: Tokenizer, chat: bool) -> Asked:
         stream=given.get("stream", False),
         usage=bool(stream_options.get("include_usage")),
         logprobs=_logprobs(given, chat),
+        prompt_logprobs=_prompt_logprobs(given),
         constraint=_constraint(given),
         tools=_tools(given) is not None,
         skip_special=bool(given.get("skip_special_tokens", True)),
@@ -188,6 +191,17 @@ def _logprobs(given: Mapping[str, Any], chat: bool) -> int | None:
     if not _is(wanted, (int,)) or not 0 <= wanted <= TOP:
         name = "top_logprobs" if chat else "logprobs"
         raise RequestError(f"{name}={wanted!r} must be from 0 to {TOP}", name)
+    return wanted
+
+
+def _prompt_logprobs(given: Mapping[str, Any]) -> int | None:
+    wanted = given.get("prompt_logprobs")
+    if wanted is None:
+        return None
+    if not _is(wanted, (int,)) or not 0 <= wanted <= TOP:
+        raise RequestError(f"prompt_logprobs={wanted!r} must be from 0 to {TOP}", "prompt_logprobs")
+    if given.get("stream") or given.get("task_id") is not None:
+        raise RequestError("prompt_logprobs goes with neither stream nor task_id", "stream")
     return wanted
 
 

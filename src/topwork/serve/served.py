@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from topwork.errors import ConfigError, TopworkError, nearest
 from topwork.generation import Engine
@@ -16,6 +20,9 @@ from topwork.peft import PeftModel
 from topwork.serve.answers import Answer
 from topwork.serve.asked import Asked, RequestError
 from topwork.text import Tokenizer
+
+CHUNK = 256
+"""Tokens of a prompt whose logits are held at a time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +146,46 @@ class Served:
         except TopworkError as error:
             raise RequestError(str(error), "response_format") from error
         return [[first.fresh()] for _ in range(asked.count * len(asked.prompts))]
+
+    async def heard(self, asked: Asked) -> list[list[Any]]:
+        """What the model says of each prompt's tokens, as vLLM tells it: nothing of the first, then
+        {id: {"logprob", "rank"}} of the token and of the likeliest ones. Read between two steps."""
+        count = asked.prompt_logprobs
+        if count is None:
+            return []
+        adapter = self.adapter_of(asked.model)
+        for prompt in asked.prompts:
+            self._limit(asked, prompt, adapter)
+        try:
+            return [
+                await self.engine.apart(partial(self._read, prompt, adapter, count))
+                for prompt in asked.prompts
+            ]
+        except TopworkError as error:
+            raise RequestError(f"prompt_logprobs: {error}", "prompt_logprobs") from error
+
+    @torch.inference_mode()
+    def _read(self, prompt: list[int], adapter: str | None, count: int) -> list[Any]:
+        model = self.engine.model
+        ids = torch.tensor([prompt], device=model.device)
+        peft = isinstance(model, PeftModel)
+        told: list[Any] = [None]
+        with model.rows_by_adapter([adapter or "__base__"]) if peft else nullcontext():
+            hidden = model.backbone(ids)[0, :-1]
+            for rows, given in zip(hidden.split(CHUNK), ids[0, 1:].split(CHUNK)):
+                said = model.head(rows[None])[0].float().log_softmax(-1)
+                own = said.gather(1, given[:, None])
+                ranks = ((said > own).sum(1) + 1).tolist()
+                best = said.topk(count)
+                likeliest = zip(best.indices.tolist(), best.values.tolist())
+                for token, value, rank, top in zip(
+                    given.tolist(), own[:, 0].tolist(), ranks, likeliest
+                ):
+                    places = enumerate(zip(*top), 1)
+                    entry = {str(t): {"logprob": v, "rank": place} for place, (t, v) in places}
+                    entry[str(token)] = {"logprob": value, "rank": rank}
+                    told.append(entry)
+        return told
 
     def answers(self, asked: Asked, rules: Sequence[Sequence[Constraint]] = ()) -> list[Answer]:
         """Queue all answers that a request wants; RequestError where one of them cannot be made."""
