@@ -16,9 +16,12 @@ from topwork.models.packing import Padding
 def block_inputs(trunk: Any, wanted: bool) -> Iterator[list[Tensor]]:
     """Within it, the list fills with what each block of `trunk` is given, if it is `wanted`."""
     found: list[Tensor] = []
+    spec = getattr(trunk, "spec", None)
+    width = getattr(spec, "inner", getattr(spec, "hidden", None))
 
     def note(block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        found.append(inputs[0])
+        # Some adapters carry more than the hidden states from block to block, behind them.
+        found.append(inputs[0][..., :width])
 
     blocks = dict.fromkeys(trunk.block_list) if wanted else ()  # some use one block several times
     hooks = [block.register_forward_pre_hook(note) for block in blocks]
@@ -39,8 +42,7 @@ def hidden_states(
     if found and found[0].shape[:2] != last.shape[:2] and attention_mask is not None:
         rows = Padding.of(attention_mask)
         found = [rows.unpack(state) for state in found]
-    # Some adapters carry more than the hidden states from block to block, behind them.
-    return (*(state[..., : last.shape[-1]] for state in found), last)
+    return (*found, last)
 
 
 def refuse_attentions(wanted: bool) -> None:
