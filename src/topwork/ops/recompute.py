@@ -11,7 +11,7 @@ from contextvars import ContextVar
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +43,25 @@ class Carried(Generic[T]):
         self.traced, inner = token
         if inner is not None:
             self.variable.reset(inner)
+
+    @contextmanager
+    def told_by(self, model: nn.Module, before: Callable[..., tuple[T, Any]]) -> Iterator[None]:
+        """Within it each call of `model` is preceded by `before(module, args, call)`, which gives
+        the value that the layers read and the call as it goes on."""
+        tokens = []
+
+        def hook(module: nn.Module, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
+            value, call = before(module, args, call)
+            tokens.append(self.set(value))
+            return args, call
+
+        handle = model.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            for token in reversed(tokens):
+                self.reset(token)
 
 
 _REACHED: ContextVar[Callable[[list[Tensor]], None] | None] = ContextVar("reached", default=None)

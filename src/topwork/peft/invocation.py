@@ -145,22 +145,16 @@ class Invocations:
                 "aLoRA does not go with transformers' gradient checkpointing, which computes "
                 "layers again without their tokens; Topwork's models checkpoint with it"
             )
-        tokens = []
 
-        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
             ids = args[0] if args else call.get("input_ids")
             cache = call.get("past_key_values")
             past = 0 if cache is None else int(cache.get_seq_length())
             keep = None if past else call.get("attention_mask")
-            tokens.append(INVOKED.set(self.seen(ids, keep, None, past, cache)))
+            return self.seen(ids, keep, None, past, cache), call
 
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with INVOKED.told_by(model, before):
             yield
-        finally:
-            handle.remove()
-            for token in reversed(tokens):
-                INVOKED.reset(token)
 
 
 def invocations(configs: dict[str, Any]) -> Invocations | None:

@@ -161,24 +161,18 @@ class Router(nn.Module):
     @contextmanager
     def hooked(self, model: Any) -> Iterator[None]:
         """Within it calls of `model`, of transformers, run both passes."""
-        tokens = []
 
-        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> None:
+        def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
             if call.get("past_key_values") is not None:
                 raise ConfigError("X-LoRA on transformers' models goes without past_key_values")
             first = {k: v for k, v in call.items() if k != "labels"}
             first |= {"output_hidden_states": True, "use_cache": False}
             with torch.no_grad(), inject.disabled(module):
                 hidden = module.forward(*args, **first).hidden_states[-1]
-            tokens.append(SCALINGS.set(Scalings(self(hidden))))
+            return Scalings(self(hidden)), call
 
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with SCALINGS.told_by(model, before):
             yield
-        finally:
-            handle.remove()
-            for token in reversed(tokens):
-                SCALINGS.reset(token)
 
 
 class TwinCache(KVCache):

@@ -236,7 +236,6 @@ class Runner:
     @contextmanager
     def hooked(self, model: Any, aside: list[Tensor] | None = None) -> Iterator[None]:
         """Within it calls of `model`, of transformers, have the shadow."""
-        tokens = []
 
         def before(module: Any, args: tuple[Any, ...], call: dict[str, Any]) -> Any:
             cache = call.get("past_key_values")
@@ -251,16 +250,10 @@ class Runner:
             state = self._projected(found[0])
             if aside is not None:
                 aside.append(state)
-            tokens.append(FIRST.set(First(state)))
-            return args, call
+            return First(state), call
 
-        handle = model.register_forward_pre_hook(before, with_kwargs=True)
-        try:
+        with FIRST.told_by(model, before):
             yield
-        finally:
-            handle.remove()
-            for token in reversed(tokens):
-                FIRST.reset(token)
 
     # -- its own loss ----------------------------------------------------------------------------
 
