@@ -191,9 +191,7 @@ class A2POTrainer(Trainer):
         super().__init__(
             found.policy, args, objective, callbacks=callbacks, optimizer=optimizer, **found.given()
         )
-        found.draw.attach(self)
-        if found.reference.model is not None:
-            found.reference.model.to(self.device)
+        found.attach(self)
 
     def train(self, resume_from_checkpoint: bool | str | Path | None = None) -> TrainOutput:
         """Estimate what the prompts are worth, unless that is known, and run to the end.

@@ -54,6 +54,12 @@ class Setup:
             "data_fingerprint": prompts_fingerprint(self.train), "notes": self.notes,
         }  # fmt: skip
 
+    def attach(self, trainer: Any) -> None:
+        """Let the draws know the run, and bring a reference of its own to the run's device."""
+        self.draw.attach(trainer)
+        if self.reference is not None and self.reference.model is not None:
+            self.reference.model.to(trainer.device)
+
 
 def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
     """A digest of every prompt's tokens."""

@@ -323,4 +323,4 @@ class GRPOTrainer(Trainer):
         super().__init__(
             found.policy, args, objective, callbacks=callbacks, optimizer=optimizer, **found.given()
         )
-        found.draw.attach(self)
+        found.attach(self)

@@ -375,10 +375,7 @@ class OnlineDPOTrainer(Trainer):
         super().__init__(
             found.policy, args, objective, callbacks=callbacks, optimizer=optimizer, **found.given()
         )
-        found.draw.attach(self)
-        reference = found.reference
-        if reference is not None and reference.model is not None:
-            reference.model.to(self.device)
+        found.attach(self)
 
 
 class XPOTrainer(OnlineDPOTrainer):

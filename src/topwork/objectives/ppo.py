@@ -252,7 +252,7 @@ class PPOTrainer(Trainer):
             optimizer=optimizer,
             **found.given(),
         )
-        found.draw.attach(self)
+        found.attach(self)
 
 
 __all__ = ["PPO", "PPOConfig", "PPOTrainer"]

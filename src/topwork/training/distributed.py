@@ -68,7 +68,7 @@ def join() -> World:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return World()
     if not dist.is_initialized():
-        # Optimizers import it anyway; imported after the group is made, it keeps the group (and
+        # Most optimizers import it; imported after the group is made, it keeps the group (and
         # so its threads) alive beyond `_leave`, and one that frees a tensor then aborts.
         importlib.import_module("torch._dynamo")
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
